@@ -1,0 +1,1 @@
+"""Platform backends: devices, memory, streams, graph capture."""

@@ -1,0 +1,82 @@
+"""The CPU: cores, vector instructions and main memory, all within the limits of this process's control groups."""
+
+from __future__ import annotations
+
+import re
+import resource
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from drivetrain.contracts.platform import MemoryInfo, Platform, PlatformFacts
+from drivetrain.contracts.plugin import PluginConfig, Probe, ProbeContext, Tier
+from drivetrain.hardware import ROOT, HostMemory, Processor, read_memory, read_processor, read_text
+
+if TYPE_CHECKING:
+    import torch
+
+
+def describe(processor: Processor, memory: HostMemory) -> PlatformFacts:
+    """The facts of a machine's processor. Pure."""
+    details = {
+        "cores": f"{processor.usable_cores} usable of {processor.logical_cores} logical",
+        "instruction_sets": " ".join(processor.instruction_sets) or "none known",
+        "bfloat16": "on request only; float32 is the faster one on most processors",
+    }
+    if processor.quota_cores is not None:
+        details["cpu_quota"] = f"{processor.quota_cores:g} cores, from the control group"
+    if memory.is_limited:
+        details["memory_limit"] = f"{memory.total_bytes / 2**30:.1f} GiB, from the control group"
+    return PlatformFacts(
+        name="cpu",
+        device_type="cpu",
+        device_name=processor.model,
+        device_count=1,
+        dtypes=frozenset({"float32", "bfloat16"}),
+        architecture=processor.architecture,
+        collective="gloo",
+        total_memory_bytes=memory.total_bytes,
+        details=details,
+    )
+
+
+class CpuPlatform(Platform):
+    """The processor and main memory of this machine."""
+
+    tier = Tier.PORTABLE
+    preferences = {"precision": ("fp32",), "attention": ("sdpa",)}
+
+    class Config(PluginConfig):
+        threads: int | None = Field(
+            None, ge=1, description="threads that compute; null takes the cores this process may use, at most its quota"
+        )
+
+    config: Config
+
+    @classmethod
+    def probe(cls, context: ProbeContext) -> Probe:
+        return Probe.yes("every machine has a processor")
+
+    def facts(self) -> PlatformFacts:
+        return describe(read_processor(), read_memory())
+
+    def activate(self) -> None:
+        """Set the number of threads that torch computes with."""
+        import torch
+
+        torch.set_num_threads(self.config.threads or read_processor().usable_cores)
+
+    def device(self) -> torch.device:
+        import torch
+
+        return torch.device("cpu")
+
+    def memory(self) -> MemoryInfo:
+        memory = read_memory()
+        return MemoryInfo(total_bytes=memory.total_bytes, free_bytes=memory.available_bytes)
+
+    def peak_memory_bytes(self) -> int:
+        """The high-water mark of the resident set."""
+        # VmHWM belongs to this program alone; getrusage also counts what the process held before its last exec.
+        match = re.search(r"^VmHWM:\s+(\d+) kB", read_text(ROOT / "proc/self/status") or "", re.MULTILINE)
+        return int(match[1]) * 1024 if match else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

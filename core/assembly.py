@@ -1,0 +1,423 @@
+"""From settings to parts, and from parts to an engine: the one place where everything is put together.
+
+``resolve_parts`` chooses, kind by kind, each probe seeing what is already chosen. ``build_engine`` then loads weights,
+sizes the cache by the memory that is left, and returns an engine that is ready to step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from drivetrain.config import Settings
+from drivetrain.contracts.attention import AttentionBackend, KVGroup
+from drivetrain.contracts.frontend import Frontend
+from drivetrain.contracts.kernels import KernelProvider
+from drivetrain.contracts.kinds import KINDS
+from drivetrain.contracts.loader import Checkpoint, Loader
+from drivetrain.contracts.model import BuildContext, Model, ModelSpec
+from drivetrain.contracts.platform import Platform
+from drivetrain.contracts.plugin import Plugin, ProbeContext, Purpose
+from drivetrain.contracts.precision import Precision
+from drivetrain.contracts.quantizer import Quantizer
+from drivetrain.contracts.scheduler import Limits, Scheduler
+from drivetrain.contracts.source import ListsNames, Progress, Source, silent
+from drivetrain.errors import (
+    ConfigError,
+    LoaderError,
+    MemoryBudgetError,
+    ModelNotFoundError,
+    NoCandidateError,
+    PluginError,
+    UnknownArchitectureError,
+    nearest,
+)
+from drivetrain.observers import Observers
+from drivetrain.registry import Plan, Registry, SelectionReport, Selector, load
+
+if TYPE_CHECKING:
+    from drivetrain.binding import KernelBinder
+    from drivetrain.serving.engine import Engine
+    from drivetrain.serving.tokenizer import Tokenizer
+
+_KV_SHARE = {"cpu": 0.25}
+"""Share of the free memory that ``kv_memory: auto`` may take; devices that do nothing else give 0.9."""
+
+_SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+@dataclass
+class Parts:
+    """The chosen plugin of each kind, and what they were told of the model.
+
+    path, checkpoint, spec: None while the model is not named or not on this machine.
+    notes:                  decisions of the core itself that a user should see.
+    """
+
+    settings: Settings
+    purpose: Purpose
+    plugins: dict[str, Plugin]
+    report: SelectionReport
+    path: Path | None = None
+    checkpoint: Checkpoint | None = None
+    spec: ModelSpec | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def plan(self) -> Plan:
+        return Plan.of(self.report, model=self.settings.model, purpose=self.purpose)
+
+    @property
+    def platform(self) -> Platform:
+        return cast(Platform, self.plugins["platform"])
+
+    @property
+    def precision(self) -> Precision:
+        return cast(Precision, self.plugins["precision"])
+
+    @property
+    def model(self) -> Model:
+        return cast(Model, self.plugins["model"])
+
+    @property
+    def quantizer(self) -> Quantizer:
+        return cast(Quantizer, self.plugins["quantizer"])
+
+    @property
+    def attention(self) -> AttentionBackend:
+        return cast(AttentionBackend, self.plugins["attention"])
+
+    @property
+    def kernels(self) -> KernelProvider:
+        return cast(KernelProvider, self.plugins["kernels"])
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return cast(Scheduler, self.plugins["scheduler"])
+
+    @property
+    def frontend(self) -> Frontend:
+        return cast(Frontend, self.plugins["frontend"])
+
+
+def resolve_parts(
+    settings: Settings,
+    *,
+    purpose: Purpose = Purpose.SERVE,
+    registry: Registry | None = None,
+    observers: Observers | None = None,
+    progress: Progress = silent,
+    fetch: bool = True,
+    leave_out: Sequence[str] = (),
+) -> Parts:
+    """Choose one plugin for each kind that ``purpose`` needs.
+
+    fetch:     download a model that is not here; otherwise the kinds that need its files stay open.
+    leave_out: kinds that the caller does without (``frontend`` for the Python API).
+    """
+    registry = registry or Registry()
+    if settings.allow is not None:
+        registry = registry.allowing(settings.allow)
+    resolution = _Resolution(settings, purpose, registry, observers or Observers(installed=False), progress, fetch)
+    for kind in KINDS.values():
+        if purpose in kind.purposes and kind.name not in leave_out:
+            resolution.resolve(kind.name)
+        elif kind.name in settings.parts:
+            resolution.selector.leave_open(kind.name, "nothing here needs it")
+    parts = resolution.parts
+    parts.report = resolution.selector.report
+    return parts
+
+
+class _Resolution:
+    """One pass over the kinds; holds what later probes may see."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        purpose: Purpose,
+        registry: Registry,
+        observers: Observers,
+        progress: Progress,
+        fetch: bool,
+    ) -> None:
+        self.selector = Selector(registry, settings.parts)
+        self.parts = Parts(settings, purpose, {}, self.selector.report)
+        self._registry = registry
+        self._observers = observers
+        self._progress = progress
+        self._fetch = fetch
+        self._context = ProbeContext(purpose=purpose, model_name=settings.model)
+
+    def resolve(self, kind: str) -> None:
+        settle = getattr(self, f"_settle_{kind}", None)
+        reason = self._why_open(kind)
+        if reason:
+            self.selector.leave_open(kind, reason)
+            return
+        plugin = self._choose(kind)
+        self.parts.plugins[kind] = plugin
+        self._observers.notify("part_selected", selection=self.selector.report[kind])
+        if settle:
+            settle(plugin)
+
+    def _why_open(self, kind: str) -> str | None:
+        if kind == "source" and self._context.model_name is None:
+            return "no model is named"
+        if kind in ("loader", "model") and self.parts.path is None:
+            return self.selector.open_kinds.get("source") or "the model's files are not on this machine"
+        return None
+
+    def _choose(self, kind: str) -> Plugin:
+        try:
+            return self.selector.choose(kind, self._context)
+        except NoCandidateError as error:
+            raise self._explained(kind, error) from error
+
+    def _explained(self, kind: str, error: NoCandidateError) -> Exception:
+        """Say what a missing candidate means for the kinds where users cause it."""
+        name = self._context.model_name
+        if kind == "source" and name is not None:
+            known = [
+                known
+                for plugin in self._loaded("source")
+                if isinstance(plugin, ListsNames)
+                for known in cast(ListsNames, plugin).known_names()
+            ]
+            close = nearest(name, known)
+            return ModelNotFoundError(
+                f"no model is named {name!r}",
+                allowed="a folder, a .gguf file, org/name of the hub, pypi:DIST==VERSION/FILE, " + ", ".join(known),
+                hint=f"Did you mean {close!r}?" if close else None,
+            )
+        if kind == "loader":
+            return LoaderError(
+                "no loader recognizes these files",
+                where=str(self.parts.path),
+                allowed="a folder with config.json and *.safetensors, or a .gguf file",
+            )
+        if kind == "model" and self.parts.checkpoint is not None:
+            return UnknownArchitectureError(
+                f"no installed model plugin builds {self.parts.checkpoint.architecture}",
+                where=str(self.parts.path),
+                hint='Run: pip install "drivetrain[transformers]", which builds every other causal architecture.'
+                if any("not installed" in text for text in [str(error)])
+                else f"What each said: {error.what}",
+            )
+        return error
+
+    def _loaded(self, kind: str) -> list[type[Plugin]]:
+        plugins = []
+        for ref in self._registry.candidates(kind):
+            try:
+                plugins.append(load(ref))
+            except PluginError:
+                continue  # reported where candidates are probed; here only names are collected
+        return plugins
+
+    # --- what each choice tells the later ones ---------------------------------------------------------------------
+
+    def _settle_platform(self, platform: Platform) -> None:
+        self.selector.prefer(platform.preferences)
+        self._context = dataclasses.replace(self._context, platform=platform.facts())
+
+    def _settle_precision(self, precision: Precision) -> None:
+        self._context = dataclasses.replace(self._context, dtype=precision.dtypes().param)
+
+    def _settle_source(self, source: Source) -> None:
+        name = self._context.model_name
+        assert name is not None
+        path = source.locate(name)
+        if path is None and self._fetch:
+            path = source.fetch(name, self._progress)
+        self.parts.path = path
+        if path is not None:
+            self._context = dataclasses.replace(self._context, path=str(path))
+
+    def _settle_loader(self, loader: Loader) -> None:
+        assert self.parts.path is not None
+        self.parts.checkpoint = loader.open(self.parts.path)
+        self._context = dataclasses.replace(self._context, checkpoint=self.parts.checkpoint)
+
+    def _settle_model(self, model: Model) -> None:
+        assert self.parts.checkpoint is not None
+        self.parts.spec = model.describe(self.parts.checkpoint.config, self._context.dtype or "float32")
+        self._context = dataclasses.replace(self._context, model=self.parts.spec)
+
+
+# --- the engine ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ServingStack:
+    """A built engine and what stands around it.
+
+    defaults: sampling defaults that the model's authors recommend, by SamplingParams field.
+    """
+
+    engine: Engine
+    parts: Parts
+    tokenizer: Tokenizer
+    binder: KernelBinder
+    max_model_len: int
+    defaults: Mapping[str, Any]
+
+    def selection_dict(self) -> dict[str, Any]:
+        """What was chosen, what was refused and why, with the plan's digest and the bound operations."""
+        parts = self.parts
+        return {
+            **parts.report.to_dict(),
+            "model": parts.settings.model,
+            "plan_digest": parts.plan.digest,
+            "bindings": self.binder.by_operation(),
+            "notes": list(parts.notes),
+            "sampling_defaults": dict(self.defaults),
+        }
+
+
+def build_engine(parts: Parts, *, observers: Observers | None = None, progress: Progress = silent) -> ServingStack:
+    """Load the weights and make everything a step needs. Raises LoaderError, MemoryBudgetError, ..."""
+    import torch
+
+    from drivetrain.binding import KernelBinder
+    from drivetrain.serving.blocks import KVManager
+    from drivetrain.serving.engine import Engine, EngineLimits
+    from drivetrain.serving.metrics import EngineMetrics
+    from drivetrain.serving.runner import ModelRunner
+    from drivetrain.serving.tokenizer import Detokenizer, Tokenizer
+
+    if parts.checkpoint is None or parts.spec is None:
+        raise ConfigError("no model is named", hint="Give one with --model NAME, for example smollm2-135m.")
+    parts.platform.activate()
+    device = parts.platform.device()
+    tokenizer = Tokenizer(parts.checkpoint.tokenizer())
+    binder = KernelBinder(_providers(parts))
+    dtype = getattr(torch, parts.precision.dtypes().param)
+    model = parts.model.build(parts.checkpoint, BuildContext(device, dtype, binder.bind, parts.quantizer, progress))
+    limits = parts.scheduler.limits()
+    max_model_len, num_blocks = _size_cache(parts, parts.spec, limits)
+    contract = parts.attention.kv_contract(parts.spec.attention)
+    kv = KVManager(
+        parts.spec.attention.groups,
+        num_blocks,
+        contract.block_size,
+        max_running=limits.max_running,
+        max_tokens=max_model_len,
+        prefix_cache=parts.settings.engine.prefix_cache,
+        salt=repr(contract),
+    )
+    metrics = EngineMetrics()
+    metrics.fell_back(len(parts.report.fallbacks))
+    engine = Engine(
+        ModelRunner(model, parts.attention, num_blocks, device),
+        kv,
+        parts.scheduler,
+        EngineLimits(max_model_len, parts.spec.vocab_size, frozenset(parts.checkpoint.eos_token_ids)),
+        parts.settings.engine,
+        lambda prompt, skip_special: Detokenizer(tokenizer, prompt, skip_special),
+        observers,
+        metrics,
+    )
+    defaults = {
+        name: parts.checkpoint.generation_config[name]
+        for name in _SAMPLING_DEFAULTS
+        if parts.checkpoint.generation_config.get(name) is not None
+    }
+    return ServingStack(engine, parts, tokenizer, binder, max_model_len, defaults)
+
+
+def _providers(parts: Parts) -> list[tuple[str, KernelProvider]]:
+    """The chosen kernel provider, and after it the reference for operations it does not have."""
+    chosen = parts.report["kernels"].chosen
+    providers = [(chosen.name, parts.kernels)]
+    if chosen.name != "reference":
+        reference = load(Registry().find("kernels", "reference"))
+        providers.append(("reference", cast(KernelProvider, reference(reference.Config()))))
+    return providers
+
+
+def _size_cache(parts: Parts, spec: ModelSpec, limits: Limits) -> tuple[int, list[int]]:
+    """How long a request may get, and how many blocks each KV group has."""
+    groups = spec.attention.groups
+    block_size = parts.attention.kv_contract(spec.attention).block_size
+    block_bytes = [parts.attention.bytes_per_block(spec.attention, group) for group in groups]
+    settings = parts.settings.engine
+    wanted = settings.max_model_len or spec.max_position
+    if settings.max_model_len and settings.max_model_len > spec.max_position:
+        raise ConfigError(
+            "max_model_len is more than the model was made for",
+            where="engine.max_model_len",
+            found=settings.max_model_len,
+            allowed=f"1..{spec.max_position}",
+        )
+    budget = settings.kv_bytes
+    if budget is None:
+        memory = parts.platform.memory()
+        budget = int(memory.free_bytes * _KV_SHARE.get(parts.platform.device().type, 0.9))
+    length = _longest_that_fits(wanted, groups, block_bytes, block_size, limits.max_batched_tokens, budget)
+    if length < wanted:
+        if settings.max_model_len or length < 1:
+            needed = _bytes_of_one(wanted, groups, block_bytes, block_size, limits.max_batched_tokens)
+            shorter = f"Set engine.max_model_len to at most {length}, or give" if length else "Give"
+            raise MemoryBudgetError(
+                f"one request of {wanted} tokens needs {needed / 2**20:.1f} MiB of keys and values, "
+                f"but {budget / 2**20:.1f} MiB are there",
+                where="engine.kv_memory",
+                hint=f"{shorter} more memory with engine.kv_memory.",
+            )
+        parts.notes.append(
+            f"max_model_len is {length}, not the model's {wanted}: as fits in {budget / 2**20:.0f} MiB of cache"
+        )
+    least = [_blocks_of_one(length, group, block_size, limits.max_batched_tokens) for group in groups]
+    return length, share_blocks(budget, block_bytes, least, [limits.max_running * count for count in least])
+
+
+def _blocks_of_one(num_tokens: int, group: KVGroup, block_size: int, chunk: int) -> int:
+    from drivetrain.serving.blocks import most_blocks
+
+    return most_blocks(group, num_tokens, chunk, block_size)
+
+
+def _bytes_of_one(
+    num_tokens: int, groups: Sequence[KVGroup], block_bytes: Sequence[int], block_size: int, chunk: int
+) -> int:
+    return sum(
+        size * _blocks_of_one(num_tokens, group, block_size, chunk)
+        for group, size in zip(groups, block_bytes, strict=True)
+    )
+
+
+def _longest_that_fits(
+    wanted: int, groups: Sequence[KVGroup], block_bytes: Sequence[int], block_size: int, chunk: int, budget: int
+) -> int:
+    """The most tokens, up to ``wanted``, that one request can have within ``budget`` bytes (bisection)."""
+    low, high = 0, wanted
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _bytes_of_one(middle, groups, block_bytes, block_size, chunk) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def share_blocks(budget: int, block_bytes: Sequence[int], least: Sequence[int], most: Sequence[int]) -> list[int]:
+    """Blocks for each KV group within ``budget`` bytes: ``least``, and what is left in equal numbers up to ``most``.
+
+    A group that needs less than the equal share leaves the rest to the others.
+    """
+    counts = list(least)
+    budget -= sum(count * size for count, size in zip(counts, block_bytes, strict=True))
+    open_groups = [g for g in range(len(most)) if most[g] > counts[g]]
+    while open_groups:
+        equal = budget // sum(block_bytes[g] for g in open_groups)
+        content = [g for g in open_groups if most[g] - counts[g] <= equal]
+        for g in content or open_groups:
+            more = min(most[g] - counts[g], equal)
+            counts[g] += more
+            budget -= more * block_bytes[g]
+        open_groups = [g for g in open_groups if g not in content] if content else []
+    return counts

@@ -1,0 +1,126 @@
+"""``drivetrain bench``: how fast a model is served, in this process or over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+import typer
+
+from drivetrain.cli.console import print_json, print_table, show_progress
+from drivetrain.cli.generate import open_llm
+from drivetrain.cli.options import with_settings
+from drivetrain.config import Settings
+
+app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True, rich_markup_mode=None)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the workload.")]
+Requests = Annotated[int | None, typer.Option(help="Number of requests. Default: the workload's.", show_default=False)]
+
+
+@app.command("throughput")
+@with_settings()
+def throughput(
+    settings: Settings,
+    workload: Annotated[str, typer.Option(help="mixed or shared-prefix.")] = "mixed",
+    requests: Requests = None,
+    seed: SeedOption = 0,
+    as_json: AsJson = False,
+) -> None:
+    """All requests at once: tokens per second, times, peak memory.
+
+    Example: drivetrain bench throughput --model smollm2-135m --workload mixed --requests 64 --seed 0 --json
+    """
+    from drivetrain.bench.measure import describe_run, run_throughput
+    from drivetrain.bench.workloads import make_workload
+
+    make_workload(workload, requests, vocab_size=1000, seed=seed)  # a wrong name is told before the model is loaded
+    with open_llm(settings) as llm, show_progress() as progress:
+        items = make_workload(workload, requests, llm.vocab_size, seed)
+        result = run_throughput(llm, items, progress)
+        _print({"workload": workload, "seed": seed, **describe_run(llm), **result}, as_json)
+
+
+@app.command("latency")
+@with_settings()
+def latency(
+    settings: Settings,
+    prompt_length: Annotated[int, typer.Option(min=1, help="Tokens in each prompt.")] = 128,
+    output_length: Annotated[int, typer.Option(min=2, help="Tokens generated for each.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 1,
+    iterations: Annotated[int, typer.Option(min=1, help="Repetitions after one to warm up.")] = 5,
+    seed: SeedOption = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Equal requests, a batch at a time: prompt rate and decode rate apart.
+
+    Example: drivetrain bench latency --model smollm2-135m --prompt-length 128 --output-length 128
+    """
+    from drivetrain.bench.measure import describe_run, run_latency
+
+    with open_llm(settings) as llm, show_progress() as progress:
+        result = run_latency(
+            llm,
+            prompt_length=prompt_length,
+            output_length=output_length,
+            batch=batch,
+            iterations=iterations,
+            seed=seed,
+            progress=progress,
+        )
+        _print({"seed": seed, **describe_run(llm), **result}, as_json)
+
+
+@app.command("serve")
+@with_settings("frontend")
+def serve(
+    settings: Settings,
+    url: Annotated[
+        str | None, typer.Option(help="A running server. Default: start one here.", show_default=False)
+    ] = None,
+    workload: Annotated[str, typer.Option(help="mixed or shared-prefix.")] = "mixed",
+    requests: Requests = None,
+    rate: Annotated[float, typer.Option(min=0.001, help="Requests a second, Poisson arrivals.")] = 1.0,
+    goal_first_token: Annotated[float, typer.Option(min=0, help="Goodput: seconds to the first token.")] = 2.0,
+    goal_token: Annotated[float, typer.Option(min=0, help="Goodput: seconds for each later token.")] = 0.25,
+    vocab_size: Annotated[int, typer.Option(min=2, help="Prompts use token ids below this.")] = 32000,
+    api_key: Annotated[str | None, typer.Option(help="Key to send.", show_default=False)] = None,
+    seed: SeedOption = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Open-loop load over HTTP: requests leave at Poisson times whatever the server does; rates, tails, goodput.
+
+    Example: drivetrain bench serve --model smollm2-135m --rate 1 --requests 32
+    """
+    from drivetrain.bench.http_load import Goal, run_load
+    from drivetrain.bench.server import running_server
+    from drivetrain.bench.workloads import make_workload
+
+    items = make_workload(workload, requests, vocab_size, seed)
+    goal = Goal(goal_first_token, goal_token)
+    with running_server(settings, url) as address, show_progress() as progress:
+        result = asyncio.run(
+            run_load(address, items, rate=rate, goal=goal, seed=seed, api_key=api_key, progress=progress)
+        )
+    _print({"workload": workload, "seed": seed, "url": address, **result}, as_json)
+
+
+def _print(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+        return
+    rows: list[tuple[str, str]] = []
+    for key, value in result.items():
+        if isinstance(value, dict):
+            text = "  ".join(f"{name} {_short(item)}" for name, item in value.items())
+        elif key.endswith("_bytes") and value is not None:
+            text = f"{value / 2**20:.0f} MiB"
+        else:
+            text = _short(value)
+        rows.append((key.replace("_", " "), text))
+    print_table(("figure", "value"), rows)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,183 @@
+"""``drivetrain pull``, ``generate`` and ``chat``: a model in this process."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from drivetrain.cli.console import note, show_progress
+from drivetrain.cli.options import with_settings
+from drivetrain.config import Settings, load_settings
+from drivetrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from drivetrain.serving.llm import LLM
+
+DEFAULT_MODEL = "smollm2-135m"
+
+
+def pull(
+    name: Annotated[str, typer.Argument(help="Model name.", show_default=False)],
+    source: Annotated[str | None, typer.Option(help="Fetch through this source plugin.", show_default=False)] = None,
+) -> None:
+    """Download a model's files, verify them, and print where they are.
+
+    Example: drivetrain pull smollm2-135m
+    """
+    from drivetrain.assembly import resolve_parts
+    from drivetrain.contracts.kinds import KINDS
+
+    settings = load_settings(None, {"model": name, "source": source})
+    with show_progress() as progress:
+        others = [kind for kind in KINDS if kind != "source"]
+        parts = resolve_parts(settings, progress=progress, leave_out=others)
+    print(parts.path)
+
+
+def _params(llm: LLM, **given: Any) -> Any:
+    """Sampling parameters: the model's recommendation, with what was given on the command line over it."""
+    from drivetrain.serving.types import SamplingParams
+
+    return SamplingParams(
+        **{**llm.sampling_defaults, **{name: value for name, value in given.items() if value is not None}}
+    )
+
+
+def open_llm(settings: Settings) -> LLM:
+    """Load the model with progress on standard error, and print what the core decided by itself."""
+    from drivetrain.serving.llm import LLM
+
+    if settings.model is None:
+        raise ConfigError("no model is named", hint=f"Give one with --model NAME, for example --model {DEFAULT_MODEL}.")
+    with show_progress() as progress:
+        llm = LLM.from_settings(settings, progress=progress)
+    for fallback in llm.explain().fallbacks:
+        note(f"warning: {fallback}")
+    for text in llm.selection_dict()["notes"]:
+        note(f"note: {text}")
+    return llm
+
+
+MaxTokens = Annotated[int | None, typer.Option(help="Most new tokens.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy. Default: the model's.", show_default=False)]
+TopP = Annotated[float | None, typer.Option(help="Keep the smallest set with this probability.", show_default=False)]
+TopK = Annotated[int | None, typer.Option(help="Keep the k most likely tokens.", show_default=False)]
+Seed = Annotated[int | None, typer.Option(help="Makes the output repeatable.", show_default=False)]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="End when this text appears. May be repeated.", show_default=False)
+]
+
+
+@with_settings()
+def generate(
+    settings: Settings,
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads standard input.", show_default=False)],
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    n: Annotated[int, typer.Option(help="Independent continuations.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON with tokens and timing.")] = False,
+) -> None:
+    """Continue a text.
+
+    Example: drivetrain generate --model smollm2-135m "The capital of France is" --max-tokens 16 --temperature 0
+    """
+    from drivetrain.cli.console import print_json
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with open_llm(settings) as llm:
+        params = _params(
+            llm, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop, n=n
+        )
+        if as_json:
+            print_json(_as_dict(llm.generate(text, params)[0]))
+        elif n == 1:
+            for chunk in llm.stream(text, params):
+                print(chunk.text, end="", flush=True)
+            print()
+        else:
+            for completion in llm.generate(text, params)[0].completions:
+                print(f"[{completion.index}] {completion.text}")
+
+
+def _as_dict(result: Any) -> dict[str, Any]:
+    return {
+        "prompt_tokens": len(result.prompt.token_ids),
+        "cached_tokens": result.prompt.cached_tokens,
+        "completions": [
+            {
+                "index": completion.index,
+                "text": completion.text,
+                "token_ids": list(completion.token_ids),
+                "finish_reason": completion.finish_reason.value,
+                "stop_reason": completion.stop_reason,
+            }
+            for completion in result.completions
+        ],
+        "first_token_seconds": result.timing.first_token_seconds,
+        "total_seconds": result.timing.total_seconds,
+    }
+
+
+@with_settings()
+def chat(
+    settings: Settings,
+    message: Annotated[
+        str | None, typer.Argument(help="One message; without it, a conversation.", show_default=False)
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message.", show_default=False)] = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+) -> None:
+    """Talk to a model. In a conversation, /reset starts anew and /exit (or Ctrl-D) ends.
+
+    Example: drivetrain chat --model smollm2-135m "Why is the sky blue?"
+    """
+    history: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    with open_llm(settings) as llm:
+        params = _params(llm, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        if message is not None:
+            answer(llm, [*history, {"role": "user", "content": message}], params)
+            return
+        note("Type a message. /reset starts anew, /exit ends.")
+        _converse(llm, history, params)
+
+
+def _converse(llm: LLM, history: list[dict[str, str]], params: Any) -> None:
+    start = list(history)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if line == "/exit":
+            return
+        if line == "/reset":
+            history = list(start)
+            note("started anew")
+        elif line:
+            history.append({"role": "user", "content": line})
+            history.append({"role": "assistant", "content": answer(llm, history, params)})
+
+
+def answer(llm: LLM, messages: list[dict[str, str]], params: Any) -> str:
+    """Stream one answer to standard output; returns it. Ctrl-C ends the answer, not the conversation."""
+    text = ""
+    stream = llm.stream_chat(messages, params)
+    try:
+        for chunk in stream:
+            text += chunk.text
+            print(chunk.text, end="", flush=True)
+    except KeyboardInterrupt:
+        stream.close()
+        note("\n(interrupted)")
+    print()
+    return text

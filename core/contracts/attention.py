@@ -1,0 +1,160 @@
+"""Contract of an attention backend: how keys and values are kept, and attention over them.
+
+Shapes: T query tokens of one step, all sequences packed flat; S sequences; H query heads; G key/value heads (H is a
+multiple of G); D head size; B blocks of the cache; N tokens in a block.
+
+One step of serving or training:
+
+    backend.begin(batch, cache) -> AttentionStep         once a step: whatever all layers share is prepared here
+    step.attend(layer, q_THD, k_TGD, v_TGD) -> o_THD     once a layer, called by the model
+
+The model sees only ``attend``; whether there is a cache behind it is none of its business.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+from drivetrain.contracts.plugin import Plugin
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """The attention of one layer.
+
+    scale:    factor on the scores before the soft cap and softmax.
+    window:   how many tokens back a query sees, itself included; None sees all.
+    soft_cap: scores become ``cap * tanh(scores / cap)``; None leaves them.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+
+
+@dataclass(frozen=True)
+class KVGroup:
+    """Layers that see the same span of tokens and hence share one block table.
+
+    window: the span in tokens; None is everything. Blocks that lie wholly before the span are freed.
+    """
+
+    index: int
+    layers: tuple[int, ...]
+    window: int | None
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """All attention layers of a model, in order, and the dtype (torch name) of queries, keys and values."""
+
+    layers: tuple[LayerAttention, ...]
+    dtype: str
+
+    @cached_property
+    def groups(self) -> tuple[KVGroup, ...]:
+        """Layers by window: full attention first, then windows from wide to narrow."""
+        windows = {layer.window for layer in self.layers}
+        ordered = sorted(windows, key=lambda window: (window is not None, -(window or 0)))
+        return tuple(
+            KVGroup(index, tuple(i for i, layer in enumerate(self.layers) if layer.window == window), window)
+            for index, window in enumerate(ordered)
+        )
+
+
+@dataclass(frozen=True)
+class KVContract:
+    """What two backends must agree on to read each other's cache. Equal contracts keep the cache in a swap.
+
+    layout:     name of the arrangement, versioned by whoever defines it: ``"paged-BNGD/1"``.
+    block_size: tokens in a block (N).
+    dtype:      torch name of the stored type.
+    """
+
+    layout: str
+    block_size: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """How one step's tokens lie over sequences. Host lists and device tensors say the same.
+
+    query_lengths:   new tokens of each sequence in this step (S entries, each >= 1; their sum is T).
+    context_lengths: tokens of each sequence that are already in the cache (S entries).
+    query_starts:    int32 [S + 1] on the device: sequence s owns rows query_starts[s] .. query_starts[s + 1].
+    kv_lengths:      int32 [S] on the device: context + query length.
+    block_tables:    for each KV group, int32 [S, widest] on the device: row s lists the block of tokens 0..N-1,
+                     N..2N-1, ...; unused entries, and those a window has freed, are 0. Empty without a cache.
+    slots:           for each KV group, int64 [T] on the device: where token t's key and value are written, as
+                     block * N + offset. Empty without a cache.
+    """
+
+    query_lengths: Sequence[int]
+    context_lengths: Sequence[int]
+    query_starts: torch.Tensor
+    kv_lengths: torch.Tensor
+    block_tables: tuple[torch.Tensor, ...] = ()
+    slots: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.query_lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.query_lengths)
+
+
+class AttentionStep(Protocol):
+    """Attention of one step, shared by all layers."""
+
+    def attend(self, layer: int, q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> torch.Tensor:
+        """Write this step's keys and values, if there is a cache; return the attended values, [T, H, D] in q's dtype.
+
+        Each query sees its own sequence's tokens up to and including itself, and not farther back than the layer's
+        window. Differentiable when there is no cache.
+        """
+
+
+KVCache = Any
+"""A backend's own store of keys and values; the core only passes it back to the backend that made it."""
+
+
+class AttentionBackend(Plugin):
+    """Keeps keys and values, and attends over them. Stateless between steps but for the cache it was asked to make.
+
+    Optional abilities: ``training`` (``begin`` works with ``cache=None``), ``windows``, ``soft_cap``.
+    """
+
+    kind = "attention"
+
+    @abstractmethod
+    def kv_contract(self, spec: AttentionSpec) -> KVContract:
+        """The layout this backend keeps. Pure."""
+
+    @abstractmethod
+    def bytes_per_block(self, spec: AttentionSpec, group: KVGroup) -> int:
+        """Bytes that one block takes over all layers of ``group``, keys and values together. Pure."""
+
+    @abstractmethod
+    def allocate(self, spec: AttentionSpec, num_blocks: Sequence[int], device: torch.device) -> KVCache:
+        """Make a cache with ``num_blocks[g]`` blocks for each group g of ``spec.groups``."""
+
+    @abstractmethod
+    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: KVCache | None) -> AttentionStep:
+        """Prepare one step. With ``cache=None`` each sequence's new tokens are all there is (training, scoring)."""
+
+    @abstractmethod
+    def copy_blocks(self, cache: KVCache, group: KVGroup, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks (source, destination) in every layer of ``group``. No destination is also a source."""

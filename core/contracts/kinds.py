@@ -1,0 +1,83 @@
+"""The kinds of plugin, in the order in which a run resolves them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One replaceable part of the system.
+
+    name:     the middle of the entry-point group.
+    contract: module and class that an implementation subclasses, as ``module:Class``.
+    major:    major version of the contract; the entry-point group carries it.
+    decides:  what the part decides, in one line.
+    default:  the name used when the configuration says nothing; ``auto`` ranks the candidates that probe well.
+    purposes: the work that needs the part; a kind that only training needs is not resolved for serving.
+    key:      the configuration key and command-line option; the kind's name unless that means something else there.
+    """
+
+    name: str
+    contract: str
+    decides: str
+    default: str = "auto"
+    major: int = 1
+    purposes: tuple[str, ...] = ("serve", "train")
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", self.key or self.name)
+
+    @property
+    def group(self) -> str:
+        """The entry-point group of this kind, for example ``drivetrain.attention.v1``."""
+        return f"drivetrain.{self.name}.v{self.major}"
+
+
+_ORDERED = (
+    Kind("platform", "drivetrain.contracts.platform:Platform", "devices, memory, streams, graph capture"),
+    Kind("precision", "drivetrain.contracts.precision:Precision", "parameter, compute and reduction types"),
+    Kind("source", "drivetrain.contracts.source:Source", "where a model name is fetched from"),
+    Kind("loader", "drivetrain.contracts.loader:Loader", "how weight files are read"),
+    Kind(
+        "model",
+        "drivetrain.contracts.model:Model",
+        "the architecture that the weights are run through",
+        key="architecture",  # the setting ``model`` names the weights
+    ),
+    Kind(
+        "partitioner",
+        "drivetrain.contracts.partitioner:Partitioner",
+        "how parameters, gradients and optimizer state lie over ranks",
+        default="none",
+        purposes=("train",),
+    ),
+    Kind(
+        "checkpoint",
+        "drivetrain.contracts.checkpoint:CheckpointPolicy",
+        "which activations are kept, recomputed or offloaded",
+        default="none",
+        purposes=("train",),
+    ),
+    Kind("quantizer", "drivetrain.contracts.quantizer:Quantizer", "the formats of weights", default="none"),
+    Kind("attention", "drivetrain.contracts.attention:AttentionBackend", "KV layout, and attention over it"),
+    Kind("kernels", "drivetrain.contracts.kernels:KernelProvider", "the implementation of each logical operation"),
+    Kind(
+        "scheduler",
+        "drivetrain.contracts.scheduler:Scheduler",
+        "which requests get how many tokens in the next step",
+        default="fcfs",
+        purposes=("serve",),
+    ),
+    Kind(
+        "frontend",
+        "drivetrain.contracts.frontend:Frontend",
+        "how requests arrive from outside the process",
+        default="openai",
+        purposes=("serve",),
+    ),
+)
+
+KINDS: dict[str, Kind] = {kind.name: kind for kind in _ORDERED}
+"""Every kind by name; iteration order is resolution order, so that each probe sees what is already chosen."""

@@ -1,0 +1,110 @@
+"""Contract of a loader: it opens weight files and hands out configuration, tensors and tokenizer.
+
+Whatever the format, names and layout are those of the Hugging Face checkpoint of the architecture: a GGUF file's
+``blk.0.attn_q.weight`` arrives as ``model.layers.0.self_attn.q_proj.weight``, in that checkpoint's row order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from drivetrain.contracts.plugin import Plugin, Probe, ProbeContext
+
+if TYPE_CHECKING:
+    import tokenizers
+    import torch
+
+
+@dataclass(frozen=True)
+class TokenizerData:
+    """Everything that text needs on its way to token ids and back.
+
+    backend:       the tokenizer of the ``tokenizers`` library.
+    chat_template: Jinja source of the chat template; None when the files carry none.
+    special:       role -> token text: ``bos_token``, ``eos_token``, ``unk_token``, ``pad_token``; absent when unset.
+    """
+
+    backend: tokenizers.Tokenizer
+    chat_template: str | None
+    special: Mapping[str, str]
+
+
+class Checkpoint(ABC):
+    """Opened weight files. Tensors are read when asked for; closing is left to the garbage collector.
+
+    path:              the folder or file that was opened.
+    config:            the model's configuration with the keys of its Hugging Face ``config.json``.
+    generation_config: defaults for sampling with the keys of ``generation_config.json``; may be empty.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+
+    @property
+    def architecture(self) -> str:
+        """The first entry of ``config["architectures"]``, for example ``"LlamaForCausalLM"``."""
+        architectures = self.config.get("architectures") or ["unknown"]
+        return str(architectures[0])
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Token ids that end an answer, from the generation configuration and the model's."""
+        found: list[int] = []
+        for config in (self.generation_config, self.config):
+            value = config.get("eos_token_id")
+            found += [value] if isinstance(value, int) else list(value or ())
+        return tuple(dict.fromkeys(found))
+
+    @abstractmethod
+    def names(self) -> Sequence[str]:
+        """Names of all tensors."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor as the model sees it, without reading its data. Raises MissingTensorError."""
+
+    @abstractmethod
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors in the files."""
+
+    @abstractmethod
+    def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """One tensor on the CPU in ``dtype``, dequantized where the file is quantized. Raises MissingTensorError.
+
+        The result may share memory with the mapped file: callers copy before they write.
+        """
+
+    @abstractmethod
+    def tokenizer(self) -> TokenizerData:
+        """The tokenizer that belongs to the weights. Raises LoaderError when the files carry none that can be read."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names()
+
+
+class Loader(Plugin):
+    """Opens one format of weight files."""
+
+    kind = "loader"
+
+    @classmethod
+    @abstractmethod
+    def recognizes(cls, path: Path) -> bool:
+        """True when ``path`` (a folder or a file) holds this format. Looks at names and first bytes only."""
+
+    @abstractmethod
+    def open(self, path: Path) -> Checkpoint:
+        """Open the files and check them against their own index: a file cut short raises LoaderError here."""
+
+    @classmethod
+    def probe(cls, context: ProbeContext) -> Probe:
+        if context.path is None:
+            return Probe.yes("no files located yet")
+        if cls.recognizes(Path(context.path)):
+            return Probe.yes(f"{context.path} holds this format")
+        return Probe.no("other_format", f"{context.path} does not hold this format")

@@ -1,0 +1,109 @@
+"""Contract of a model plugin: architectures as torch modules that training and serving share.
+
+Shapes: T tokens of a step, packed flat over sequences; E hidden size; V vocabulary; N rows whose logits are wanted.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from drivetrain.contracts.plugin import Plugin, Probe, ProbeContext
+
+if TYPE_CHECKING:
+    import torch
+
+    from drivetrain.contracts.attention import AttentionSpec, AttentionStep
+    from drivetrain.contracts.kernels import KernelSpec
+    from drivetrain.contracts.loader import Checkpoint
+    from drivetrain.contracts.quantizer import Quantizer
+    from drivetrain.contracts.source import Progress
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The shape of a model: all that other parts may know of it before it is built.
+
+    architecture:     its Hugging Face class name: ``"LlamaForCausalLM"``.
+    max_position:     tokens of context that the model was made for.
+    num_parameters:   of the whole model, tied weights counted once.
+    attention:        every attention layer; its dtype is the run's parameter dtype.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_position: int
+    num_parameters: int
+    attention: AttentionSpec
+
+
+class CausalLM(Protocol):
+    """What a built model can do. It is also a ``torch.nn.Module``; nothing in it depends on there being a cache."""
+
+    spec: ModelSpec
+
+    def forward(self, ids_T: torch.Tensor, positions_T: torch.Tensor, step: AttentionStep) -> torch.Tensor:
+        """Final hidden states after the last norm, [T, E]. ids and positions are int64 [T]; ``step`` attends."""
+
+    def logits(self, hidden_NE: torch.Tensor) -> torch.Tensor:
+        """Scores over the vocabulary for some rows of the hidden states, [N, V] in the parameter dtype, any final soft
+        cap or scale applied."""
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What a model needs to be built.
+
+    device:    where parameters live.
+    dtype:     torch dtype of parameters and computing.
+    bind:      ``bind(KernelSpec) -> callable``: the chosen implementation of a logical operation.
+    quantizer: converts each linear layer once its weights are loaded; None builds plain trainable layers.
+    progress:  told how many tensors are loaded.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    bind: Callable[[KernelSpec], Callable[..., Any]]
+    quantizer: Quantizer | None
+    progress: Progress
+
+
+class Model(Plugin):
+    """A family of architectures."""
+
+    kind = "model"
+
+    architectures: ClassVar[frozenset[str]] = frozenset()
+    """Hugging Face class names this plugin builds."""
+
+    @abstractmethod
+    def describe(self, config: Mapping[str, Any], dtype: str) -> ModelSpec:
+        """The shape of the model that ``config`` (keys of ``config.json``) describes. Pure; allocates nothing large.
+
+        Raises UnknownArchitectureError, or LoaderError for a configuration that contradicts itself.
+        """
+
+    @abstractmethod
+    def build(self, checkpoint: Checkpoint, context: BuildContext) -> CausalLM:
+        """Build the module in eval mode and load its weights.
+
+        Raises MissingTensorError that names each absent tensor, and LoaderError for a shape that does not fit.
+        """
+
+    @classmethod
+    def probe(cls, context: ProbeContext) -> Probe:
+        if context.checkpoint is None:
+            return Probe.yes("no weights opened yet")
+        architecture = context.checkpoint.architecture
+        if architecture in cls.architectures:
+            return Probe.yes(f"builds {architecture}")
+        return Probe.no(
+            "unsupported_architecture",
+            f"does not build {architecture}",
+            wanted=architecture,
+            offered=", ".join(sorted(cls.architectures)),
+        )

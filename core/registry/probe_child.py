@@ -1,0 +1,110 @@
+"""The program that ``doctor`` starts for each plugin: load one plugin, probe it, write down what came of it.
+
+Run by file, with the number of an open file as its only argument and the request as JSON on standard input. Each line
+it writes to that file is a JSON object: ``{"stage": ...}`` before a step that may never return, and the answer at last.
+Standard output is left to the plugin, so that what a plugin prints is seen and not mixed up with the answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from drivetrain.contracts.plugin import Plugin
+
+_OUTPUT_LIMIT_BYTES = 64 * 2**20
+
+
+def main() -> None:
+    answer_file = int(sys.argv[1])
+    request = json.load(sys.stdin)
+    # The parent's search path, before anything of this project is imported: both must see the same plugins.
+    sys.path[:] = request.pop("sys_path")
+    _bound_damage()
+
+    def write(line: Mapping[str, Any]) -> None:
+        os.write(answer_file, (json.dumps(line) + "\n").encode())
+
+    write(answer(request, write))
+
+
+def _bound_damage() -> None:
+    """No core dump of a crash, and a bound on any one file: a plugin that prints for ever must not fill the disk."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = _OUTPUT_LIMIT_BYTES if hard == resource.RLIM_INFINITY else min(hard, _OUTPUT_LIMIT_BYTES)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+
+
+def answer(request: Mapping[str, Any], write: Any) -> dict[str, Any]:
+    """Load, probe and describe the plugin that ``request`` names (the fields of a PluginRef)."""
+    from drivetrain.contracts.plugin import ProbeContext
+    from drivetrain.errors import PluginError
+    from drivetrain.registry.discovery import PluginRef, load
+    from drivetrain.registry.selection import probe_safely
+
+    environment = dict(os.environ)
+    write({"stage": "import"})
+    started = time.perf_counter()
+    try:
+        plugin = load(PluginRef(**request))
+    except PluginError as error:
+        return {"status": "broken", "code": "load_failed", "reason": error.what, **_shown(error)}
+    result: dict[str, Any] = {"import_seconds": time.perf_counter() - started}
+    write({"stage": "probe"})
+    probe = probe_safely(plugin, ProbeContext())
+    status = "ok" if probe.ok else "broken" if probe.code == "broken" else "refused"
+    result |= {"status": status} | dataclasses.asdict(probe)
+    result["notes"] = _law_breaches(environment)
+    return result | _describe(plugin, probe.ok, write)
+
+
+def _shown(error: Any) -> dict[str, str]:
+    return {"wanted": error.allowed or "", "offered": str(error.found or "")}
+
+
+def _describe(plugin: type[Plugin], is_ok: bool, write: Any) -> dict[str, Any]:
+    """Abilities, and for a platform that says yes the facts of its first device."""
+    from drivetrain.contracts.platform import Platform
+
+    write({"stage": "description"})
+    try:
+        described: dict[str, Any] = {"abilities": sorted(plugin.abilities())}
+        if issubclass(plugin, Platform):
+            described["pci_vendors"] = sorted(plugin.pci_vendors)
+            if is_ok:
+                facts = dataclasses.asdict(plugin(plugin.Config()).facts())
+                described["facts"] = facts | {"dtypes": sorted(facts["dtypes"]), "details": dict(facts["details"])}
+        return described
+    except Exception as error:
+        # A third party's code may raise anything; whatever it is becomes the report on that plugin.
+        reason = f"describing it raised {type(error).__name__}: {error}"
+        return {"status": "broken", "code": "description_failed", "reason": reason}
+
+
+def _law_breaches(environment: Mapping[str, str]) -> list[str]:
+    """What importing and probing changed although it must change nothing."""
+    breaches = []
+    changed = sorted(n for n in {*environment, *os.environ} if environment.get(n) != os.environ.get(n))
+    if changed:
+        breaches.append(f"changes the environment when it is imported or probed: {', '.join(changed)}")
+    threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if threads:
+        breaches.append(f"starts threads when it is imported or probed: {', '.join(threads)}")
+    torch = sys.modules.get("torch")
+    for name in ("cuda", "xpu"):
+        if torch is not None and getattr(torch, name).is_initialized():
+            breaches.append(f"opens a {name} device when it is imported or probed")
+    return breaches
+
+
+if __name__ == "__main__":
+    main()

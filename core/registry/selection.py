@@ -1,0 +1,415 @@
+"""From a requested name to one plugin, with the reason: who was asked, who refused and why, who was chosen.
+
+A name is used or is an error. ``auto`` probes every candidate and ranks those that say yes: the platform's preference
+list first, then tier, then name. Every outcome is kept in a :class:`Selection`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from pydantic import ValidationError
+
+from drivetrain.contracts.kinds import KINDS
+from drivetrain.contracts.plugin import Plugin, PluginConfig, Probe, ProbeContext, Tier
+from drivetrain.errors import (
+    AmbiguousPluginError,
+    ConfigError,
+    DrivetrainError,
+    NoCandidateError,
+    PluginError,
+    PluginRefusedError,
+    UnknownPluginError,
+    nearest,
+)
+from drivetrain.registry.discovery import PluginRef, discover, load, normalized
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class PartRequest:
+    """What was asked for one kind.
+
+    name:    plugin name, ``dist/name``, or ``auto``.
+    options: for the plugin's Config.
+    origin:  who asked: ``default``, ``FILE:LINE``, ``command line``, ``argument``.
+    places:  path of an option -> who asked for it, where that differs from ``origin``.
+    """
+
+    kind: str
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = "default"
+    places: Mapping[tuple[str, ...], str] = field(default_factory=dict)
+
+    def place(self, path: tuple[str, ...]) -> str:
+        """Who asked for the option at ``path``, or for the nearest table around it."""
+        lengths = range(len(path), 0, -1)
+        return next((self.places[path[:n]] for n in lengths if path[:n] in self.places), self.origin)
+
+
+class Outcome(StrEnum):
+    """What became of a candidate."""
+
+    CHOSEN = "chosen"
+    ELIGIBLE = "eligible"
+    REFUSED = "refused"
+    BROKEN = "broken"
+    NOT_ASKED = "not asked"
+
+
+@dataclass(frozen=True)
+class CandidateReport:
+    """One candidate and what became of it; ``code`` and the pair wanted/offered are the probe's."""
+
+    name: str
+    distribution: str
+    version: str
+    outcome: Outcome
+    code: str
+    reason: str
+    wanted: str = ""
+    offered: str = ""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The choice for one kind.
+
+    reason:   why this one, in a sentence.
+    fallback: set when a candidate broke (where it would have ranked can't be known), or refused although the platform
+              prefers it.
+    """
+
+    kind: str
+    requested: str
+    origin: str
+    chosen: PluginRef
+    options: Mapping[str, Any]
+    reason: str
+    candidates: tuple[CandidateReport, ...]
+    fallback: str | None = None
+
+
+@dataclass(frozen=True)
+class SelectionReport:
+    """All choices of one run, in resolution order, and the kinds left open with the reason."""
+
+    selections: tuple[Selection, ...]
+    open_kinds: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, kind: str) -> Selection:
+        for selection in self.selections:
+            if selection.kind == kind:
+                return selection
+        raise KeyError(kind)
+
+    @property
+    def chosen_names(self) -> dict[str, str]:
+        """kind -> name of the chosen plugin."""
+        return {selection.kind: selection.chosen.name for selection in self.selections}
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        return tuple(s.fallback for s in self.selections if s.fallback)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, as ``/debug/selection`` and ``explain --json`` give it."""
+        return {
+            "selections": [dataclasses.asdict(selection) for selection in self.selections],
+            "open": dict(self.open_kinds),
+            "fallbacks": list(self.fallbacks),
+        }
+
+
+class Registry:
+    """The plugins that may be chosen: installed ones, or those given (tests, embedders).
+
+    refs:   what may be chosen.
+    barred: what is installed, but of a distribution that :meth:`allowing` left out.
+    """
+
+    def __init__(self, refs: Iterable[PluginRef] | None = None, barred: Iterable[PluginRef] = ()) -> None:
+        self.refs = tuple(refs) if refs is not None else discover()
+        self.barred = tuple(barred)
+
+    def allowing(self, distributions: Iterable[str]) -> Registry:
+        """A registry in which only plugins of ``distributions`` may be chosen; spelling as PyPI compares names."""
+        allowed = {normalized(distribution) for distribution in distributions}
+        kept = [ref for ref in self.refs if normalized(ref.distribution) in allowed]
+        return Registry(kept, [*self.barred, *(ref for ref in self.refs if ref not in kept)])
+
+    def candidates(self, kind: str) -> list[PluginRef]:
+        return [ref for ref in self.refs if ref.kind == kind]
+
+    def barred_candidates(self, kind: str) -> list[PluginRef]:
+        return [ref for ref in self.barred if ref.kind == kind]
+
+    def find(self, kind: str, name: str) -> PluginRef:
+        """The one plugin that ``name``, short or ``dist/name``, means.
+
+        Raises UnknownPluginError, AmbiguousPluginError, or PluginRefusedError for one that is barred.
+        """
+        candidates = self.candidates(kind)
+        matches = [ref for ref in candidates if _means(name, ref)]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            raise AmbiguousPluginError(
+                f"{len(matches)} distributions register {kind} {name!r}",
+                found=name,
+                allowed=[ref.qualified for ref in matches],
+                hint="Name one of them in full.",
+            )
+        for ref in self.barred_candidates(kind):
+            if _means(name, ref):
+                raise PluginRefusedError(
+                    f"{kind} {name!r} is installed, but plugins.allow does not name its distribution",
+                    found=ref.distribution,
+                    hint=f"Add {ref.distribution} to plugins.allow.",
+                )
+        names = sorted({ref.name for ref in candidates})
+        close = nearest(name, names)
+        raise UnknownPluginError(
+            f"no installed plugin of kind {kind!r} is named {name!r}",
+            allowed=[*names, AUTO],
+            hint=f"Did you mean {close!r}?" if close else f"Run: drivetrain plugins list --kind {kind}",
+        )
+
+
+def _means(name: str, ref: PluginRef) -> bool:
+    distribution, _, short = name.rpartition("/")
+    return short == ref.name and (not distribution or normalized(distribution) == normalized(ref.distribution))
+
+
+@dataclass(frozen=True)
+class _Probed:
+    """A candidate after loading and probing; ``plugin`` is None when it broke."""
+
+    ref: PluginRef
+    plugin: type[Plugin] | None
+    probe: Probe
+
+
+def probe_safely(plugin: type[Plugin], context: ProbeContext) -> Probe:
+    """The plugin's answer, or ``broken`` with what it raised instead of answering."""
+    try:
+        probe = plugin.probe(context)
+    except SystemExit as error:
+        return Probe.no("broken", f"its probe called sys.exit({error.code!r})")
+    except Exception as error:  # a third party's code; reported as the plugin's own fault
+        return Probe.no("broken", f"its probe raised {type(error).__name__}: {error}")
+    if not isinstance(probe, Probe):
+        return Probe.no("broken", f"its probe returned {type(probe).__name__} instead of a Probe")
+    return probe
+
+
+def make_config(plugin: type[Plugin], ref: PluginRef, request: PartRequest) -> PluginConfig:
+    """Validate the request's options against the plugin's Config. Raises ConfigError that names option and nearest."""
+    try:
+        return plugin.Config.model_validate(dict(request.options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = tuple(str(part) for part in first["loc"])
+        where = f"{request.place(path)}: {'.'.join([KINDS[ref.kind].key, *path])}"
+        if first["type"] == "extra_forbidden":
+            known = list(plugin.Config.model_fields) if len(path) == 1 else []
+            close = nearest(path[-1], known)
+            raise ConfigError(
+                f"{ref.kind} {ref.name!r} has no option {'.'.join(path)!r}",
+                where=where,
+                allowed=known or ("no options" if len(path) == 1 else None),
+                hint=f"Did you mean {close!r}?" if close else None,
+            ) from error
+        raise ConfigError(
+            first["msg"],
+            where=where,
+            found=None if _is_secret(plugin, path) else first["input"],
+            hint=f"Run: drivetrain plugins info {ref.kind}/{ref.name}",
+        ) from error
+
+
+def _is_secret(plugin: type[Plugin], path: tuple[str, ...]) -> bool:
+    field = plugin.Config.model_fields.get(path[0]) if path else None
+    return field is not None and "Secret" in str(field.annotation)
+
+
+def _create(plugin: type[Plugin], ref: PluginRef, request: PartRequest) -> Plugin:
+    """Raises ConfigError for options the plugin does not take, PluginError for whatever else its code raises."""
+    try:
+        return plugin(make_config(plugin, ref, request))
+    except DrivetrainError:
+        raise
+    except Exception as error:  # a third party's code; mapped here so that callers meet one tree of errors
+        raise PluginError(f"creating it failed with {type(error).__name__}: {error}", where=str(ref)) from error
+
+
+class Selector:
+    """Chooses one plugin a kind, in whatever order it is asked, and keeps the report."""
+
+    def __init__(self, registry: Registry, requests: Mapping[str, PartRequest]) -> None:
+        self._registry = registry
+        self._requests = requests
+        self._preferences: Mapping[str, tuple[str, ...]] = {}
+        self._selections: list[Selection] = []
+        self.open_kinds: dict[str, str] = {}
+
+    @property
+    def report(self) -> SelectionReport:
+        return SelectionReport(tuple(self._selections), dict(self.open_kinds))
+
+    def request(self, kind: str) -> PartRequest:
+        return self._requests.get(kind) or PartRequest(kind, KINDS[kind].default)
+
+    def prefer(self, preferences: Mapping[str, tuple[str, ...]]) -> None:
+        """Rank by the chosen platform's preferences from here on."""
+        self._preferences = preferences
+
+    def leave_open(self, kind: str, reason: str) -> None:
+        """Note why no plugin is chosen for ``kind``. A name that was asked for must exist all the same."""
+        request = self.request(kind)
+        if request.name != AUTO and request.origin != "default":
+            self._registry.find(kind, request.name)
+        self.open_kinds[kind] = reason
+
+    def choose(self, kind: str, context: ProbeContext) -> Plugin:
+        """Resolve, probe and create the plugin for ``kind``. Raises a PluginError or ConfigError."""
+        request = self.request(kind)
+        context = dataclasses.replace(context, chosen=self.report.chosen_names)
+        if request.name == AUTO:
+            plugin, selection = self._choose_best(request, context)
+        else:
+            plugin, selection = self._choose_named(request, context)
+        instance = _create(plugin, selection.chosen, request)
+        # Reports are printed, served and saved: what a Config declares secret is masked by its own dump.
+        shown = instance.config.model_dump(mode="json", include=set(request.options))
+        self._selections.append(dataclasses.replace(selection, options=shown))
+        return instance
+
+    def _choose_named(self, request: PartRequest, context: ProbeContext) -> tuple[type[Plugin], Selection]:
+        ref = self._registry.find(request.kind, request.name)
+        plugin = load(ref)
+        probe = probe_safely(plugin, context)
+        if not probe.ok:
+            raise PluginRefusedError(
+                f"{request.kind} {request.name!r} ({request.origin}) can't be used here: {probe.reason}",
+                found=probe.offered or None,
+                allowed=probe.wanted or None,
+                hint=f"Run: drivetrain explain --{KINDS[request.kind].key} {AUTO}",
+            )
+        others = [
+            _report(other, Outcome.NOT_ASKED, Probe.yes(f"{request.name!r} was asked for by name"))
+            for other in self._registry.candidates(request.kind)
+            if other != ref
+        ]
+        others += self._barred(request.kind)
+        asked = "is the default" if request.origin == "default" else f"was asked for by name ({request.origin})"
+        reason = f"{request.name!r} {asked}"
+        return plugin, Selection(
+            request.kind,
+            request.name,
+            request.origin,
+            ref,
+            dict(request.options),
+            reason,
+            (_report(ref, Outcome.CHOSEN, probe), *others),
+        )
+
+    def _choose_best(self, request: PartRequest, context: ProbeContext) -> tuple[type[Plugin], Selection]:
+        probed = [self._load_and_probe(ref, context) for ref in self._registry.candidates(request.kind)]
+        eligible = sorted((p for p in probed if p.probe.ok and p.plugin), key=self._rank)
+        if not eligible:
+            raise self._no_candidate(request, probed)
+        best = eligible[0]
+        assert best.plugin is not None
+        reports = [_report(best.ref, Outcome.CHOSEN, best.probe)]
+        reports += [_report(p.ref, Outcome.ELIGIBLE, p.probe) for p in eligible[1:]]
+        refused = [p for p in probed if not p.probe.ok]
+        reports += [
+            _report(p.ref, Outcome.BROKEN if p.probe.code == "broken" else Outcome.REFUSED, p.probe) for p in refused
+        ]
+        reports += self._barred(request.kind)
+        selection = Selection(
+            request.kind,
+            AUTO,
+            request.origin,
+            best.ref,
+            dict(request.options),
+            self._why(best, eligible, request.kind),
+            tuple(reports),
+            self._fallback(best, refused),
+        )
+        return best.plugin, selection
+
+    def _barred(self, kind: str) -> list[CandidateReport]:
+        return [_report(ref, Outcome.REFUSED, _not_allowed(ref)) for ref in self._registry.barred_candidates(kind)]
+
+    def _load_and_probe(self, ref: PluginRef, context: ProbeContext) -> _Probed:
+        try:
+            plugin = load(ref)
+        except PluginError as error:
+            return _Probed(ref, None, Probe.no("broken", error.what))
+        return _Probed(ref, plugin, probe_safely(plugin, context))
+
+    def _preference(self, ref: PluginRef) -> int:
+        preferred = self._preferences.get(ref.kind, ())
+        return preferred.index(ref.name) if ref.name in preferred else len(preferred)
+
+    def _rank(self, probed: _Probed) -> tuple[int, int, str, str]:
+        tier = probed.plugin.tier if probed.plugin else Tier.REFERENCE
+        return (self._preference(probed.ref), -tier, probed.ref.name, probed.ref.distribution)
+
+    def _why(self, best: _Probed, eligible: list[_Probed], kind: str) -> str:
+        if len(eligible) == 1:
+            return f"the only candidate that can work here: {best.probe.reason}"
+        if best.ref.name in self._preferences.get(kind, ()):
+            order = ", ".join(self._preferences[kind])
+            return f"first in the platform's order of preference ({order}) of those that can work here"
+        second = eligible[1]
+        assert best.plugin is not None
+        assert second.plugin is not None
+        if best.plugin.tier != second.plugin.tier:
+            return (
+                f"tier {best.plugin.tier.name.lower()} is above {second.plugin.tier.name.lower()} ({second.ref.name!r})"
+            )
+        return "first by name among equals"
+
+    def _fallback(self, best: _Probed, refused: list[_Probed]) -> str | None:
+        passed = [
+            p
+            for p in refused
+            if p.probe.code == "broken"
+            or (
+                p.ref.name in self._preferences.get(p.ref.kind, ())
+                and self._preference(p.ref) < self._preference(best.ref)
+            )
+        ]
+        if not passed:
+            return None
+        reasons = "; ".join(f"{p.ref.name!r}: {p.probe.reason}" for p in passed)
+        return f"{best.ref.kind} {best.ref.name!r} is used in place of {reasons}"
+
+    def _no_candidate(self, request: PartRequest, probed: list[_Probed]) -> NoCandidateError:
+        barred = [_Probed(ref, None, _not_allowed(ref)) for ref in self._registry.barred_candidates(request.kind)]
+        if not probed and not barred:
+            return NoCandidateError(
+                f"no plugin of kind {request.kind!r} is installed",
+                hint="Run: pip install drivetrain, and see drivetrain doctor",
+            )
+        reasons = "; ".join(f"{p.ref.name}: {p.probe.reason}" for p in (*probed, *barred))
+        return NoCandidateError(f"no plugin of kind {request.kind!r} can be used here ({reasons})")
+
+
+def _not_allowed(ref: PluginRef) -> Probe:
+    return Probe.no("not_allowed", f"plugins.allow does not name {ref.distribution}")
+
+
+def _report(ref: PluginRef, outcome: Outcome, probe: Probe) -> CandidateReport:
+    return CandidateReport(
+        ref.name, ref.distribution, ref.version, outcome, probe.code, probe.reason, probe.wanted, probe.offered
+    )

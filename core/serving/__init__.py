@@ -1,0 +1,1 @@
+"""Serving: requests, KV blocks, the step loop, sampling, text in and out."""

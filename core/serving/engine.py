@@ -1,0 +1,545 @@
+"""The serving loop: takes requests, runs one step at a time, gives out chunks. One thread; no locks, no sockets.
+
+A step, in the order it reads:
+
+    expire -> plan (the scheduler decides, blocks are given) -> prepare -> forward -> sample -> advance
+
+``advance`` is where requests change: tokens are appended, text comes out, sequences end.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from drivetrain.config import EngineSettings
+from drivetrain.contracts.scheduler import Candidate, Grant, RequestFacts, Scheduler, StepPlan, View
+from drivetrain.errors import EngineError, InvalidRequestError, PromptTooLongError
+from drivetrain.observers import Observers
+from drivetrain.serving.blocks import KVManager, SequenceBlocks
+from drivetrain.serving.metrics import EngineMetrics
+from drivetrain.serving.request import Request, RequestState
+from drivetrain.serving.runner import ModelRunner, Scheduled, StepInputs
+from drivetrain.serving.sampler import Sampled, Sampler, sequence_seed, token_logprobs
+from drivetrain.serving.text import IncrementalDecoder, TextStream
+from drivetrain.serving.types import Chunk, FinishReason, GenerationRequest, PromptInfo, TokenLogprob
+from drivetrain.serving.waiting import WaitingQueue
+
+_log = logging.getLogger("drivetrain")
+
+MakeDecoder = Callable[[Sequence[int], bool], IncrementalDecoder]
+"""(prompt token ids, skip special tokens) -> a decoder for what follows them."""
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What any request must keep to.
+
+    max_model_len: most tokens of prompt and output together.
+    vocab_size:    token ids are below it.
+    end_tokens:    the model's own end tokens.
+    """
+
+    max_model_len: int
+    vocab_size: int
+    end_tokens: frozenset[int]
+
+
+class Engine:
+    """Continuous batching over one model."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        kv: KVManager,
+        scheduler: Scheduler,
+        limits: EngineLimits,
+        settings: EngineSettings,
+        make_decoder: MakeDecoder,
+        observers: Observers | None = None,
+        metrics: EngineMetrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.runner = runner
+        self.kv = kv
+        self.scheduler = scheduler
+        self.limits = limits
+        self.settings = settings
+        self.metrics = metrics or EngineMetrics()
+        self._make_decoder = make_decoder
+        self._observers = observers or Observers(installed=False)
+        self._clock = clock
+        self._sampler = Sampler(limits.vocab_size, runner.device)
+        self._waiting = WaitingQueue()
+        self._running: dict[str, Request] = {}
+        self._sequences: dict[str, list[Request]] = {}
+        self._held: dict[str, list[Request]] = {}
+        self._num_held = 0  # counted along: the sum over all requests would grow with the queue
+        self._deadlines: list[tuple[float, str]] = []
+        self._numbers = itertools.count()
+        self._tells_states = self._observers.listens("request_changed_state")
+        self._tells_steps = self._observers.listens("step_done")
+
+    # --- requests in and out ---------------------------------------------------------------------------------------
+
+    def check(self, request: GenerationRequest, prompt: Sequence[int]) -> None:
+        """Raise a RequestError when the engine could never serve this. Changes nothing; any thread may call it."""
+        params = request.params
+        if not prompt:
+            raise InvalidRequestError("the prompt is empty", param="prompt", hint="Send at least one token.")
+        for name, tokens in (
+            ("prompt", prompt),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias),
+        ):
+            bad = next((t for t in tokens if type(t) is not int or not 0 <= t < self.limits.vocab_size), None)
+            if bad is not None:
+                raise InvalidRequestError(
+                    f"token id {bad!r} is outside the vocabulary",
+                    param=name,
+                    allowed=f"0..{self.limits.vocab_size - 1}",
+                )
+        room = self.limits.max_model_len - len(prompt)
+        if room < 1:
+            raise PromptTooLongError(
+                f"the prompt has {len(prompt)} tokens; with at least one new token this model takes "
+                f"{self.limits.max_model_len}",
+                param="prompt",
+                hint="Shorten the prompt.",
+            )
+        if params.max_tokens is not None and params.max_tokens > room:
+            raise PromptTooLongError(
+                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}: together more than the "
+                f"{self.limits.max_model_len} this model takes",
+                param="max_tokens",
+                hint=f"Set max_tokens to at most {room}.",
+            )
+
+    def add(self, request_id: str, request: GenerationRequest, prompt: Sequence[int]) -> list[Request]:
+        """Take a request; returns its n sequences. Raises what :meth:`check` raises, and then has taken nothing."""
+        self.check(request, prompt)
+        if request_id in self._sequences:
+            raise InvalidRequestError("a request with this id is under way", param="request_id", found=request_id)
+        now = self._clock()
+        timeouts = [t for t in (request.timeout_seconds, self.settings.timeout_seconds) if t is not None]
+        deadline = now + min(timeouts) if timeouts else None
+        seed = request.params.seed if request.params.seed is not None else secrets.randbits(63)
+        sequences: list[Request] = []
+        for index in range(request.params.n):
+            parent = sequences[0] if sequences else None
+            sequences.append(self._sequence(request_id, index, request, prompt, seed, now, deadline, parent))
+        self._waiting.push(sequences[0])
+        if len(sequences) > 1:
+            self._held[request_id] = sequences[1:]
+            self._num_held += len(sequences) - 1
+        self._sequences[request_id] = sequences
+        if deadline is not None:
+            heapq.heappush(self._deadlines, (deadline, request_id))
+        self.metrics.request_added(len(prompt))
+        return sequences
+
+    def _sequence(
+        self,
+        request_id: str,
+        index: int,
+        request: GenerationRequest,
+        prompt: Sequence[int],
+        seed: int,
+        now: float,
+        deadline: float | None,
+        parent: Request | None,
+    ) -> Request:
+        params = request.params
+        number = next(self._numbers)
+        decoder = self._make_decoder(prompt, params.skip_special_tokens)
+        room = self.limits.max_model_len - len(prompt)
+        sequence = Request(
+            request_id=request_id,
+            index=index,
+            tokens=list(prompt),
+            num_prompt_tokens=len(prompt),
+            params=params,
+            max_tokens=room if params.max_tokens is None else params.max_tokens,
+            seed=sequence_seed(seed, index),
+            priority=request.priority,
+            arrival_seconds=now,
+            sequence_number=number,
+            deadline_seconds=deadline,
+            text=TextStream(decoder, params.stop, params.include_stop),
+            end_tokens=self.limits.end_tokens,
+            parent=parent,
+            state=RequestState.WAITING if parent is None else RequestState.HELD,
+        )
+        sequence.key = self._key(sequence)
+        return sequence
+
+    def _key(self, request: Request) -> tuple[object, ...]:
+        return self.scheduler.key(
+            RequestFacts(
+                request.name,
+                request.arrival_seconds,
+                request.sequence_number,
+                request.priority,
+                request.num_prompt_tokens,
+            )
+        )
+
+    def cancel(self, request_id: str) -> list[Chunk]:
+        """End every sequence of a request that is still under way. Unknown ids are ignored: it may just have ended."""
+        return self._end_all(request_id, FinishReason.CANCELLED)
+
+    def fail_all(self, message: str) -> list[Chunk]:
+        """End everything with an error, after the loop itself has failed."""
+        ids = list(self._sequences)
+        return [chunk for request_id in ids for chunk in self._end_all(request_id, FinishReason.ERROR, message)]
+
+    def prompt_info(self, sequences: Sequence[Request]) -> PromptInfo:
+        """What is known of a request's prompt; complete once its first token is there."""
+        first = sequences[0]
+        wanted = first.params.prompt_logprobs is not None
+        return PromptInfo(
+            tuple(first.tokens[: first.num_prompt_tokens]),
+            tuple(first.prompt_logprobs) if wanted else None,
+            first.num_cached_tokens or 0,
+        )
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without blocks, those that wait for a sibling's prompt included."""
+        return len(self._waiting) + self._num_held
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    # --- the step --------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Chunk]:
+        """Advance every scheduled request once; returns what they gave. Never raises for one request's fault."""
+        started = self._clock()
+        chunks = self._expire(started)
+        scheduled = self._plan()
+        if not scheduled:
+            return chunks
+        try:
+            with torch.inference_mode():
+                self.runner.copy_blocks(self.kv)
+                inputs = self.runner.prepare(scheduled, self.kv)
+                logits_NV = self.runner.forward(inputs)
+                self._score_prompts(inputs, logits_NV)
+                sampled = self._sampler.sample(logits_NV[: len(inputs.sampling)], inputs.sampling)
+        except Exception as error:  # a plugin's code; its requests end with the error, others go on
+            return chunks + self._fail_step(scheduled, error)
+        chunks += self._advance(scheduled, inputs.sampling, sampled)
+        self._note_step(started, scheduled)
+        return chunks
+
+    def _expire(self, now: float) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_id = heapq.heappop(self._deadlines)
+            deadline = self._sequences[request_id][0].deadline_seconds if request_id in self._sequences else None
+            # The id may have ended and come back: then this deadline was another request's.
+            if deadline is not None and deadline <= now:
+                chunks += self._end_all(request_id, FinishReason.TIMEOUT)
+        return chunks
+
+    def _plan(self) -> list[Scheduled]:
+        """Ask the scheduler, then give blocks in its order."""
+        if not self._running and not self._waiting:
+            return []
+        running = sorted(self._running.values(), key=lambda request: request.key)
+        view = View([request.candidate() for request in running], self._waiting.peek_in_order(self._newcomer))
+        try:
+            plan = self.scheduler.plan(view)
+            self._check_plan(plan)
+            for name in plan.preempt:
+                self._preempt(self._running[name])
+            return self._give_blocks(plan.grants)
+        finally:
+            self._waiting.put_back()
+
+    def _newcomer(self, request: Request) -> Candidate:
+        """A waiting request as the scheduler sees it: what the cache holds already costs none of the step's tokens."""
+        return Candidate(request.name, request.key, len(request.tokens) - self._num_reusable(request))
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        limits = self.scheduler.limits()
+        names = [grant.request_id for grant in plan.grants]
+        total = sum(grant.num_tokens for grant in plan.grants)
+        problem = None
+        if len(set(names)) != len(names):
+            problem = "a request is granted twice"
+        elif len({*names, *plan.preempt}) != len(names) + len(plan.preempt):
+            problem = "a request is preempted twice, or preempted and granted at once"
+        elif any(grant.num_tokens < 1 for grant in plan.grants):
+            problem = "a grant of less than one token"
+        elif total > limits.max_batched_tokens:
+            problem = f"{total} tokens are granted, over max_batched_tokens {limits.max_batched_tokens}"
+        elif not plan.grants:
+            problem = "nothing is granted although requests are there"
+        elif any(name not in self._running for name in plan.preempt):
+            problem = "a request is preempted that does not run"
+        elif any(name not in self._running and name not in self._waiting for name in names):
+            problem = "a request is granted that neither runs nor waits"
+        else:
+            newcomers = sum(name in self._waiting for name in names)
+            if len(self._running) - len(plan.preempt) + newcomers > limits.max_running:
+                problem = f"more than max_running {limits.max_running} requests would run"
+        if problem:
+            raise EngineError(f"scheduler {type(self.scheduler).__name__} made an impossible plan: {problem}")
+
+    def _give_blocks(self, grants: Sequence[Grant]) -> list[Scheduled]:
+        scheduled: dict[str, Scheduled] = {}
+        was_running = set(self._running)
+        is_admitting = True
+        for grant in grants:
+            request = self._running.get(grant.request_id)
+            if request is not None:
+                num_running = len(self._running)
+                num_tokens = min(grant.num_tokens, request.pending_tokens)
+                if self._make_room(request, num_tokens, scheduled):
+                    scheduled[request.name] = Scheduled(request, num_tokens)
+                # Blocks that someone gave up are not for a newcomer: it would be the next to give them up.
+                is_admitting = is_admitting and len(self._running) == num_running
+                continue
+            waiting = self._waiting.get(grant.request_id)
+            if waiting is None or grant.request_id in was_running or not is_admitting:
+                continue  # it gave way a moment ago, or one before it found too few blocks
+            tokens = self._admit(waiting, grant.num_tokens)
+            if tokens > 0:
+                scheduled[waiting.name] = Scheduled(waiting, tokens)
+            is_admitting = tokens > 0
+        return list(scheduled.values())
+
+    def _make_room(self, request: Request, num_tokens: int, scheduled: dict[str, Scheduled]) -> bool:
+        """Blocks for a running request; the one last in order gives way, be it the request itself."""
+        assert request.blocks is not None
+        while not self.kv.extend(request.blocks, request.num_computed, num_tokens):
+            last = max(self._running.values(), key=lambda other: other.key)
+            scheduled.pop(last.name, None)
+            self._preempt(last)
+            if last is request:
+                return False
+        return True
+
+    def _admit(self, request: Request, num_tokens: int) -> int:
+        """Let a waiting request run if its first tokens find blocks; returns how many tokens it may compute."""
+        blocks = self.kv.open()
+        computed = self._reuse(request, blocks)
+        num_tokens = min(num_tokens, len(request.tokens) - computed)
+        if not self.kv.extend(blocks, computed, num_tokens):
+            self.kv.close(blocks)
+            return 0
+        self._waiting.remove(request)
+        request.blocks = blocks
+        request.num_computed = computed
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = min(computed, request.num_prompt_tokens)
+            self.metrics.prompt_looked_up(request.num_prompt_tokens, request.num_cached_tokens)
+            self.metrics.queue_seconds(self._clock() - request.arrival_seconds)
+        self._move(request, RequestState.RUNNING)
+        self._running[request.name] = request
+        return num_tokens
+
+    def _reuse(self, request: Request, blocks: SequenceBlocks) -> int:
+        """Start from a sibling's blocks or from the prefix cache; returns the tokens that need no computing."""
+        if request.wants_prompt_logprobs:
+            return 0  # every prompt position has to be computed to be scored
+        parent = self._forkable_parent(request)
+        if parent is not None:
+            self.kv.fork(parent, blocks, request.num_prompt_tokens)
+            return request.num_prompt_tokens - 1
+        return self.kv.adopt_prefix(blocks, request.tokens, request.hashes)
+
+    def _num_reusable(self, request: Request) -> int:
+        """What :meth:`_reuse` would return. Changes nothing."""
+        if request.wants_prompt_logprobs:
+            return 0
+        if self._forkable_parent(request) is not None:
+            return request.num_prompt_tokens - 1
+        return self.kv.num_cached(request.tokens, request.hashes)
+
+    def _forkable_parent(self, request: Request) -> SequenceBlocks | None:
+        """The blocks of the first of n sequences, while they still hold the whole prompt that the others start from."""
+        parent, length = request.parent, request.num_prompt_tokens
+        if parent is None or parent.blocks is None or parent.num_computed < length or len(request.tokens) > length:
+            return None
+        return parent.blocks if self.kv.can_fork(parent.blocks, length - 1) else None
+
+    def _preempt(self, request: Request) -> None:
+        """Take a running request's blocks; it waits in its old place and computes again what it lost."""
+        self._release_blocks(request)
+        self._move(request, RequestState.PREEMPTED)
+        self._waiting.push(request)
+        self.metrics.preempted()
+
+    # --- after the model -------------------------------------------------------------------------------------------
+
+    def _score_prompts(self, inputs: StepInputs, logits_NV: torch.Tensor) -> None:
+        for request, row, position, count in inputs.prompt_rows:
+            if not request.prompt_logprobs:
+                request.prompt_logprobs.append(None)
+            if position + 1 < len(request.prompt_logprobs):
+                # Computed again after a preemption: these positions have been scored.
+                done = len(request.prompt_logprobs) - position - 1
+                row, position, count = row + done, position + done, count - done
+            if count > 0:
+                tokens = request.tokens[position + 1 : position + 1 + count]
+                most = request.params.prompt_logprobs or 0
+                request.prompt_logprobs += token_logprobs(logits_NV[row : row + count], tokens, most)
+
+    def _advance(self, scheduled: Sequence[Scheduled], sampling: Sequence[Request], sampled: Sampled) -> list[Chunk]:
+        for item in scheduled:
+            request = item.request
+            assert request.blocks is not None
+            old = request.num_computed
+            request.num_computed = old + item.num_tokens
+            self.kv.computed(request.blocks, request.tokens, request.hashes, old, request.num_computed)
+        chunks: list[Chunk] = []
+        now = self._clock()
+        for row, request in enumerate(sampling):
+            if request.num_prompt_tokens == 1 and request.wants_prompt_logprobs:
+                request.prompt_logprobs.append(None)
+            self._release_held(request)
+            if not sampled.is_sound[row]:
+                message = "the model's scores are not finite (NaN or infinity); its weights or a kernel are at fault"
+                assert request.blocks is not None
+                self.kv.distrust(request.blocks)
+                chunks.append(self._end(request, FinishReason.ERROR, error=message))
+                continue
+            chunks.append(self._append_token(request, sampled.token_ids[row], sampled.logprobs[row], now))
+        return chunks
+
+    def _append_token(self, request: Request, token: int, logprob: TokenLogprob | None, now: float) -> Chunk:
+        """The new token's effect: text, and perhaps the sequence's end."""
+        request.tokens.append(token)
+        self._note_token(request, now)
+        logprobs = (logprob,) if logprob is not None else None
+        may_stop = request.num_output_tokens > request.params.min_tokens
+        is_end = token in request.end_tokens and not request.params.ignore_eos
+        if may_stop and (is_end or token in request.params.stop_token_ids):
+            # An end token is no text; what was held back before it is.
+            return self._end(
+                request, FinishReason.STOP, token=token, logprobs=logprobs, stop_reason=None if is_end else token
+            )
+        try:
+            text = request.text.push((token,), may_stop=may_stop)
+        except Exception as error:  # a tokenizer's code; only this sequence ends with the error
+            message = _decoding_failed(request, error)
+            return self._end(request, FinishReason.ERROR, token=token, logprobs=logprobs, error=message)
+        if request.text.stopped_by is not None:
+            stop = request.text.stopped_by
+            return self._end(request, FinishReason.STOP, text=text, token=token, logprobs=logprobs, stop_reason=stop)
+        if request.num_output_tokens >= request.max_tokens:
+            return self._end(request, FinishReason.LENGTH, text=text, token=token, logprobs=logprobs)
+        return Chunk(request.request_id, request.index, text, (token,), logprobs)
+
+    def _end(
+        self,
+        request: Request,
+        reason: FinishReason,
+        *,
+        text: str = "",
+        token: int | None = None,
+        logprobs: tuple[TokenLogprob, ...] | None = None,
+        stop_reason: str | int | None = None,
+        error: str | None = None,
+    ) -> Chunk:
+        """Every way out of the engine: free what the sequence holds, and say why it ended."""
+        if reason is not FinishReason.ERROR:
+            try:
+                text += request.text.flush()
+            except Exception as fault:  # a tokenizer's code; it must not keep the sequence from ending
+                reason, error = FinishReason.ERROR, _decoding_failed(request, fault)
+        self._take_away(request)
+        self._move(request, RequestState.FINISHED)
+        request.finish_reason, request.stop_reason = reason, stop_reason
+        self._release_held(request)
+        self._sampler.forget(request)
+        siblings = self._sequences[request.request_id]
+        if all(sibling.is_finished for sibling in siblings):
+            del self._sequences[request.request_id]
+        self.metrics.request_finished(reason, self._clock() - request.arrival_seconds)
+        tokens = () if token is None else (token,)
+        return Chunk(request.request_id, request.index, text, tokens, logprobs, reason, stop_reason, error)
+
+    def _end_all(self, request_id: str, reason: FinishReason, error: str | None = None) -> list[Chunk]:
+        # Held siblings first: ending the parent would otherwise let them go and wait.
+        sequences = reversed(self._sequences.get(request_id, []))
+        return [self._end(sequence, reason, error=error) for sequence in list(sequences) if not sequence.is_finished]
+
+    def _fail_step(self, scheduled: Sequence[Scheduled], error: Exception) -> list[Chunk]:
+        """A step broke: what it worked on ends with the error; everything else is untouched."""
+        _log.error("a step failed with %s: %s", type(error).__name__, error, exc_info=error)
+        self.metrics.step_failed()
+        self.kv.take_copies()
+        message = f"the engine failed while it worked on this request: {type(error).__name__}: {error}"
+        ids = dict.fromkeys(item.request.request_id for item in scheduled)
+        return [chunk for request_id in ids for chunk in self._end_all(request_id, FinishReason.ERROR, message)]
+
+    # --- small moves -----------------------------------------------------------------------------------------------
+
+    def _take_away(self, request: Request) -> None:
+        """Take a sequence that ends from wherever it is."""
+        if request.state is RequestState.RUNNING:
+            self._release_blocks(request)
+        elif request.state is RequestState.HELD:
+            self._held[request.request_id].remove(request)
+            self._num_held -= 1
+            if not self._held[request.request_id]:
+                del self._held[request.request_id]
+        else:
+            self._waiting.remove(request)
+
+    def _release_blocks(self, request: Request) -> None:
+        assert request.blocks is not None
+        self.kv.close(request.blocks)
+        request.blocks = None
+        request.num_computed = 0
+        del self._running[request.name]
+
+    def _release_held(self, parent: Request) -> None:
+        """The prompt is computed, or never will be: siblings that waited for it join the queue."""
+        if parent.index == 0:
+            for sibling in self._held.pop(parent.request_id, ()):
+                self._num_held -= 1
+                self._move(sibling, RequestState.WAITING)
+                self._waiting.push(sibling)
+
+    def _move(self, request: Request, state: RequestState) -> None:
+        old = request.state
+        request.move(state)
+        if self._tells_states:
+            self._observers.notify("request_changed_state", request=request, old=old, new=state)
+
+    def _note_token(self, request: Request, now: float) -> None:
+        if request.first_token_seconds is None:
+            request.first_token_seconds = now - request.arrival_seconds
+            self.metrics.first_token(request.first_token_seconds)
+        elif request.last_token_seconds is not None:
+            self.metrics.next_token(now - request.last_token_seconds)
+        request.last_token_seconds = now
+
+    def _note_step(self, started: float, scheduled: Sequence[Scheduled]) -> None:
+        seconds = self._clock() - started
+        num_tokens = sum(item.num_tokens for item in scheduled)
+        self.metrics.step(seconds, num_tokens, self.num_running, self.num_waiting, self.kv.usage)
+        if self._tells_steps:
+            self._observers.notify("step_done", seconds=seconds, num_tokens=num_tokens, num_running=self.num_running)
+
+
+def _decoding_failed(request: Request, error: Exception) -> str:
+    _log.error("the text of %s could not be decoded", request.name, exc_info=error)
+    return f"the tokens could not be turned into text: {type(error).__name__}: {error}"

@@ -1,0 +1,291 @@
+"""The thread that steps an engine, with an inbox before it and one receiver a request behind it.
+
+Everything that drives an engine, synchronous or asynchronous, does so through :class:`EngineLoop`; only how chunks are
+received differs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from drivetrain.assembly import ServingStack
+from drivetrain.errors import DrainingError, InvalidRequestError, QueueFullError, RequestFailedError
+from drivetrain.serving.request import Request
+from drivetrain.serving.types import Chunk, FinishReason, GenerationRequest, PromptInfo
+
+_log = logging.getLogger("drivetrain")
+
+
+@dataclass(frozen=True)
+class Health:
+    """Whether the loop makes progress, not just whether it lives.
+
+    state:                  idle, busy, stalled (a step takes longer than ``stall_seconds``), draining or failed.
+    seconds_since_progress: since the loop last finished a step or had nothing to do.
+    error:                  why it failed.
+    """
+
+    state: str
+    running: int
+    waiting: int
+    seconds_since_progress: float
+    error: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.state in ("idle", "busy")
+
+
+@dataclass
+class Ticket:
+    """A request on its way through the loop.
+
+    receive:       called in the loop's thread with each step's chunks of this request.
+    open_indexes:  the sequences that have not given their last chunk.
+    """
+
+    request_id: str
+    request: GenerationRequest
+    prompt: tuple[int, ...]
+    receive: Callable[[Ticket, list[Chunk]], None]
+    sequences: list[Request] = field(default_factory=list)
+    prompt_info: PromptInfo | None = None
+    open_indexes: set[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.open_indexes = set(range(self.request.params.n))
+
+
+class EngineLoop:
+    """Steps an engine in a thread of its own. ``submit`` and ``cancel`` may be called from any thread."""
+
+    def __init__(self, stack: ServingStack) -> None:
+        self.stack = stack
+        self.engine = stack.engine
+        self._wake = threading.Condition()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._num_unread = 0
+        self._tickets: dict[str, Ticket] = {}
+        self._numbers = itertools.count()
+        self._is_draining = False
+        self._is_stopping = False
+        self._failure: str | None = None
+        self._thread: threading.Thread | None = None
+        self._last_progress = time.monotonic()
+
+    # --- life ------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the thread. Calling it again does nothing."""
+        with self._wake:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="drivetrain-engine", daemon=True)
+                self._thread.start()
+
+    def refuse_new(self) -> None:
+        """From here on, ``submit`` raises DrainingError."""
+        self._is_draining = True
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._inbox and not self._tickets
+
+    def shutdown(self) -> None:
+        """End what is left as cancelled and stop the thread. Safe to call twice.
+
+        A step that does not return within ``stall_seconds`` is left to itself, and all that is left ends with an error.
+        """
+        with self._wake:
+            self._is_draining = True
+            self._is_stopping = True
+            self._wake.notify()
+        if self._thread is None:
+            self._end_everything(None)
+        elif self._thread is not threading.current_thread():
+            self._thread.join(self.engine.settings.stall_seconds)
+            if self._thread.is_alive():
+                _log.critical("a step does not return; the engine's thread is left behind")
+                self._give_up("the engine was stopped while a step did not return")
+
+    def health(self) -> Health:
+        since = 0.0 if self.is_empty else time.monotonic() - self._last_progress
+        running, waiting = self.engine.num_running, self.engine.num_waiting
+        if self._failure is not None:
+            state = "failed"
+        elif self._is_draining:
+            state = "draining"
+        elif self.is_empty:
+            state = "idle"
+        else:
+            state = "stalled" if since > self.engine.settings.stall_seconds else "busy"
+        return Health(state, running, waiting, since, self._failure)
+
+    # --- requests --------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        request: GenerationRequest,
+        receive: Callable[[Ticket, list[Chunk]], None],
+        *,
+        is_bounded: bool = True,
+    ) -> Ticket:
+        """Check, tokenize and queue a request. Raises a RequestError; after that, every sequence ends with a chunk that
+        has a finish reason, whatever happens.
+
+        is_bounded: whether ``max_waiting`` applies.
+        """
+        self._check_open()
+        _check_timing(request)
+        prompt = self._token_ids(request)
+        self.engine.check(request, prompt)
+        ticket = Ticket(f"req-{next(self._numbers)}", request, prompt, receive)
+        with self._wake:
+            self._check_open()  # again: now nothing can close before the request is in the inbox
+            if self.is_empty:
+                self._last_progress = time.monotonic()  # until now there was nothing to do
+            waiting = self.engine.num_waiting + self._num_unread
+            if is_bounded and waiting >= self.engine.settings.max_waiting:
+                raise QueueFullError(
+                    f"{waiting} requests wait already, and engine.max_waiting is {self.engine.settings.max_waiting}",
+                    hint="Try again later.",
+                )
+            self._num_unread += 1
+            self._tickets[ticket.request_id] = ticket
+            self._post(lambda: self._take(ticket))
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End a request that is still under way; its sequences end as ``cancelled``. Safe to call at any time."""
+        with self._wake:
+            if ticket.request_id in self._tickets:
+                self._post(lambda: self._deliver(self.engine.cancel(ticket.request_id)))
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise RequestFailedError("the engine has failed", hint=f"Its error was: {self._failure}")
+        if self._is_draining:
+            raise DrainingError("the server is draining and takes no new requests", hint="Send it to another replica.")
+
+    def _post(self, command: Callable[[], None]) -> None:
+        self._inbox.append(command)
+        self._wake.notify()
+
+    def _token_ids(self, request: GenerationRequest) -> tuple[int, ...]:
+        if isinstance(request.prompt, str):
+            return tuple(self.stack.tokenizer.encode(request.prompt, add_special_tokens=request.add_special_tokens))
+        return tuple(request.prompt)
+
+    # --- the thread ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        import torch
+
+        # The thread count is kept for each thread by OpenMP: take over what the platform set when it was activated.
+        torch.set_num_threads(torch.get_num_threads())
+        try:
+            while self._wait_for_work():
+                self._drain_inbox()
+                if self.engine.has_work:
+                    self._deliver(self.engine.step())
+                self._last_progress = time.monotonic()
+        except BaseException as error:
+            _log.critical("the engine's loop failed", exc_info=error)
+            self._failure = f"{type(error).__name__}: {error}"
+            self._end_everything(f"the engine failed: {self._failure}")
+            if not isinstance(error, Exception):
+                raise
+        else:
+            self._end_everything(None)
+
+    def _wait_for_work(self) -> bool:
+        """Sleep until there is something to do; False when it is time to stop."""
+        with self._wake:
+            if not self._inbox and not self.engine.has_work:
+                self.engine.metrics.levels(0, 0, self.engine.kv.usage)
+            while not self._inbox and not self.engine.has_work and not self._is_stopping:
+                self._wake.wait()
+                self._last_progress = time.monotonic()
+            return not self._is_stopping
+
+    def _drain_inbox(self) -> None:
+        # Only what is there now: a flood of arrivals must not keep the running requests from their next step.
+        for _ in range(len(self._inbox)):
+            self._inbox.popleft()()
+
+    def _take(self, ticket: Ticket) -> None:
+        with self._wake:
+            self._num_unread -= 1
+        try:
+            ticket.sequences = self.engine.add(ticket.request_id, ticket.request, ticket.prompt)
+        except Exception as error:  # a tokenizer's or a scheduler's code; only this request ends with it
+            _log.error("request %s could not be taken", ticket.request_id, exc_info=error)
+            self._deliver(_failed(ticket, f"the engine could not take the request: {type(error).__name__}: {error}"))
+
+    def _deliver(self, chunks: Sequence[Chunk]) -> None:
+        grouped: dict[str, list[Chunk]] = {}
+        for chunk in chunks:
+            grouped.setdefault(chunk.request_id, []).append(chunk)
+        for request_id, own in grouped.items():
+            ticket = self._tickets.get(request_id)
+            if ticket is None:
+                continue  # given up by shutdown, and then the step did return
+            if ticket.prompt_info is None and ticket.sequences:
+                # The first chunk comes with the first token: from here on nothing about the prompt changes.
+                ticket.prompt_info = self.engine.prompt_info(ticket.sequences)
+            ticket.open_indexes -= {chunk.index for chunk in own if chunk.finish_reason is not None}
+            if not ticket.open_indexes:
+                del self._tickets[request_id]
+            try:
+                ticket.receive(ticket, own)
+            except Exception as error:  # the caller's code; nobody else's request may suffer from it
+                _log.error("the receiver of %s failed; the request is cancelled", request_id, exc_info=error)
+                self.cancel(ticket)
+
+    def _end_everything(self, error: str | None) -> None:
+        with self._wake:
+            self._is_draining = True
+            try:
+                if error is None:
+                    self._drain_inbox()
+                    for request_id in list(self._tickets):
+                        self._deliver(self.engine.cancel(request_id))
+                else:
+                    self._deliver(self.engine.fail_all(error))
+            except Exception as fault:
+                # The books themselves are broken; what matters now is that nobody waits for ever.
+                _log.critical("the engine could not end its requests", exc_info=fault)
+                error = error or f"the engine could not stop: {type(fault).__name__}: {fault}"
+            self._give_up(error or "the engine was stopped")
+
+    def _give_up(self, message: str) -> None:
+        """End what still has no end, without touching the engine."""
+        with self._wake:
+            self._inbox.clear()
+            for ticket in list(self._tickets.values()):
+                self._deliver(_failed(ticket, message))
+
+    def stats(self) -> dict[str, Any]:
+        """The engine's counters as plain numbers."""
+        return self.engine.metrics.snapshot()
+
+
+def _failed(ticket: Ticket, message: str) -> list[Chunk]:
+    return [
+        Chunk(ticket.request_id, index, "", (), finish_reason=FinishReason.ERROR, error=message)
+        for index in sorted(ticket.open_indexes)
+    ]
+
+
+def _check_timing(request: GenerationRequest) -> None:
+    timeout = request.timeout_seconds
+    if timeout is not None and not (isinstance(timeout, int | float) and 0 < timeout < float("inf")):
+        raise InvalidRequestError("timeout_seconds must be a number > 0", param="timeout_seconds", found=timeout)
+    if isinstance(request.priority, bool) or not isinstance(request.priority, int):
+        raise InvalidRequestError("priority must be an integer", param="priority", found=request.priority)

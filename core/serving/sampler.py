@@ -1,0 +1,251 @@
+"""From logits to tokens, for all sequences of a step at once, each with its own settings.
+
+The random draw of a sequence depends on its seed and on how many tokens it has, and on nothing else: equal seeds give
+equal output whatever runs beside it, and a preempted sequence goes on as if it had not been.
+
+Shapes: S sequences; V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from drivetrain.serving.request import Request
+from drivetrain.serving.types import SamplingParams, TokenLogprob
+
+_MASK64 = (1 << 64) - 1
+_TOP_P_FIRST_TRY = 256
+_LEAST_TEMPERATURE = 1e-30
+"""Anything less is no normal float32, and draws the most likely token just the same."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One step's tokens, in the order of the requests.
+
+    logprobs: None for sequences that did not ask.
+    is_sound: False where the model gave no number at all (NaN), so that no token could be chosen.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob | None]
+    is_sound: list[bool]
+
+
+def uniform(seed: int, index: int) -> float:
+    """The ``index``-th number in [0, 1) of the stream named ``seed`` (SplitMix64, Steele et al. 2014, 53 bits)."""
+    state = (seed + (index + 1) * 0x9E3779B97F4A7C15) & _MASK64
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return ((state ^ (state >> 31)) >> 11) / (1 << 53)
+
+
+def sequence_seed(seed: int, index: int) -> int:
+    """Seed of the ``index``-th of n sequences, so that they differ and the first does not depend on n."""
+    return (seed + index * 0xD1342543DE82EF95) & _MASK64
+
+
+class Sampler:
+    """Chooses tokens. Keeps, for sequences with penalties, how often each token has appeared."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._counts: dict[str, _TokenCounts] = {}
+
+    def forget(self, request: Request) -> None:
+        """Drop what is kept of a finished sequence."""
+        self._counts.pop(request.name, None)
+
+    @property
+    def num_tracked(self) -> int:
+        return len(self._counts)
+
+    def sample(self, logits_SV: torch.Tensor, requests: Sequence[Request]) -> Sampled:
+        """One token a request. ``logits_SV`` are the model's own scores and are not changed."""
+        if not requests:
+            return Sampled([], [], [])
+        scores_SV = logits_SV.float()
+        best_S, token_S = scores_SV.max(dim=-1)
+        if any(_is_adjusted(request) for request in requests):
+            adjusted_SV = self._adjust(scores_SV, requests)
+            token_S = adjusted_SV.argmax(dim=-1)
+        else:
+            adjusted_SV = scores_SV
+        drawn = [row for row, request in enumerate(requests) if not request.params.is_greedy]
+        if drawn:
+            rows = torch.tensor(drawn, device=self._device)
+            token_S = token_S.index_copy(0, rows, self._draw(adjusted_SV[rows], [requests[row] for row in drawn]))
+        sound = best_S.isfinite().tolist()
+        tokens = token_S.tolist()
+        return Sampled(tokens, self._logprobs(scores_SV, tokens, requests), sound)
+
+    # --- scores ----------------------------------------------------------------------------------------------------
+
+    def _adjust(self, scores_SV: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+        """Penalties, bias and forbidden tokens, on a copy."""
+        scores_SV = scores_SV.clone()
+        for row, request in enumerate(requests):
+            params = request.params
+            if _has_penalty(params):
+                self._penalize(scores_SV[row], request)
+            if params.logit_bias:
+                tokens = torch.tensor(list(params.logit_bias), device=self._device)
+                scores_SV[row, tokens] += torch.tensor(list(params.logit_bias.values()), device=self._device)
+            if request.num_output_tokens < params.min_tokens:
+                ends = () if params.ignore_eos else request.end_tokens
+                # Configurations name end tokens that the model has no scores for.
+                forbidden = [token for token in (*ends, *params.stop_token_ids) if token < scores_SV.shape[-1]]
+                scores_SV[row, forbidden] = -math.inf
+        return scores_SV
+
+    def _penalize(self, scores_V: torch.Tensor, request: Request) -> None:
+        params = request.params
+        counts = self._counts.get(request.name)
+        if counts is None:
+            counts = self._counts[request.name] = _TokenCounts(self._vocab_size, self._device)
+        counts.catch_up(request)
+        if params.repetition_penalty != 1:
+            seen_V = counts.in_prompt_V | (counts.in_output_V > 0)
+            penalized_V = torch.where(
+                scores_V > 0, scores_V / params.repetition_penalty, scores_V * params.repetition_penalty
+            )
+            scores_V.copy_(torch.where(seen_V, penalized_V, scores_V))
+        scores_V -= params.frequency_penalty * counts.in_output_V
+        scores_V -= params.presence_penalty * (counts.in_output_V > 0)
+
+    # --- draws -----------------------------------------------------------------------------------------------------
+
+    def _draw(self, scores_SV: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+        """Draw from each row's distribution by inverting its cumulative sum at one uniform number."""
+        probs_SV = distributions(scores_SV, [request.params for request in requests])
+        cumulative_SV = probs_SV.double().cumsum(dim=-1)
+        draws = [uniform(request.seed, request.num_output_tokens) for request in requests]
+        points_S1 = torch.tensor(draws, dtype=torch.float64, device=self._device).unsqueeze(1) * cumulative_SV[:, -1:]
+        return torch.searchsorted(cumulative_SV, points_S1, right=True).squeeze(1).clamp_(max=probs_SV.shape[-1] - 1)
+
+    # --- log-probabilities -----------------------------------------------------------------------------------------
+
+    def _logprobs(
+        self, scores_SV: torch.Tensor, tokens: Sequence[int], requests: Sequence[Request]
+    ) -> list[TokenLogprob | None]:
+        wanted = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
+        result: list[TokenLogprob | None] = [None] * len(requests)
+        if wanted:
+            most = max(requests[row].params.logprobs or 0 for row in wanted)
+            found = token_logprobs(scores_SV[wanted], [tokens[row] for row in wanted], most)
+            for row, entry in zip(wanted, found, strict=True):
+                count = requests[row].params.logprobs or 0
+                result[row] = TokenLogprob(entry.token_id, entry.logprob, entry.rank, entry.top[:count])
+        return result
+
+
+class _TokenCounts:
+    """Which tokens a sequence's prompt has, and how often each is in its output. Grows with the sequence."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self.in_prompt_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        self.in_output_V = torch.zeros(vocab_size, dtype=torch.int32, device=device)
+        self._num_counted = 0
+
+    def catch_up(self, request: Request) -> None:
+        if self._num_counted == 0:
+            self.in_prompt_V[request.tokens[: request.num_prompt_tokens]] = True
+            self._num_counted = request.num_prompt_tokens
+        for token in request.tokens[self._num_counted :]:
+            self.in_output_V[token] += 1
+        self._num_counted = len(request.tokens)
+
+
+def _has_penalty(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0
+
+
+def _is_adjusted(request: Request) -> bool:
+    params = request.params
+    return _has_penalty(params) or bool(params.logit_bias) or request.num_output_tokens < params.min_tokens
+
+
+def distributions(scores_SV: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """The distribution each row is drawn from, float32 [S, V]: temperature, then top-k, top-p and min-p.
+
+    Each filter works on the distribution that the one before left, as in transformers' logits warpers.
+    """
+    device = scores_SV.device
+    temperatures = [max(p.temperature or 1.0, _LEAST_TEMPERATURE) for p in params]
+    # Distances from the best score have the same distribution, and no temperature turns them into infinity - infinity.
+    best_S1 = scores_SV.amax(dim=-1, keepdim=True)
+    scores_SV = (scores_SV - best_S1) / torch.tensor(temperatures, device=device).unsqueeze(1)
+    if any(p.top_k > 0 for p in params):
+        scores_SV = _keep_top_k(scores_SV, [p.top_k for p in params])
+    probs_SV = scores_SV.softmax(dim=-1)
+    if any(p.top_p < 1 for p in params):
+        probs_SV = _keep_top_p(probs_SV, torch.tensor([p.top_p for p in params], device=device))
+    if any(p.min_p > 0 for p in params):
+        min_p_S1 = torch.tensor([p.min_p for p in params], device=device).unsqueeze(1)
+        floor_S1 = probs_SV.amax(dim=-1, keepdim=True) * min_p_S1
+        probs_SV = _renormalized(probs_SV.masked_fill(probs_SV < floor_S1, 0))
+    return probs_SV
+
+
+def _renormalized(probs_SV: torch.Tensor) -> torch.Tensor:
+    return probs_SV / probs_SV.sum(dim=-1, keepdim=True)
+
+
+def _keep_top_k(scores_SV: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    vocab_size = scores_SV.shape[-1]
+    kept = [min(count, vocab_size) if count > 0 else vocab_size for count in counts]
+    most = max(count for count in kept if count < vocab_size) if min(kept) < vocab_size else 0
+    if most == 0:
+        return scores_SV
+    best_SK = scores_SV.topk(most, dim=-1).values
+    last_S1 = torch.tensor([min(count, most) - 1 for count in kept], device=scores_SV.device).unsqueeze(1)
+    floor_S1 = best_SK.gather(1, last_S1)
+    unlimited_S1 = torch.tensor([count == vocab_size for count in kept], device=scores_SV.device).unsqueeze(1)
+    return scores_SV.masked_fill((scores_SV < floor_S1) & ~unlimited_S1, -math.inf)
+
+
+def _keep_top_p(probs_SV: torch.Tensor, top_p_S: torch.Tensor) -> torch.Tensor:
+    """Keep the most likely tokens up to and including the one that brings their sum to p.
+
+    Sorting a whole vocabulary is slow, and the mass nearly always lies in a few tokens: take those first, and more only
+    when they do not reach p.
+    """
+    vocab_size = probs_SV.shape[-1]
+    limited_S = top_p_S < 1
+    count = min(_TOP_P_FIRST_TRY, vocab_size)
+    while True:
+        best_SK, token_SK = probs_SV.topk(count, dim=-1)
+        before_SK = best_SK.cumsum(dim=-1) - best_SK
+        reached = (before_SK[:, -1] >= top_p_S) | ~limited_S
+        if count == vocab_size or bool(reached.all()):
+            break
+        count = min(count * 8, vocab_size)
+    # The most likely token stays whatever p is.
+    keep_SK = before_SK < top_p_S.unsqueeze(1)
+    keep_SK[:, 0] = True
+    kept_SV = torch.zeros_like(probs_SV).scatter(1, token_SK, best_SK * keep_SK)
+    return torch.where(limited_S.unsqueeze(1), _renormalized(kept_SV), probs_SV)
+
+
+def token_logprobs(scores_NV: torch.Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
+    """Log-probability and rank of one token a row, and the ``count`` most likely tokens there."""
+    logprobs_NV = scores_NV.float().log_softmax(dim=-1)
+    token_N1 = torch.tensor(list(tokens), device=scores_NV.device).unsqueeze(1)
+    chosen_N1 = logprobs_NV.gather(1, token_N1)
+    rank_N = (logprobs_NV > chosen_N1).sum(dim=-1) + 1
+    if count > 0:
+        best = logprobs_NV.topk(min(count, logprobs_NV.shape[-1]), dim=-1)
+        values, ids = best.values.tolist(), best.indices.tolist()
+    else:
+        values = ids = [[] for _ in tokens]
+    return [
+        TokenLogprob(token, logprob, rank, tuple(zip(row_ids, row_values, strict=True)))
+        for token, logprob, rank, row_ids, row_values in zip(
+            tokens, chosen_N1.squeeze(1).tolist(), rank_N.tolist(), ids, values, strict=True
+        )
+    ]

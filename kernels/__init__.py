@@ -1,0 +1,1 @@
+"""Kernel providers and their sources."""

@@ -1,0 +1,1 @@
+"""Attention backends: how keys and values are kept, and attention over them."""

@@ -1,0 +1,1 @@
+"""Checkpoint policies: which activations are kept, recomputed or offloaded."""

@@ -1,0 +1,1 @@
+"""Frontends: how requests arrive from outside the process."""

@@ -1,0 +1,58 @@
+"""The door of the server: every response gets a request id, and closed paths need a key."""
+
+from __future__ import annotations
+
+import hmac
+import re
+import uuid
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from drivetrain.plugins.frontend.openai.errors import InvalidKeyError, error_response
+
+OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/health", "/favicon.ico"})
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class Guard:
+    """ASGI middleware: sets ``x-request-id`` (the client's own, when it is well formed) and checks the API key."""
+
+    def __init__(self, app: ASGIApp, *, keys: Sequence[bytes]) -> None:
+        self.app = app
+        self.keys = tuple(keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        error = self._refusal(scope["path"], headers)
+        if error is None:
+            await self.app(scope, receive, send_with_id)
+        else:
+            await error_response(error)(scope, receive, send_with_id)
+
+    def _refusal(self, path: str, headers: Headers) -> InvalidKeyError | None:
+        if not self.keys or path in OPEN_PATHS:
+            return None
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not given.strip():
+            return InvalidKeyError("this server needs an API key", hint="Send the header 'Authorization: Bearer KEY'.")
+        if not self._is_known(given.strip().encode("latin-1")):
+            return InvalidKeyError("the API key is wrong", hint="Ask who runs this server for a key.")
+        return None
+
+    def _is_known(self, given: bytes) -> bool:
+        # Every key is compared in full, so that the time taken tells nothing about any of them.
+        matches = [hmac.compare_digest(given, key) for key in self.keys]
+        return any(matches)

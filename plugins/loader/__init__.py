@@ -1,0 +1,1 @@
+"""Loaders: weight files, their configuration and tokenizer."""

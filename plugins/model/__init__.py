@@ -1,0 +1,1 @@
+"""Model plugins: architectures as torch modules."""

@@ -1,0 +1,96 @@
+"""One configurable decoder for the Llama family and its relatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from drivetrain.contracts.attention import AttentionSpec, LayerAttention
+from drivetrain.contracts.kernels import KernelSpec
+from drivetrain.contracts.loader import Checkpoint
+from drivetrain.contracts.model import BuildContext, CausalLM, Model, ModelSpec
+from drivetrain.contracts.plugin import PluginConfig, Tier
+from drivetrain.plugins.model.decoder.config import ARCHITECTURES, DecoderConfig, read_config
+from drivetrain.plugins.model.decoder.layers import Kernels
+from drivetrain.plugins.model.decoder.module import DecoderForCausalLM
+from drivetrain.plugins.model.decoder.weights import load_weights
+
+
+class DecoderModelConfig(PluginConfig):
+    """Settings of the decoder."""
+
+    long_context: bool = Field(
+        False,
+        description="For models with LongRoPE (Phi-3 128k): use the long factors for every position, which allows the "
+        "whole context. Off, the short factors are used and the context ends at the original length, where short "
+        "prompts score as the model's authors intended. No effect on other models.",
+    )
+
+
+def _attention_spec(config: DecoderConfig, dtype: str) -> AttentionSpec:
+    return AttentionSpec(
+        tuple(
+            LayerAttention(
+                num_heads=config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+                head_size=config.head_size,
+                scale=config.attention_scale,
+                window=layer.window,
+                soft_cap=config.attention_soft_cap,
+            )
+            for layer in config.layers
+        ),
+        dtype,
+    )
+
+
+def _unbound(spec: KernelSpec) -> Callable[..., Any]:
+    """A module that is made only to be counted needs no kernels."""
+
+    def refuse(*tensors: torch.Tensor) -> None:
+        raise AssertionError(f"{spec.operation} called on a module that was made only to be described")
+
+    return refuse
+
+
+def _on_meta(
+    config: DecoderConfig, spec: ModelSpec | None, kernels: Kernels, device: torch.device
+) -> DecoderForCausalLM:
+    with torch.device("meta"):
+        return DecoderForCausalLM(config, spec, kernels, device)
+
+
+class DecoderModel(Model):
+    """Llama 2/3, SmolLM 2/3, Mistral, Qwen 2/3, Gemma 2/3 (text), Phi-3, OLMo 2 and Granite."""
+
+    tier = Tier.PORTABLE
+    Config = DecoderModelConfig
+    config: DecoderModelConfig
+    architectures = frozenset(ARCHITECTURES)
+
+    def describe(self, config: Mapping[str, Any], dtype: str) -> ModelSpec:
+        shape = read_config(config, long_context=self.config.long_context)
+        kernels = Kernels(_unbound, "meta", getattr(torch, dtype))
+        empty = _on_meta(shape, None, kernels, torch.device("meta"))
+        return ModelSpec(
+            architecture=shape.architecture,
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.hidden_size,
+            num_layers=len(shape.layers),
+            max_position=shape.max_position,
+            num_parameters=sum(parameter.numel() for parameter in empty.parameters()),
+            attention=_attention_spec(shape, dtype),
+        )
+
+    def build(self, checkpoint: Checkpoint, context: BuildContext) -> CausalLM:
+        dtype = str(context.dtype).removeprefix("torch.")
+        spec = self.describe(checkpoint.config, dtype)
+        shape = read_config(checkpoint.config, long_context=self.config.long_context)
+        kernels = Kernels(context.bind, context.device.type, context.dtype)
+        module = _on_meta(shape, spec, kernels, context.device)
+        tied = {"lm_head.weight": "model.embed_tokens.weight"} if shape.tie_embeddings else {}
+        load_weights(module, checkpoint, context, tied)
+        return module.eval()

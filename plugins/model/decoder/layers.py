@@ -1,0 +1,218 @@
+"""The layers of a decoder. Parameters are named as in the Hugging Face checkpoint of the architecture.
+
+Shapes: T tokens of a step; E hidden size; I intermediate size; H query heads; G key/value heads; D head size; R rotary
+dims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from drivetrain.contracts.attention import AttentionStep
+from drivetrain.contracts.kernels import KernelSpec
+from drivetrain.plugins.model.decoder.config import DecoderConfig
+
+Angles = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin of a step's positions, each [T, R]."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Binds logical operations for one device and dtype."""
+
+    bind: Callable[[KernelSpec], Callable[..., Any]]
+    device_type: str
+    dtype: torch.dtype
+
+    def __call__(
+        self, operation: str, sizes: Mapping[str, int], params: Mapping[str, float] | None = None
+    ) -> Callable[..., Any]:
+        dtype_name = str(self.dtype).removeprefix("torch.")
+        return self.bind(KernelSpec(operation, self.device_type, dtype_name, sizes, params or {}))
+
+
+class Linear(nn.Linear):
+    """A linear layer whose product is the bound operation ``linear``."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, kernels: Kernels) -> None:
+        super().__init__(in_features, out_features, bias=bias, dtype=kernels.dtype)
+        self._linear = kernels("linear", {"I": in_features, "O": out_features})
+
+    def reset_parameters(self) -> None:
+        """Leave the parameters as they are: they are made on the meta device and loaded afterwards."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self._linear(x, self.weight, self.bias)
+        return out
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dim."""
+
+    def __init__(self, size: int, config: DecoderConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dtype=kernels.dtype))
+        params = {"eps": config.norm_eps, "weight_offset": config.norm_offset}
+        self._norm = kernels("rms_norm", {"E": size}, params)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self._norm(x, self.weight)
+        return out
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over whatever the step holds of each sequence."""
+
+    def __init__(self, config: DecoderConfig, layer: int, kernels: Kernels) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_size = config.head_size
+        self.q_size = config.num_heads * config.head_size
+        self.kv_size = config.num_kv_heads * config.head_size
+        self.rotates = config.layers[layer].rope is not None
+        self._make_projections(config, kernels)
+        self.o_proj = Linear(self.q_size, config.hidden_size, config.output_bias, kernels)
+        self.norms_heads = config.qk_norm == "head"
+        self.norms_projections = config.qk_norm == "projection"
+        if config.qk_norm is not None:
+            self.q_norm = RMSNorm(self.head_size if self.norms_heads else self.q_size, config, kernels)
+            self.k_norm = RMSNorm(self.head_size if self.norms_heads else self.kv_size, config, kernels)
+        sizes = {"H": config.num_heads, "G": config.num_kv_heads, "D": config.head_size}
+        self._rope = kernels("rope", {**sizes, "R": config.ropes[0].rotary_size})
+
+    def _make_projections(self, config: DecoderConfig, kernels: Kernels) -> None:
+        self.q_proj = Linear(config.hidden_size, self.q_size, config.qkv_bias, kernels)
+        self.k_proj = Linear(config.hidden_size, self.kv_size, config.qkv_bias, kernels)
+        self.v_proj = Linear(config.hidden_size, self.kv_size, config.qkv_bias, kernels)
+
+    def project(self, x_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [T, H * D], keys and values [T, G * D]."""
+        return self.q_proj(x_TE), self.k_proj(x_TE), self.v_proj(x_TE)
+
+    def forward(self, x_TE: torch.Tensor, angles: Angles | None, step: AttentionStep) -> torch.Tensor:
+        q, k, v = self.project(x_TE)
+        if self.norms_projections:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q_THD, k_TGD, v_TGD = (part.unflatten(-1, (-1, self.head_size)) for part in (q, k, v))
+        if self.norms_heads:
+            q_THD, k_TGD = self.q_norm(q_THD), self.k_norm(k_TGD)
+        if angles is not None:
+            q_THD, k_TGD = self._rope(q_THD, k_TGD, *angles)
+        o_THD = step.attend(self.layer, q_THD, k_TGD, v_TGD)
+        out: torch.Tensor = self.o_proj(o_THD.flatten(1))
+        return out
+
+
+class FusedAttention(Attention):
+    """Attention whose queries, keys and values come out of one product."""
+
+    def _make_projections(self, config: DecoderConfig, kernels: Kernels) -> None:
+        self.qkv_proj = Linear(config.hidden_size, self.q_size + 2 * self.kv_size, config.qkv_bias, kernels)
+
+    def project(self, x_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = self.qkv_proj(x_TE).split((self.q_size, self.kv_size, self.kv_size), dim=-1)
+        return q, k, v
+
+
+class MLP(nn.Module):
+    """The gated feed-forward part of a layer."""
+
+    def __init__(self, config: DecoderConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self._make_projections(config, kernels)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias, kernels)
+        self._activate = kernels(config.activation, {"E": config.intermediate_size})
+
+    def _make_projections(self, config: DecoderConfig, kernels: Kernels) -> None:
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias, kernels)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias, kernels)
+
+    def project(self, x_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gate and up, each [T, I]."""
+        return self.gate_proj(x_TE), self.up_proj(x_TE)
+
+    def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
+        gate_TI, up_TI = self.project(x_TE)
+        out: torch.Tensor = self.down_proj(self._activate(gate_TI, up_TI))
+        return out
+
+
+class FusedMLP(MLP):
+    """The feed-forward part whose gate and up come out of one product."""
+
+    def _make_projections(self, config: DecoderConfig, kernels: Kernels) -> None:
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias, kernels)
+
+    def project(self, x_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate_TI, up_TI = self.gate_up_proj(x_TE).chunk(2, dim=-1)
+        return gate_TI, up_TI
+
+
+class DecoderLayer(nn.Module):
+    """One layer: attention, then MLP, each added to the residual stream. Subclasses say where the norms stand."""
+
+    def __init__(self, config: DecoderConfig, layer: int, kernels: Kernels) -> None:
+        super().__init__()
+        self.residual_scale = config.residual_scale
+        self.self_attn = (FusedAttention if config.fused_projections else Attention)(config, layer, kernels)
+        self.mlp = (FusedMLP if config.fused_projections else MLP)(config, kernels)
+
+    def add(self, residual_TE: torch.Tensor, update_TE: torch.Tensor) -> torch.Tensor:
+        """The residual stream with an update, scaled where the architecture says so."""
+        return torch.add(residual_TE, update_TE, alpha=self.residual_scale)
+
+
+class NormBeforeLayer(DecoderLayer):
+    """Norms before attention and before the MLP (Llama and most others)."""
+
+    def __init__(self, config: DecoderConfig, layer: int, kernels: Kernels) -> None:
+        super().__init__(config, layer, kernels)
+        self.input_layernorm = RMSNorm(config.hidden_size, config, kernels)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config, kernels)
+
+    def forward(self, x_TE: torch.Tensor, angles: Angles | None, step: AttentionStep) -> torch.Tensor:
+        x_TE = self.add(x_TE, self.self_attn(self.input_layernorm(x_TE), angles, step))
+        return self.add(x_TE, self.mlp(self.post_attention_layernorm(x_TE)))
+
+
+class NormAfterLayer(DecoderLayer):
+    """Norms after attention and after the MLP (OLMo 2)."""
+
+    def __init__(self, config: DecoderConfig, layer: int, kernels: Kernels) -> None:
+        super().__init__(config, layer, kernels)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config, kernels)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config, kernels)
+
+    def forward(self, x_TE: torch.Tensor, angles: Angles | None, step: AttentionStep) -> torch.Tensor:
+        x_TE = self.add(x_TE, self.post_attention_layernorm(self.self_attn(x_TE, angles, step)))
+        return self.add(x_TE, self.post_feedforward_layernorm(self.mlp(x_TE)))
+
+
+class NormAroundLayer(DecoderLayer):
+    """Norms before and after attention and MLP (Gemma 2 and 3)."""
+
+    def __init__(self, config: DecoderConfig, layer: int, kernels: Kernels) -> None:
+        super().__init__(config, layer, kernels)
+        self.input_layernorm = RMSNorm(config.hidden_size, config, kernels)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config, kernels)
+        self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config, kernels)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config, kernels)
+
+    def forward(self, x_TE: torch.Tensor, angles: Angles | None, step: AttentionStep) -> torch.Tensor:
+        attended_TE = self.self_attn(self.input_layernorm(x_TE), angles, step)
+        x_TE = self.add(x_TE, self.post_attention_layernorm(attended_TE))
+        fed_TE = self.mlp(self.pre_feedforward_layernorm(x_TE))
+        return self.add(x_TE, self.post_feedforward_layernorm(fed_TE))
+
+
+LAYERS: Mapping[str, type[DecoderLayer]] = {
+    "before": NormBeforeLayer,
+    "after": NormAfterLayer,
+    "around": NormAroundLayer,
+}
+"""Layer class by placement of the norms."""

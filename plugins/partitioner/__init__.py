@@ -1,0 +1,1 @@
+"""Partitioners: how parameters, gradients and optimizer state lie over ranks."""

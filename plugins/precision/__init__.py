@@ -1,0 +1,1 @@
+"""Precisions: parameter, compute and reduction types."""

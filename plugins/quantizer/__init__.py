@@ -1,0 +1,1 @@
+"""Quantizers: the formats of weights, activations and keys and values."""

@@ -1,0 +1,1 @@
+"""Schedulers: which requests get how many tokens in the next step."""

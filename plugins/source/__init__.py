@@ -1,0 +1,1 @@
+"""Sources: where a model name is fetched from."""

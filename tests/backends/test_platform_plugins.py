@@ -1,0 +1,195 @@
+"""What holds for every platform plugin, and how the CPU is described, opened and measured here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from drivetrain.backends import accelerator, cpu, cuda, rocm, xpu
+from drivetrain.backends.accelerator import AcceleratorPlatform
+from drivetrain.contracts.platform import Platform, SupportsGraphs, SupportsStreams
+from drivetrain.contracts.plugin import ProbeContext
+from drivetrain.hardware import HostMemory, Processor, read_processor
+from drivetrain.registry.discovery import discover, load
+
+PLATFORMS: list[type[Platform]] = [cpu.CpuPlatform, cuda.CudaPlatform, rocm.RocmPlatform, xpu.XpuPlatform]
+
+
+def test_every_platform_is_registered_and_keeps_the_contract() -> None:
+    ours = [ref for ref in discover("platform") if ref.distribution == "drivetrain"]
+    assert [load(ref) for ref in ours] == PLATFORMS
+
+
+def test_the_preferences_name_installed_plugins() -> None:
+    for platform in PLATFORMS:
+        for kind, names in platform.preferences.items():
+            assert set(names) <= {ref.name for ref in discover(kind)}, (platform, kind)
+
+
+def test_an_ability_is_claimed_exactly_when_its_methods_are_there() -> None:
+    for platform in PLATFORMS:
+        assert ("streams" in platform.abilities()) == issubclass(platform, SupportsStreams)
+        assert ("graphs" in platform.abilities()) == issubclass(platform, SupportsGraphs)
+    assert cpu.CpuPlatform.abilities() == frozenset()
+
+
+def test_a_gpu_is_preferred_to_the_processor() -> None:
+    assert all(platform.tier > cpu.CpuPlatform.tier for platform in PLATFORMS[1:])
+
+
+def test_unknown_and_impossible_options_are_refused() -> None:
+    for platform in PLATFORMS:
+        with pytest.raises(ValidationError):
+            platform.Config.model_validate({"no_such_option": 1})
+    with pytest.raises(ValidationError):
+        cpu.CpuPlatform.Config(threads=0)
+    with pytest.raises(ValidationError):
+        cuda.CudaPlatform.Config(device=-1)
+
+
+_LAW_4 = """
+import json, os, sys, threading
+def state():
+    open_devices = sorted(
+        os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{n}")
+    )
+    devices = [path for path in open_devices if path.startswith("/dev/") and path != "/dev/null"]
+    threads = len(os.listdir("/proc/self/task"))
+    return [dict(os.environ), threads, threading.active_count(), devices]
+import drivetrain.contracts.platform
+before = state()
+from drivetrain.backends import cpu, cuda, rocm, xpu
+from drivetrain.contracts.plugin import ProbeContext
+for platform in (cpu.CpuPlatform, cuda.CudaPlatform, rocm.RocmPlatform, xpu.XpuPlatform):
+    probe = platform.probe(ProbeContext())
+    if probe.ok:
+        platform(platform.Config()).facts()
+after = state()
+print(json.dumps({"before": before, "after": after, "torch": "torch" in sys.modules}))
+"""
+
+
+def test_importing_probing_and_describing_leaves_no_trace() -> None:
+    """Law 4: no device context, thread, subprocess or change of the environment; not even torch is imported."""
+    done = subprocess.run([sys.executable, "-P", "-c", _LAW_4], capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout)
+    assert told["before"] == told["after"]
+    assert not told["torch"]
+
+
+# --- the processor -------------------------------------------------------------------------------------------------
+
+
+def make_cpu(**options: Any) -> cpu.CpuPlatform:
+    return cpu.CpuPlatform(cpu.CpuPlatform.Config(**options))
+
+
+@pytest.fixture
+def restored_threads() -> Any:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_processor_always_says_yes() -> None:
+    assert cpu.CpuPlatform.probe(ProbeContext()).ok
+
+
+def test_activating_sets_the_number_of_threads(restored_threads: None) -> None:
+    make_cpu(threads=1).activate()
+    assert torch.get_num_threads() == 1
+    make_cpu().activate()
+    assert torch.get_num_threads() == read_processor().usable_cores <= len(os.sched_getaffinity(0))
+
+
+def test_the_processors_facts_are_printable_and_whole() -> None:
+    facts = make_cpu().facts()
+    assert (facts.name, facts.device_type, facts.device_count, facts.collective) == ("cpu", "cpu", 1, "gloo")
+    assert {"float32", "bfloat16"} == facts.dtypes
+    assert all(isinstance(text, str) for text in facts.details.values())
+    memory = make_cpu().memory()
+    assert 0 < memory.free_bytes <= memory.total_bytes == facts.total_memory_bytes
+    assert make_cpu().device() == torch.device("cpu")
+    make_cpu().synchronize()
+
+
+def test_limits_of_the_control_group_are_shown() -> None:
+    processor = Processor("a processor", "x86_64", ("avx2",), 8, 4, 2.5)
+    facts = cpu.describe(processor, HostMemory(2**30, 2**29, is_limited=True))
+    assert facts.architecture == "avx2"
+    assert facts.total_memory_bytes == 2**30
+    assert facts.details["cores"] == "2 usable of 8 logical"
+    assert "2.5 cores" in facts.details["cpu_quota"]
+    assert "1.0 GiB" in facts.details["memory_limit"]
+
+
+def test_peak_memory_counts_what_was_held_once() -> None:
+    before = make_cpu().peak_memory_bytes()
+    size = before + 64 * 2**20
+    block = torch.ones(size // 4, dtype=torch.float32)
+    held = make_cpu().peak_memory_bytes()
+    assert held >= size
+    del block
+    # The kernel sums its per-thread counters lazily, so the mark may move by some pages.
+    assert make_cpu().peak_memory_bytes() >= held - 2**20
+
+
+# --- graphs and devices --------------------------------------------------------------------------------------------
+
+
+class _Graph:
+    """Records calls the way a device graph does: it is written in a context and replayed later."""
+
+    def __init__(self) -> None:
+        self.is_capturing = False
+        self.replays = 0
+
+    @contextmanager
+    def capturing(self) -> Any:
+        self.is_capturing = True
+        yield
+        self.is_capturing = False
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+def test_a_function_is_run_once_inside_the_capture_and_then_only_replayed() -> None:
+    graph, seen = _Graph(), []
+    replay = accelerator.record_graph(graph, graph.capturing(), lambda: seen.append(graph.is_capturing))
+    replay()
+    replay()
+    assert (seen, graph.replays, graph.is_capturing) == ([True], 2, False)
+
+
+@pytest.mark.skipif(not Path("/proc/driver/nvidia/version").exists(), reason="no NVIDIA driver on this machine")
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch was built without CUDA")
+def test_a_real_gpu_is_described_opened_measured_and_captured() -> None:
+    assert cuda.CudaPlatform.probe(ProbeContext()).ok
+    platform: AcceleratorPlatform = cuda.CudaPlatform(cuda.CudaPlatform.Config())
+    facts = platform.facts()
+    assert not torch.cuda.is_initialized()
+    platform.activate()
+    assert torch.cuda.get_device_name(0) == facts.device_name
+    assert 0 < platform.memory().free_bytes <= platform.memory().total_bytes
+    x = torch.ones(1024, device=platform.device())
+    with platform.stream():
+        y = x * 2
+    platform.synchronize()
+    assert y.sum().item() == 2048
+    assert isinstance(platform, SupportsGraphs)
+    replay = platform.capture(lambda: x.add_(1))
+    replay()
+    replay()
+    platform.synchronize()
+    assert x[0].item() == 3
+    assert platform.peak_memory_bytes() >= 8192

@@ -1,0 +1,143 @@
+"""On a real model, in float32, greedy tokens equal those of transformers for the same GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from drivetrain import LLM, SamplingParams
+
+pytestmark = pytest.mark.model
+
+NEW_TOKENS = 64
+LONG = "The history of the steam engine begins long before the railways. " * 24
+
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "#include <stdio.h>\nint main(void) {\n",
+    "SELECT name, count(*) FROM orders WHERE",
+    "Il était une fois, dans un petit village,",
+    "Es war einmal ein König, der",
+    "むかしむかし、あるところに",
+    "Однажды в студёную зимнюю пору",
+    "人工智能的未来",
+    "مرحبا بالعالم",
+    "I love pizza 🍕 and sushi 🍣 because",
+    "🎉🎉🎉",
+    "1, 1, 2, 3, 5, 8, 13,",
+    "Q: What is 12 * 12?\nA:",
+    "Once upon a time",
+    "    indented\n\n\n\tand tabbed   text",
+    "A",
+    LONG,
+    "Dear Sir or Madam,\n\nI am writing to",
+    '{"name": "Ada", "born": 1815, "known_for": [',
+    "The three laws of thermodynamics are:\n1.",
+]
+CHATS = ["What is gravity?", "Write a haiku about the sea.", "Translate 'good morning' into Spanish."]
+
+
+@pytest.fixture(scope="module")
+def theirs(smollm2: Path) -> Any:
+    torch.set_num_threads(2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
+    )
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def llm(smollm2: Path) -> Iterator[LLM]:
+    with LLM(smollm2, engine={"max_model_len": 1024}) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def prompts(llm: LLM) -> list[list[int]]:
+    chats = [llm.tokenizer.render_chat([{"role": "user", "content": text}]) for text in CHATS]
+    texts = [(text, True) for text in PROMPTS] + [(text, False) for text in chats]
+    return [list(llm.tokenizer.encode(text, add_special_tokens=special)) for text, special in texts]
+
+
+@pytest.fixture(scope="module")
+def expected(theirs: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """transformers' own greedy ``generate``, one prompt at a time."""
+    return [_generate(theirs, prompt) for prompt in prompts]
+
+
+@torch.inference_mode()
+def _generate(model: Any, prompt: list[int]) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_greedy_tokens_equal_transformers(llm: LLM, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    """64 tokens of 24 varied prompts: batched, one by one with a warm prefix cache, and in small chunks."""
+    assert len(prompts) >= 20
+    batched = [list(result.token_ids) for result in llm.generate(prompts, GREEDY)]
+    assert batched == expected
+    alone = [list(llm.generate(prompt, GREEDY)[0].token_ids) for prompt in prompts[:4]]
+    assert alone == expected[:4]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_greedy_tokens_in_small_chunks(smollm2: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    """A token budget far below the prompts, and a cache so small that requests are preempted."""
+    options = {"name": "fcfs", "max_batched_tokens": 48, "max_running": 16}
+    engine = {"max_model_len": 512, "kv_memory": "40MiB"}
+    with LLM(smollm2, scheduler=options, engine=engine) as llm:
+        found = [list(result.token_ids) for result in llm.generate(prompts, GREEDY)]
+        assert llm.stats()["preemptions"] > 0
+    assert found == expected
+
+
+def test_every_token_is_the_likeliest_by_transformers(llm: LLM, theirs: Any) -> None:
+    """The quick form of the same rule: one forward pass of transformers over prompt and answer judges every token."""
+    texts = PROMPTS[1], PROMPTS[6], PROMPTS[10]
+    ids = [llm.tokenizer.encode(text) for text in texts]
+    for prompt, result in zip(ids, llm.generate(ids, GREEDY), strict=True):
+        tokens = [*prompt, *result.token_ids]
+        with torch.inference_mode():
+            logits = theirs(torch.tensor([tokens])).logits[0]
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == list(result.token_ids)
+
+
+def test_log_probabilities_equal_transformers(llm: LLM, theirs: Any) -> None:
+    """Of the prompt and of what was generated, within float32 rounding."""
+    prompt = llm.tokenizer.encode(PROMPTS[0])
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=2, prompt_logprobs=0)
+    result = llm.generate(prompt, params)[0]
+    tokens = [*prompt, *result.token_ids]
+    with torch.inference_mode():
+        wanted = theirs(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    entries = [*(result.prompt.logprobs or ()), *(result.completions[0].logprobs or ())]
+    assert entries[0] is None
+    for place, entry in enumerate(entries[1:]):
+        assert entry is not None
+        assert entry.token_id == tokens[place + 1]
+        assert entry.logprob == pytest.approx(float(wanted[place, entry.token_id]), abs=2e-4)
