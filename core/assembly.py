@@ -185,7 +185,7 @@ class _Resolution:
                 known
                 for plugin in self._loaded("source")
                 if isinstance(plugin, ListsNames)
-                for known in cast(ListsNames, plugin).known_names()
+                for known in plugin.known_names()
             ]
             close = nearest(name, known)
             return ModelNotFoundError(
@@ -209,8 +209,8 @@ class _Resolution:
             )
         return error
 
-    def _loaded(self, kind: str) -> list[type[Plugin]]:
-        plugins = []
+    def _loaded(self, kind: str) -> list[object]:
+        plugins: list[object] = []
         for ref in self._registry.candidates(kind):
             try:
                 plugins.append(load(ref))

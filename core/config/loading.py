@@ -243,7 +243,7 @@ def _engine(value: Any, lines: Lines, default_origin: str) -> EngineSettings:
         place = f"{_place(path, lines, default_origin)}: {'.'.join(path)}"
         if first["type"] == "extra_forbidden":
             raise _unknown(path[-1], place, list(EngineSettings.model_fields)) from error
-        raise ConfigError(first["msg"], where=place, found=first["input"]) from error
+        raise ConfigError(first["msg"].removeprefix("Value error, "), where=place, found=first["input"]) from error
 
 
 def _unknown(name: str, place: str, known: Iterable[str]) -> ConfigError:

@@ -11,9 +11,9 @@ from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 if TYPE_CHECKING:
     from drivetrain.contracts.loader import Checkpoint
@@ -27,7 +27,17 @@ class PluginConfig(BaseModel):
     Give each field a description with its meaning, unit and special values; ``plugins info`` prints it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML reads yes and on as true, which pydantic would take for the number 1.
+        if isinstance(value, bool) and info.field_name:
+            annotation = cls.model_fields[info.field_name].annotation
+            if bool not in (annotation, *get_args(annotation)) and annotation is not Any:
+                raise ValueError("must not be true or false")
+        return value
 
 
 class Purpose(StrEnum):

@@ -227,7 +227,7 @@ def make_config(plugin: type[Plugin], ref: PluginRef, request: PartRequest) -> P
                 hint=f"Did you mean {close!r}?" if close else None,
             ) from error
         raise ConfigError(
-            first["msg"],
+            first["msg"].removeprefix("Value error, "),
             where=where,
             found=None if _is_secret(plugin, path) else first["input"],
             hint=f"Run: drivetrain plugins info {ref.kind}/{ref.name}",
@@ -274,7 +274,7 @@ class Selector:
         """Note why no plugin is chosen for ``kind``. A name that was asked for must exist all the same."""
         request = self.request(kind)
         if request.name != AUTO and request.origin != "default":
-            self._registry.find(kind, request.name)
+            self._find(request)
         self.open_kinds[kind] = reason
 
     def choose(self, kind: str, context: ProbeContext) -> Plugin:
@@ -291,8 +291,15 @@ class Selector:
         self._selections.append(dataclasses.replace(selection, options=shown))
         return instance
 
+    def _find(self, request: PartRequest) -> PluginRef:
+        try:
+            return self._registry.find(request.kind, request.name)
+        except PluginError as error:
+            error.where = f"{request.origin}: {KINDS[request.kind].key}"
+            raise
+
     def _choose_named(self, request: PartRequest, context: ProbeContext) -> tuple[type[Plugin], Selection]:
-        ref = self._registry.find(request.kind, request.name)
+        ref = self._find(request)
         plugin = load(ref)
         probe = probe_safely(plugin, context)
         if not probe.ok:

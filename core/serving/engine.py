@@ -195,6 +195,10 @@ class Engine:
         """End every sequence of a request that is still under way. Unknown ids are ignored: it may just have ended."""
         return self._end_all(request_id, FinishReason.CANCELLED)
 
+    def cancel_all(self) -> list[Chunk]:
+        """End everything as cancelled, because the loop stops."""
+        return [chunk for request_id in list(self._sequences) for chunk in self.cancel(request_id)]
+
     def fail_all(self, message: str) -> list[Chunk]:
         """End everything with an error, after the loop itself has failed."""
         ids = list(self._sequences)

@@ -241,7 +241,7 @@ class EngineLoop:
                 ticket.prompt_info = self.engine.prompt_info(ticket.sequences)
             ticket.open_indexes -= {chunk.index for chunk in own if chunk.finish_reason is not None}
             if not ticket.open_indexes:
-                del self._tickets[request_id]
+                self._tickets.pop(request_id, None)
             try:
                 ticket.receive(ticket, own)
             except Exception as error:  # the caller's code; nobody else's request may suffer from it
@@ -254,8 +254,7 @@ class EngineLoop:
             try:
                 if error is None:
                     self._drain_inbox()
-                    for request_id in list(self._tickets):
-                        self._deliver(self.engine.cancel(request_id))
+                    self._deliver(self.engine.cancel_all())
                 else:
                     self._deliver(self.engine.fail_all(error))
             except Exception as fault:

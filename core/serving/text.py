@@ -67,9 +67,9 @@ class TextStream:
         )
 
     def _length_in_doubt(self) -> int:
-        """Length of the longest tail that some stop string begins with."""
+        """Length of the longest tail that is the beginning of some stop string, but not all of it."""
         for length in range(min(self._longest - 1, len(self._held)), 0, -1):
             tail = self._held[-length:]
-            if any(text.startswith(tail) for text in self._stop):
+            if any(len(tail) < len(text) and text.startswith(tail) for text in self._stop):
                 return length
         return 0

@@ -63,6 +63,7 @@ class SamplingParams:
     top_p:               keep the smallest set whose probabilities sum to at least p.
     min_p:               drop tokens less likely than min_p times the most likely one.
     repetition_penalty:  divides positive, multiplies negative scores of tokens already in prompt or output; 1 is off.
+                         From 0.01 to 100: beyond, scores leave the range of float32.
     frequency_penalty:   subtracted from a token's score once for each time it is in the output.
     presence_penalty:    subtracted from a token's score once if it is in the output.
     logit_bias:          token id -> number added to its score.
@@ -107,7 +108,7 @@ class SamplingParams:
         _check_number("top_k", self.top_k, -1, infinity, integer=True)
         _check_number("top_p", self.top_p, 0, 1, low_open=True)
         _check_number("min_p", self.min_p, 0, 1)
-        _check_number("repetition_penalty", self.repetition_penalty, 0, infinity, low_open=True)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100)
         _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
         _check_number("presence_penalty", self.presence_penalty, -2, 2)
         if self.seed is not None:

@@ -10,9 +10,11 @@ Sequences with one new token, the decodes, are attended together; sequences with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch.nn import functional
@@ -391,6 +393,14 @@ def _gather(store_BNGD: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
 # --- the plugin ----------------------------------------------------------------------------------------------------
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; in main memory, pages that the system hands out as they are first written, so that a large cache costs
+    nothing before it is used (torch.zeros writes them all)."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+
+
 class SdpaAttention(AttentionBackend):
     """Paged attention in plain torch, on any device: the reference that other backends are tested against."""
 
@@ -418,7 +428,7 @@ class SdpaAttention(AttentionBackend):
             layer = spec.layers[index]
             shape = (blocks_of_layer[index], self.config.block_size, layer.num_kv_heads, layer.head_size)
             # Zeros, because a masked slot still takes part in the product: 0 * NaN would be NaN.
-            return torch.zeros(shape, dtype=dtype, device=device)
+            return _zeros(shape, dtype, device)
 
         indices = range(len(spec.layers))
         return PagedCache(spec, tuple(store(i) for i in indices), tuple(store(i) for i in indices))
@@ -441,3 +451,8 @@ class SdpaAttention(AttentionBackend):
             for store in (cache.keys[layer], cache.values[layer]):
                 source, destination = torch.tensor(pairs, device=store.device).unbind(1)
                 store.index_copy_(0, destination, store.index_select(0, source))
+
+    def clear_blocks(self, cache: PagedCache, group: KVGroup, blocks: Sequence[int]) -> None:
+        for layer in group.layers:
+            for store in (cache.keys[layer], cache.values[layer]):
+                store[list(blocks)] = 0

@@ -157,6 +157,15 @@ class FakePrecision(Precision):
         return cls.probe_dtype(context, "float32")
 
 
+class HalfPrecision(Precision):
+    def dtypes(self) -> Dtypes:
+        return Dtypes("float16", "float32")
+
+    @classmethod
+    def probe(cls, context: ProbeContext) -> Probe:
+        return cls.probe_dtype(context, "float16")
+
+
 class FakeSource(Source):
     """Knows ``tiny-model``, which lies beside this file, and ``far-model``, which is nowhere until fetched."""
 

@@ -355,13 +355,13 @@ class InstanceProbe(fakes.PlainScheduler):
 
 class StaticProbe(fakes.PlainScheduler):
     @staticmethod
-    def probe(context: fakes.ProbeContext) -> fakes.Probe:  # type: ignore[override]
+    def probe(context: fakes.ProbeContext) -> fakes.Probe:
         return fakes.Probe.yes()
 
 
 class ClassLimits(fakes.PlainScheduler):
     @classmethod
-    def limits(cls) -> fakes.Limits:  # type: ignore[override]
+    def limits(cls) -> fakes.Limits:
         return fakes.Limits(1, 1)
 
 

@@ -1,4 +1,4 @@
-"""Rules of a request's life in the engine: how it ends, what is refused, what one fault may touch, what a step costs."""
+"""Rules of a request's life in the engine: how it ends, what is refused, what a fault may touch, what a step costs."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_a_request_whose_time_runs_out_ends_and_keeps_what_it_has(phase: str) ->
         add(engine, "first", PROMPT, greedy(20))
     add(engine, "a", PROMPT, greedy(20, n=2), timeout_seconds=5.0)
     run = Run()
-    for _ in range(6 if phase == "running" else 2):
+    for _ in range(6 if phase == "running" else 1):
         run.add(engine.step())
     clock.advance(4.9)
     run.add(engine.step())
@@ -150,15 +150,19 @@ def test_a_request_whose_time_runs_out_ends_and_keeps_what_it_has(phase: str) ->
     finish(engine, run)
 
 
-def test_the_settings_time_limit_holds_for_requests_that_name_none() -> None:
+def test_the_shorter_of_the_settings_time_limit_and_the_request_s_own_holds() -> None:
     clock = FakeClock()
     engine = make_engine(clock=clock, settings=EngineSettings(timeout_seconds=3.0))
-    add(engine, "a", PROMPT, greedy(20))
-    add(engine, "b", PROMPT, greedy(20), timeout_seconds=60.0)
-    clock.advance(3.0)
+    add(engine, "none", PROMPT, greedy(20))
+    add(engine, "longer", PROMPT, greedy(20), timeout_seconds=60.0)
+    add(engine, "shorter", PROMPT, greedy(20), timeout_seconds=1.0)
     run = Run()
+    clock.advance(1.0)
     run.add(engine.step())
-    assert run.last.keys() == {("a", 0)}
+    assert run.last.keys() == {("shorter", 0)}
+    clock.advance(2.0)
+    run.add(engine.step())
+    assert run.last.keys() == {("shorter", 0), ("none", 0), ("longer", 0)}
     finish(engine, run)
 
 

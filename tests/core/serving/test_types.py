@@ -36,7 +36,7 @@ NUMBERS = {
     "temperature": (0, 100),
     "top_p": (None, 1),
     "min_p": (0, 1),
-    "repetition_penalty": (None, None),
+    "repetition_penalty": (0.01, 100),
     "frequency_penalty": (-2, 2),
     "presence_penalty": (-2, 2),
 }
@@ -102,11 +102,10 @@ def test_the_bounds_themselves_are_legal_and_the_next_value_is_not(name: str, bo
         assert f"<= {high}" in str(assert_refused(name, high + step))
 
 
-@pytest.mark.parametrize("name", ["top_p", "repetition_penalty"])
-def test_zero_is_refused_where_it_would_mean_nothing(name: str) -> None:
-    assert "> 0" in str(assert_refused(name, 0))
-    assert_refused(name, 0.0)
-    assert getattr(params(name, 1e-9), name) == 1e-9
+def test_zero_is_no_probability_to_keep() -> None:
+    assert "> 0" in str(assert_refused("top_p", 0))
+    assert_refused("top_p", 0.0)
+    assert params("top_p", 1e-9).top_p == 1e-9
 
 
 @pytest.mark.parametrize("name", [*INTEGERS, *NUMBERS])
@@ -156,13 +155,14 @@ def test_stop_tokens_that_are_no_token_ids_are_refused(value: object) -> None:
     assert_refused("stop_token_ids", value)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [5, [1], "x", {"1": 1}, {-1: 1}, {1: math.nan}, {1: math.inf}, {1: 101}, {1: -100.5}, {1: "2"}, {1: True}, {True: 1}]
-    + [{1.5: 1}, {2**31: 1}, {1: None}],
-)  # fmt: skip
-def test_a_bias_that_is_no_table_of_token_ids_and_numbers_is_refused(value: object) -> None:
+@pytest.mark.parametrize("value", [5, [1], "x", {"1": 1}, {-1: 1}, {True: 1}, {1.5: 1}, {2**31: 1}])
+def test_a_bias_that_is_no_table_of_token_ids_is_refused(value: object) -> None:
     assert_refused("logit_bias", value)
+
+
+@pytest.mark.parametrize("bias", [math.nan, math.inf, 101, -100.5, "2", True, None, 10**400])
+def test_a_bias_that_is_no_number_from_minus_to_plus_100_is_refused(bias: object) -> None:
+    assert_refused("logit_bias", {1: bias})
 
 
 def test_collections_are_the_parameters_own() -> None:

@@ -1,0 +1,338 @@
+"""Rules of choosing tokens: the published filters, exact penalties, reproducible draws, honest log-probabilities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from drivetrain.serving.request import Request
+from drivetrain.serving.sampler import Sampler, distributions, sequence_seed, token_logprobs, uniform
+from drivetrain.serving.text import TextStream
+from drivetrain.serving.types import SamplingParams
+
+torch.set_num_threads(1)
+
+V = 300
+CPU = torch.device("cpu")
+
+
+class NoText:
+    def push(self, ids: Sequence[int]) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+def request(name: str = "r", prompt: Sequence[int] = (1, 2), output: Sequence[int] = (), **params: Any) -> Request:
+    settings_ = SamplingParams(**params)
+    return Request(
+        request_id=name,
+        index=0,
+        tokens=[*prompt, *output],
+        num_prompt_tokens=len(prompt),
+        params=settings_,
+        max_tokens=100,
+        seed=settings_.seed or 0,
+        priority=0,
+        arrival_seconds=0.0,
+        sequence_number=0,
+        deadline_seconds=None,
+        text=TextStream(NoText(), (), False),
+        end_tokens=frozenset({7}),
+    )
+
+
+def logits(rows: int, seed: int = 0, vocab_size: int = V, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def warped(row_V: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """transformers' distribution, its warpers in the order in which its ``generate`` has them."""
+    warpers = LogitsProcessorList()
+    if params.temperature != 1:
+        warpers.append(TemperatureLogitsWarper(params.temperature))
+    if params.top_k > 0:
+        warpers.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        warpers.append(TopPLogitsWarper(params.top_p))
+    if params.min_p > 0:
+        warpers.append(MinPLogitsWarper(params.min_p))
+    return warpers(torch.zeros(1, 1, dtype=torch.long), row_V.unsqueeze(0)).softmax(-1)[0]
+
+
+# --- filters ---------------------------------------------------------------------------------------------------------
+
+row_params = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.3, 0.7, 1.0, 1.7]),
+    top_k=st.sampled_from([-1, 0, 1, 3, 50, V, 1000]),
+    top_p=st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.01]),
+    min_p=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    params=st.lists(row_params, min_size=1, max_size=6), seed=st.integers(0, 1000), scale=st.sampled_from([0.5, 4.0])
+)
+def test_distributions_are_those_of_transformers_for_any_mix_of_rows(
+    params: list[SamplingParams], seed: int, scale: float
+) -> None:
+    scores = logits(len(params), seed, scale=scale)
+    found = distributions(scores, params)
+    for row, own in enumerate(params):
+        expected = warped(scores[row], own)
+        assert torch.equal(found[row] > 0, expected > 0), own
+        torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_top_p_reaches_beyond_its_first_try() -> None:
+    scores = logits(2, vocab_size=5000, scale=0.1)  # nearly flat: half the mass lies in over a thousand tokens
+    params = [SamplingParams(top_p=0.5), SamplingParams()]
+    found = distributions(scores, params)
+    assert int((found[0] > 0).sum()) > 1000
+    for row in range(2):
+        torch.testing.assert_close(found[row], warped(scores[row], params[row]), rtol=1e-4, atol=1e-8)
+
+
+def test_top_p_below_the_first_probability_keeps_one_token() -> None:
+    scores = torch.tensor([[5.0, 1.0, 0.0]])
+    assert distributions(scores, [SamplingParams(top_p=1e-9)]).tolist() == [[1.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-12, 1e-40, 1e-300])
+def test_a_tiny_temperature_draws_the_most_likely_token(temperature: float) -> None:
+    scores = logits(1)
+    found = distributions(scores, [SamplingParams(temperature=temperature)])
+    assert int(found[0].argmax()) == int(scores[0].argmax())
+    assert float(found[0].max()) == pytest.approx(1.0)
+    assert bool(found.isfinite().all())
+    sampled = Sampler(V, CPU).sample(scores, [request(temperature=temperature, seed=3)])
+    assert sampled.token_ids == [int(scores[0].argmax())]
+
+
+# --- penalties and bias ----------------------------------------------------------------------------------------------
+
+
+def adjusted(scores: torch.Tensor, row: Request) -> torch.Tensor:
+    return Sampler(V, CPU)._adjust(scores, [row])[0]
+
+
+def test_repetition_penalty_is_transformers_own_and_counts_the_prompt() -> None:
+    scores = logits(1)
+    row = request(prompt=[4, 9, 9, 200], output=[17, 4, 30], repetition_penalty=1.3)
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([row.tokens]), scores.clone())
+    torch.testing.assert_close(adjusted(scores, row), expected[0])
+
+
+def test_frequency_and_presence_penalties_count_the_output_only() -> None:
+    scores = logits(1)
+    row = request(prompt=[4, 9], output=[17, 17, 17, 9], frequency_penalty=0.5, presence_penalty=-0.25)
+    expected = scores[0].clone()
+    expected[17] -= 3 * 0.5 - 0.25
+    expected[9] -= 0.5 - 0.25
+    torch.testing.assert_close(adjusted(scores, row), expected)
+
+
+def test_counts_follow_the_output_step_by_step() -> None:
+    sampler = Sampler(V, CPU)
+    row = request(frequency_penalty=1.0, repetition_penalty=1.1, temperature=0.0)
+    for step in range(12):
+        scores = logits(1, seed=step)
+        stepwise = sampler._adjust(scores, [row])[0]
+        torch.testing.assert_close(stepwise, adjusted(scores, row))
+        row.tokens += sampler.sample(scores, [row]).token_ids
+    assert sampler.num_tracked == 1
+    sampler.forget(row)
+    assert sampler.num_tracked == 0
+
+
+def test_logit_bias_is_added_and_can_force_or_forbid() -> None:
+    scores = logits(3)
+    best = int(scores[1].argmax())
+    rows = [
+        request(temperature=0.0, logit_bias={123: 100.0}),
+        request(temperature=0.0, logit_bias={best: -100.0}),
+        request(temperature=0.0),
+    ]
+    sampled = Sampler(V, CPU).sample(scores, rows)
+    assert sampled.token_ids[0] == 123
+    assert sampled.token_ids[1] == int(scores[1].topk(2).indices[1])
+    assert sampled.token_ids[2] == int(scores[2].argmax())
+
+
+def test_before_min_tokens_end_tokens_are_never_chosen() -> None:
+    scores = logits(1)
+    scores[0, [7, 5]] = 50.0
+    for output, expected in [((), 3), ((9,), 3), ((9, 9), 7)]:
+        scores[0, 3] = 40.0
+        row = request(output=output, temperature=0.0, min_tokens=2, stop_token_ids=[5])
+        assert Sampler(V, CPU).sample(scores, [row]).token_ids[0] in ({expected} if expected == 3 else {5, 7})
+    ignoring = request(temperature=0.0, min_tokens=2, ignore_eos=True)
+    scores[0, 5] = 0.0
+    assert Sampler(V, CPU).sample(scores, [ignoring]).token_ids == [7]
+
+
+def test_end_tokens_that_the_model_has_no_scores_for_are_left_alone() -> None:
+    row = request(temperature=0.0, min_tokens=2)
+    row.end_tokens = frozenset({V + 5})
+    scores = logits(1)
+    assert Sampler(V, CPU).sample(scores, [row]).token_ids == [int(scores[0].argmax())]
+
+
+# --- draws -----------------------------------------------------------------------------------------------------------
+
+
+def draw(scores: torch.Tensor, seed: int, place: int, **params: Any) -> int:
+    row = request(output=[0] * place, seed=seed, **params)
+    return Sampler(scores.shape[-1], CPU).sample(scores, [row]).token_ids[0]
+
+
+@pytest.mark.parametrize("by", ["seed", "place"])
+def test_draws_follow_the_distribution(by: str) -> None:
+    """Pearson's statistic over 20,000 draws with fixed seeds, against the 0.999 quantile for 9 degrees of freedom."""
+    probs = torch.tensor([0.3, 0.2, 0.15, 0.1, 0.08, 0.07, 0.05, 0.03, 0.015, 0.005])
+    num_draws = 20_000
+    points = [uniform(seed, 0) if by == "seed" else uniform(12345, seed) for seed in range(num_draws)]
+    cumulative = probs.double().cumsum(0)
+    tokens = torch.searchsorted(cumulative / cumulative[-1], torch.tensor(points, dtype=torch.float64), right=True)
+    counts = torch.bincount(tokens, minlength=10)
+    expected = probs * num_draws
+    assert float(((counts - expected) ** 2 / expected).sum()) < 27.88
+
+
+def test_the_sampler_inverts_the_cumulative_distribution() -> None:
+    probs = torch.tensor([[0.1, 0.0, 0.4, 0.5]])
+    for seed in range(200):
+        point = uniform(seed, 0)
+        expected = 0 if point < 0.1 else 2 if point < 0.5 else 3
+        if min(abs(point - 0.1), abs(point - 0.5)) > 1e-6:
+            assert draw(probs.log(), seed, 0) == expected
+
+
+def test_uniform_numbers_lie_in_the_unit_interval_and_differ_between_streams() -> None:
+    numbers = [
+        uniform(sequence_seed(seed, index), place) for seed in (-5, 0, 7) for index in range(8) for place in range(50)
+    ]
+    assert all(0 <= number < 1 for number in numbers)
+    assert len(set(numbers)) == len(numbers)
+    assert uniform(-1, 3) == uniform(2**64 - 1, 3)
+    assert sequence_seed(42, 0) == 42
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(-(2**63), 2**63 - 1), place=st.integers(0, 30), others=st.integers(0, 4), at=st.integers(0, 4))
+def test_a_draw_depends_on_nothing_but_its_own_request(seed: int, place: int, others: int, at: int) -> None:
+    scores = logits(1, seed=place)
+    params: dict[str, Any] = {"temperature": 1.4, "top_p": 0.9, "repetition_penalty": 1.1}
+    alone = draw(scores, seed, place, **params)
+    at = min(at, others)
+    rows = [request(f"o{i}", temperature=[0.0, 0.5, 2.0][i % 3], top_k=i * 5, seed=i) for i in range(others)]
+    rows.insert(at, request("own", output=[0] * place, seed=seed, **params))
+    batch = logits(others + 1, seed=99)
+    batch[at] = scores[0]
+    assert Sampler(V, CPU).sample(batch, rows).token_ids[at] == alone
+
+
+def test_greedy_rows_are_not_touched_by_their_neighbours() -> None:
+    scores = logits(4)
+    rows = [request("a", temperature=0.0), request("b", seed=1), request("c", temperature=0.0, top_k=1), request("d")]
+    tokens = Sampler(V, CPU).sample(scores, rows).token_ids
+    assert [tokens[0], tokens[2]] == [int(scores[0].argmax()), int(scores[2].argmax())]
+
+
+def test_the_scores_given_are_not_changed() -> None:
+    scores = logits(2)
+    before = scores.clone()
+    rows = [request("a", logit_bias={1: 5.0}, repetition_penalty=2.0, top_k=3), request("b", min_tokens=4, logprobs=3)]
+    Sampler(V, CPU).sample(scores, rows)
+    assert torch.equal(scores, before)
+
+
+# --- log-probabilities -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 500), count=st.sampled_from([0, 1, 5, V, V + 50]))
+def test_logprobs_and_ranks_are_those_of_the_model(seed: int, count: int) -> None:
+    scores = logits(3, seed)
+    tokens = [int(scores[0].argmax()), 17, 250]
+    expected = scores.log_softmax(-1)
+    for row, entry in enumerate(token_logprobs(scores, tokens, count)):
+        assert entry.token_id == tokens[row]
+        assert entry.logprob == pytest.approx(float(expected[row, tokens[row]]), abs=1e-6)
+        assert entry.rank == 1 + int((expected[row] > expected[row, tokens[row]]).sum())
+        assert [token for token, _ in entry.top] == expected[row].topk(min(count, V)).indices.tolist()
+        assert [value for _, value in entry.top] == pytest.approx(expected[row].topk(min(count, V)).values.tolist())
+
+
+def test_logprobs_are_before_temperature_penalties_and_bias_and_for_those_who_asked() -> None:
+    scores = logits(3)
+    rows = [
+        request("a", temperature=0.2, logit_bias={3: 100.0}, frequency_penalty=1.0, output=[3], logprobs=2),
+        request("b"),
+        request("c", logprobs=0),
+    ]
+    sampled = Sampler(V, CPU).sample(scores, rows)
+    first, second, third = sampled.logprobs
+    assert first is not None
+    assert (first.token_id, len(first.top)) == (3, 2)
+    assert first.logprob == pytest.approx(float(scores[0].log_softmax(-1)[3]), abs=1e-6)
+    assert second is None
+    assert third is not None
+    assert third.top == ()
+
+
+# --- scores that are no numbers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_a_row_with_nan_or_infinity_is_flagged_and_no_other_suffers(bad: float, row: int) -> None:
+    scores = logits(3)
+    rows = [
+        request("a", temperature=0.0),
+        request("b", top_p=0.9, seed=1),
+        request("c", top_k=5, min_p=0.1, logprobs=3),
+    ]
+    whole = Sampler(V, CPU).sample(scores, rows)
+    scores[row, 11] = bad
+    sampled = Sampler(V, CPU).sample(scores, rows)
+    assert sampled.is_sound == [index != row for index in range(3)]
+    assert all(sampled.token_ids[i] == whole.token_ids[i] for i in range(3) if i != row)
+
+
+def test_a_row_that_allows_nothing_is_flagged_and_single_minus_infinities_are_not() -> None:
+    scores = logits(2)
+    scores[0] = -math.inf
+    scores[1, :290] = -math.inf
+    sampled = Sampler(V, CPU).sample(scores, [request("a"), request("b", seed=2)])
+    assert sampled.is_sound == [False, True]
+    assert sampled.token_ids[1] >= 290
+
+
+def test_nothing_to_sample_gives_nothing() -> None:
+    assert Sampler(V, CPU).sample(logits(0), []).token_ids == []
+
+
+def test_half_precision_scores_are_sampled_in_float32() -> None:
+    scores = logits(2).bfloat16()
+    sampled = Sampler(V, CPU).sample(scores, [request("a", temperature=0.0, logprobs=1), request("b", seed=1)])
+    assert sampled.token_ids[0] == int(scores[0].float().argmax())
+    assert sampled.logprobs[0] is not None
+    assert sampled.logprobs[0].logprob == pytest.approx(float(scores[0].float().log_softmax(-1).max()), abs=1e-6)
