@@ -18,7 +18,7 @@ from drivetrain.contracts.frontend import Frontend
 from drivetrain.contracts.kernels import KernelProvider
 from drivetrain.contracts.kinds import KINDS
 from drivetrain.contracts.loader import Checkpoint, Loader
-from drivetrain.contracts.model import BuildContext, Model, ModelSpec
+from drivetrain.contracts.model import BuildContext, CausalLM, Model, ModelSpec
 from drivetrain.contracts.platform import Platform
 from drivetrain.contracts.plugin import Plugin, ProbeContext, Purpose
 from drivetrain.contracts.precision import Precision
@@ -37,9 +37,11 @@ from drivetrain.errors import (
 )
 from drivetrain.observers import Observers
 from drivetrain.registry import Plan, Registry, SelectionReport, Selector, load
+from drivetrain.registry.lock import check_lock
 
 if TYPE_CHECKING:
     from drivetrain.binding import KernelBinder
+    from drivetrain.serving.blocks import KVManager
     from drivetrain.serving.engine import Engine
     from drivetrain.serving.tokenizer import Tokenizer
 
@@ -55,6 +57,7 @@ class Parts:
 
     path, checkpoint, spec: None while the model is not named or not on this machine.
     notes:                  decisions of the core itself that a user should see.
+    context, registry:      what the last probe saw, and what could be chosen from; a later exchange asks them again.
     """
 
     settings: Settings
@@ -65,6 +68,8 @@ class Parts:
     checkpoint: Checkpoint | None = None
     spec: ModelSpec | None = None
     notes: list[str] = field(default_factory=list)
+    context: ProbeContext = field(default_factory=ProbeContext)
+    registry: Registry = field(default_factory=lambda: Registry(()))
 
     @property
     def plan(self) -> Plan:
@@ -119,6 +124,8 @@ def resolve_parts(
     leave_out: kinds that the caller does without (``frontend`` for the Python API).
     """
     registry = registry or Registry()
+    if settings.lock is not None:
+        check_lock(settings.lock)
     if settings.allow is not None:
         registry = registry.allowing(settings.allow)
     resolution = _Resolution(settings, purpose, registry, observers or Observers(installed=False), progress, fetch)
@@ -129,6 +136,8 @@ def resolve_parts(
             resolution.selector.leave_open(kind.name, "nothing here needs it")
     parts = resolution.parts
     parts.report = resolution.selector.report
+    parts.context = resolution.context
+    parts.registry = registry
     return parts
 
 
@@ -150,7 +159,7 @@ class _Resolution:
         self._observers = observers
         self._progress = progress
         self._fetch = fetch
-        self._context = ProbeContext(purpose=purpose, model_name=settings.model)
+        self.context = ProbeContext(purpose=purpose, model_name=settings.model)
 
     def resolve(self, kind: str) -> None:
         settle = getattr(self, f"_settle_{kind}", None)
@@ -165,7 +174,7 @@ class _Resolution:
             settle(plugin)
 
     def _why_open(self, kind: str) -> str | None:
-        if kind == "source" and self._context.model_name is None:
+        if kind == "source" and self.context.model_name is None:
             return "no model is named"
         if kind in ("loader", "model") and self.parts.path is None:
             return self.selector.open_kinds.get("source") or "the model's files are not on this machine"
@@ -173,13 +182,13 @@ class _Resolution:
 
     def _choose(self, kind: str) -> Plugin:
         try:
-            return self.selector.choose(kind, self._context)
+            return self.selector.choose(kind, self.context)
         except NoCandidateError as error:
             raise self._explained(kind, error) from error
 
     def _explained(self, kind: str, error: NoCandidateError) -> Exception:
         """Say what a missing candidate means for the kinds where users cause it."""
-        name = self._context.model_name
+        name = self.context.model_name
         if kind == "source" and name is not None:
             known = [
                 known
@@ -190,8 +199,8 @@ class _Resolution:
             close = nearest(name, known)
             return ModelNotFoundError(
                 f"no model is named {name!r}",
-                allowed="a folder, a .gguf file, org/name of the hub, pypi:DIST==VERSION/FILE, " + ", ".join(known),
-                hint=f"Did you mean {close!r}?" if close else None,
+                allowed="a folder, a .gguf file, org/name of the hub, pypi:DIST==VERSION/FILE, or a short name",
+                hint=f"Did you mean {close!r}?" if close else f"Short names: {', '.join(known)}",
             )
         if kind == "loader":
             return LoaderError(
@@ -222,30 +231,30 @@ class _Resolution:
 
     def _settle_platform(self, platform: Platform) -> None:
         self.selector.prefer(platform.preferences)
-        self._context = dataclasses.replace(self._context, platform=platform.facts())
+        self.context = dataclasses.replace(self.context, platform=platform.facts())
 
     def _settle_precision(self, precision: Precision) -> None:
-        self._context = dataclasses.replace(self._context, dtype=precision.dtypes().param)
+        self.context = dataclasses.replace(self.context, dtype=precision.dtypes().param)
 
     def _settle_source(self, source: Source) -> None:
-        name = self._context.model_name
+        name = self.context.model_name
         assert name is not None
         path = source.locate(name)
         if path is None and self._fetch:
             path = source.fetch(name, self._progress)
         self.parts.path = path
         if path is not None:
-            self._context = dataclasses.replace(self._context, path=str(path))
+            self.context = dataclasses.replace(self.context, path=str(path))
 
     def _settle_loader(self, loader: Loader) -> None:
         assert self.parts.path is not None
         self.parts.checkpoint = loader.open(self.parts.path)
-        self._context = dataclasses.replace(self._context, checkpoint=self.parts.checkpoint)
+        self.context = dataclasses.replace(self.context, checkpoint=self.parts.checkpoint)
 
     def _settle_model(self, model: Model) -> None:
         assert self.parts.checkpoint is not None
-        self.parts.spec = model.describe(self.parts.checkpoint.config, self._context.dtype or "float32")
-        self._context = dataclasses.replace(self._context, model=self.parts.spec)
+        self.parts.spec = model.describe(self.parts.checkpoint.config, self.context.dtype or "float32")
+        self.context = dataclasses.replace(self.context, model=self.parts.spec)
 
 
 # --- the engine ----------------------------------------------------------------------------------------------------
@@ -273,6 +282,7 @@ class ServingStack:
             "model": parts.settings.model,
             "plan_digest": parts.plan.digest,
             "bindings": self.binder.by_operation(),
+            "epoch": self.engine.epoch,
             "notes": list(parts.notes),
             "sampling_defaults": dict(self.defaults),
         }
@@ -280,10 +290,6 @@ class ServingStack:
 
 def build_engine(parts: Parts, *, observers: Observers | None = None, progress: Progress = silent) -> ServingStack:
     """Load the weights and make everything a step needs. Raises LoaderError, MemoryBudgetError, ..."""
-    import torch
-
-    from drivetrain.binding import KernelBinder
-    from drivetrain.serving.blocks import KVManager
     from drivetrain.serving.engine import Engine, EngineLimits
     from drivetrain.serving.metrics import EngineMetrics
     from drivetrain.serving.runner import ModelRunner
@@ -294,21 +300,10 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
     parts.platform.activate()
     device = parts.platform.device()
     tokenizer = Tokenizer(parts.checkpoint.tokenizer())
-    binder = KernelBinder(_providers(parts))
-    dtype = getattr(torch, parts.precision.dtypes().param)
-    model = parts.model.build(parts.checkpoint, BuildContext(device, dtype, binder.bind, parts.quantizer, progress))
+    model, binder = build_model(parts, parts.kernels, parts.quantizer, progress)
     limits = parts.scheduler.limits()
     max_model_len, num_blocks = _size_cache(parts, parts.spec, limits)
-    contract = parts.attention.kv_contract(parts.spec.attention)
-    kv = KVManager(
-        parts.spec.attention.groups,
-        num_blocks,
-        contract.block_size,
-        max_running=limits.max_running,
-        max_tokens=max_model_len,
-        prefix_cache=parts.settings.engine.prefix_cache,
-        salt=repr(contract),
-    )
+    kv = make_kv(parts, parts.attention, num_blocks, limits, max_model_len)
     metrics = EngineMetrics()
     metrics.fell_back(len(parts.report.fallbacks))
     engine = Engine(
@@ -329,12 +324,49 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
     return ServingStack(engine, parts, tokenizer, binder, max_model_len, defaults)
 
 
-def _providers(parts: Parts) -> list[tuple[str, KernelProvider]]:
+def build_model(
+    parts: Parts, kernels: KernelProvider, quantizer: Quantizer, progress: Progress = silent
+) -> tuple[CausalLM, KernelBinder]:
+    """Build the model from its files with these kernels and this quantizer; also returns what was bound."""
+    import torch
+
+    from drivetrain.binding import KernelBinder
+
+    assert parts.checkpoint is not None
+    binder = KernelBinder(_providers(parts.registry, kernels))
+    dtype = getattr(torch, parts.precision.dtypes().param)
+    context = BuildContext(parts.platform.device(), dtype, binder.bind, quantizer, progress)
+    return parts.model.build(parts.checkpoint, context), binder
+
+
+def make_kv(
+    parts: Parts, attention: AttentionBackend, num_blocks: Sequence[int], limits: Limits, max_model_len: int
+) -> KVManager:
+    """Empty books for a cache of ``attention`` with these numbers of blocks."""
+    from drivetrain.serving.blocks import KVManager
+
+    assert parts.spec is not None
+    contract = attention.kv_contract(parts.spec.attention)
+    return KVManager(
+        parts.spec.attention.groups,
+        num_blocks,
+        contract.block_size,
+        max_running=limits.max_running,
+        max_tokens=max_model_len,
+        prefix_cache=parts.settings.engine.prefix_cache,
+        salt=repr(contract),
+    )
+
+
+def _providers(registry: Registry, chosen: KernelProvider) -> list[tuple[str, KernelProvider]]:
     """The chosen kernel provider, and after it the reference for operations it does not have."""
-    chosen = parts.report["kernels"].chosen
-    providers = [(chosen.name, parts.kernels)]
-    if chosen.name != "reference":
-        reference = load(Registry().find("kernels", "reference"))
+    providers = [(type(chosen).__name__, chosen)]
+    for ref in registry.candidates("kernels"):
+        if load(ref) is type(chosen):
+            providers = [(ref.name, chosen)]
+            break
+    if providers[0][0] != "reference" and any(ref.name == "reference" for ref in registry.candidates("kernels")):
+        reference = load(registry.find("kernels", "reference"))
         providers.append(("reference", cast(KernelProvider, reference(reference.Config()))))
     return providers
 

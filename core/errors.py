@@ -223,5 +223,9 @@ class BlockAccountingError(EngineError):
     """free + used == total does not hold, or a block was freed twice. Always a bug."""
 
 
+class SwapError(EngineError):
+    """Parts of a running engine could not be exchanged; nothing has changed."""
+
+
 class MemoryBudgetError(EngineError):
     """The memory left after the weights does not hold the smallest useful KV cache."""

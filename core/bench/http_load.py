@@ -11,26 +11,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from drivetrain.bench.measure import percentiles
-from drivetrain.bench.workloads import WorkItem
+from drivetrain.bench.workloads import WorkItem, check_fits
 from drivetrain.contracts.source import Progress, silent
-from drivetrain.errors import ConfigError
+from drivetrain.errors import ConfigError, DrivetrainError
 
 
 @dataclass
 class Sample:
-    """One request as a client saw it; times are seconds from its start."""
+    """One request as a client saw it; times are seconds from its start.
 
-    sent_seconds: float
+    num_tokens: output tokens by the server's own account; without one, the events that carried text.
+    """
+
     first_seconds: float | None = None
-    token_seconds: list[float] = field(default_factory=list)
+    last_seconds: float | None = None
+    num_tokens: int = 0
     total_seconds: float = 0.0
     error: str | None = None
 
     @property
     def seconds_per_token(self) -> float | None:
-        if self.first_seconds is None or len(self.token_seconds) < 2:
+        if self.first_seconds is None or self.last_seconds is None or self.num_tokens < 2:
             return None
-        return (self.token_seconds[-1] - self.first_seconds) / (len(self.token_seconds) - 1)
+        return (self.last_seconds - self.first_seconds) / (self.num_tokens - 1)
 
 
 @dataclass(frozen=True)
@@ -50,52 +53,86 @@ class Goal:
         )
 
 
+@dataclass(frozen=True)
+class ServedModel:
+    """A server and the model it serves.
+
+    max_model_len, vocab_size: None when the server does not tell.
+    """
+
+    url: str
+    name: str
+    max_model_len: int | None
+    vocab_size: int | None
+    headers: dict[str, str] = field(default_factory=dict, repr=False)
+
+
+def find_model(url: str, api_key: str | None = None) -> ServedModel:
+    """The first model that the server at ``url`` lists. Raises ConfigError when there is none to be had."""
+    import httpx
+
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        response = httpx.get(f"{url}/v1/models", headers=headers, timeout=30, trust_env=False)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ConfigError(f"no server answers: {error}", where=url, hint="Start one with: drivetrain serve") from error
+    if response.status_code in (401, 403):
+        raise ConfigError("the server wants an API key", where=url, hint="Give one with --api-key.")
+    try:
+        card = response.json()["data"][0]
+        return ServedModel(url, card["id"], card.get("max_model_len"), card.get("vocab_size"), headers)
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConfigError(
+            f"the server lists no models; it answered {response.status_code} at /v1/models",
+            where=url,
+            hint="Give the address before /v1 of a server that speaks the OpenAI API.",
+        ) from error
+
+
 async def run_load(
-    url: str,
+    model: ServedModel,
     items: Sequence[WorkItem],
     *,
     rate: float,
     goal: Goal,
     seed: int,
-    api_key: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Send ``items`` to ``url`` with Poisson arrivals of ``rate`` a second; rates, percentiles and goodput.
+    """Send ``items`` to ``model`` with Poisson arrivals of ``rate`` a second; rates, percentiles and goodput.
 
-    Goodput is the number of requests a second that met ``goal``. Raises ConfigError when the server can't be reached.
+    Goodput is the number of requests a second that met ``goal``. Raises ConfigError when an item is longer than the
+    model takes, DrivetrainError when no request at all was answered.
     """
     import httpx
 
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    if model.max_model_len is not None:
+        check_fits(items, model.max_model_len)
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=None, limits=limits, trust_env=False) as client:
-        try:
-            models = (await client.get("/v1/models")).raise_for_status().json()
-        except (httpx.HTTPError, ValueError) as error:
-            raise ConfigError(
-                f"no server answers: {error}", where=url, hint="Start one with drivetrain serve."
-            ) from error
-        model = models["data"][0]["id"]
+    async with httpx.AsyncClient(
+        base_url=model.url, headers=model.headers, timeout=None, limits=limits, trust_env=False
+    ) as client:
         rng = random.Random(seed)
         started = time.perf_counter()
-        tasks = []
+        tasks: list[asyncio.Task[Sample]] = []
         moment = 0.0
         for item in items:
             await asyncio.sleep(max(0.0, started + moment - time.perf_counter()))
-            tasks.append(asyncio.create_task(_send(client, model, item, started)))
+            tasks.append(asyncio.create_task(_send(client, model.name, item)))
             tasks[-1].add_done_callback(
                 lambda _: progress("serving", sum(task.done() for task in tasks), len(items), "requests")
             )
             moment += rng.expovariate(rate)
         samples = await asyncio.gather(*tasks)
         seconds = time.perf_counter() - started
+    if all(sample.error for sample in samples):
+        raise DrivetrainError(f"no request was answered; the first failed with {samples[0].error}", where=model.url)
     return _summary(samples, seconds, rate, goal)
 
 
-async def _send(client: Any, model: str, item: WorkItem, started: float) -> Sample:
+async def _send(client: Any, model: str, item: WorkItem) -> Sample:
     import httpx
 
-    sample = Sample(time.perf_counter() - started)
+    sample = Sample()
     body = {
         "model": model,
         "prompt": list(item.prompt),
@@ -103,6 +140,7 @@ async def _send(client: Any, model: str, item: WorkItem, started: float) -> Samp
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
+        "stream_options": {"include_usage": True},
     }
     begin = time.perf_counter()
     try:
@@ -113,9 +151,11 @@ async def _send(client: Any, model: str, item: WorkItem, started: float) -> Samp
             async for line in response.aiter_lines():
                 if line.startswith("data: ") and line != "data: [DONE]":
                     _note_event(sample, json.loads(line[6:]), time.perf_counter() - begin)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, ValueError) as error:
         sample.error = f"{type(error).__name__}: {error}"
     sample.total_seconds = time.perf_counter() - begin
+    if sample.error is None and sample.first_seconds is None:
+        sample.error = "the stream ended without a token"
     return sample
 
 
@@ -125,7 +165,11 @@ def _note_event(sample: Sample, event: dict[str, Any], now: float) -> None:
     elif event.get("choices"):
         if sample.first_seconds is None:
             sample.first_seconds = now
-        sample.token_seconds.append(now)
+        sample.last_seconds = now
+        sample.num_tokens += 1
+    # Comes after the last choice: an event may carry several tokens, or none of a character that is not whole yet.
+    if event.get("usage"):
+        sample.num_tokens = event["usage"]["completion_tokens"]
 
 
 def _summary(samples: Sequence[Sample], seconds: float, rate: float, goal: Goal) -> dict[str, Any]:
@@ -134,13 +178,14 @@ def _summary(samples: Sequence[Sample], seconds: float, rate: float, goal: Goal)
     for sample in samples:
         if sample.error:
             errors[sample.error] = errors.get(sample.error, 0) + 1
-    output_tokens = sum(len(sample.token_seconds) for sample in good)
+    output_tokens = sum(sample.num_tokens for sample in good)
     return {
         "requests": len(samples),
         "failed": len(samples) - len(good),
         "errors": errors,
         "rate_offered": rate,
         "seconds": seconds,
+        "output_tokens": output_tokens,
         "requests_per_second": len(good) / seconds,
         "output_tokens_per_second": output_tokens / seconds,
         "goodput_requests_per_second": sum(goal.is_met(sample) for sample in samples) / seconds,

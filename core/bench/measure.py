@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from drivetrain import __version__
-from drivetrain.bench.workloads import WorkItem
+from drivetrain.bench.workloads import WorkItem, check_fits, mixed
 from drivetrain.contracts.source import Progress, silent
-from drivetrain.errors import ConfigError
 from drivetrain.serving.metrics import percentile
 from drivetrain.serving.types import SamplingParams
 
@@ -47,11 +46,7 @@ def run_throughput(llm: LLM, items: Sequence[WorkItem], progress: Progress = sil
 
     Times are in seconds, rates in tokens per second over all requests, memory in bytes.
     """
-    longest = max(len(item.prompt) + item.max_tokens for item in items)
-    if longest > llm.max_model_len:
-        raise ConfigError(
-            "the workload's longest request does not fit", found=longest, allowed=f"1..{llm.max_model_len} tokens"
-        )
+    check_fits(items, llm.max_model_len)
     params = [SamplingParams(max_tokens=item.max_tokens, temperature=0, ignore_eos=True) for item in items]
     before = llm.stats()
     started = time.perf_counter()
@@ -100,12 +95,7 @@ def run_latency(
 
     Every iteration has prompts of its own, so that the prefix cache can't help.
     """
-    from drivetrain.bench.workloads import WorkItem, mixed
-
-    if prompt_length + output_length > llm.max_model_len:
-        raise ConfigError(
-            "the request does not fit", found=prompt_length + output_length, allowed=f"1..{llm.max_model_len}"
-        )
+    check_fits([WorkItem((0,) * prompt_length, output_length)], llm.max_model_len)
     pool = mixed(1 + prompt_length * batch * (iterations + 1) // 32, llm.vocab_size, seed)
     tokens = [token for item in pool for token in item.prompt]
     runs = []

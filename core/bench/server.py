@@ -41,7 +41,7 @@ def running_server(settings: Settings, url: str | None) -> Iterator[str]:
             command = [sys.executable, "-m", "drivetrain", "serve", "--config", str(config), "--port", "0"]
             child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         try:
-            yield _wait_for_address(child, log)
+            yield _wait_for_address(child, config, log)
         finally:
             _stop(child)
 
@@ -57,15 +57,18 @@ def as_tree(settings: Settings) -> dict[str, object]:
     return tree
 
 
-def _wait_for_address(child: subprocess.Popen[bytes], log: Path) -> str:
+def _wait_for_address(child: subprocess.Popen[bytes], config: Path, log: Path) -> str:
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         text = log.read_text(encoding="utf-8", errors="replace")
-        match = re.search(r"^serving .* at (http://\S+)", text, re.MULTILINE)
+        match = re.search(r"^Serving .* at (http://\S+)", text, re.MULTILINE)
         if match:
             return match[1]
         if child.poll() is not None:
-            raise DrivetrainError(f"the server ended with status {child.returncode}", found=text.strip()[-400:])
+            said = re.findall(r"^error: (.*)", text, re.MULTILINE) or text.strip().splitlines() or ["nothing"]
+            # The file that names the settings is ours; the user wrote them elsewhere.
+            reason = re.sub(rf"{re.escape(str(config))}(:\d+)?", "settings", said[-1])
+            raise DrivetrainError(f"the server ended with status {child.returncode} and said: {reason}")
         time.sleep(0.05)
     raise DrivetrainError(f"the server did not start within {_START_SECONDS:.0f} seconds")
 

@@ -7,7 +7,7 @@ at different lengths.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from drivetrain.errors import ConfigError, nearest
@@ -51,6 +51,18 @@ WORKLOADS: dict[str, tuple[Callable[[int, int, int], list[WorkItem]], int]] = {
     "shared-prefix": (shared_prefix, 32),
 }
 """name -> (maker, number of requests by default)."""
+
+
+def check_fits(items: Sequence[WorkItem], max_model_len: int) -> None:
+    """Raise ConfigError when a request is longer than the model takes."""
+    longest = max(len(item.prompt) + item.max_tokens for item in items)
+    if longest > max_model_len:
+        raise ConfigError(
+            "the workload's longest request does not fit the model",
+            found=f"{longest} tokens",
+            allowed=f"1 to {max_model_len}",
+            hint="Raise engine.max_model_len, or take another workload.",
+        )
 
 
 def make_workload(name: str, num_requests: int | None, vocab_size: int, seed: int) -> list[WorkItem]:

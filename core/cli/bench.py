@@ -14,6 +14,9 @@ from drivetrain.config import Settings
 
 app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True, rich_markup_mode=None)
 
+_USUAL_VOCABULARY = 32_000
+"""Taken for a server that does not tell its own; few have less."""
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the workload.")]
 Requests = Annotated[int | None, typer.Option(help="Number of requests. Default: the workload's.", show_default=False)]
@@ -72,6 +75,39 @@ def latency(
         _print({"seed": seed, **describe_run(llm), **result}, as_json)
 
 
+@app.command("swap")
+@with_settings()
+def swap(
+    settings: Settings,
+    to: Annotated[list[str], typer.Option(help="KIND=NAME or KIND.OPTION=VALUE to swap to.", show_default=False)],
+    back: Annotated[
+        list[str] | None,
+        typer.Option(help="What to swap back to. Default: the parts at the start.", show_default=False),
+    ] = None,
+    times: Annotated[int, typer.Option(min=1, help="Swaps there and back.")] = 10,
+    workload: Annotated[str, typer.Option(help="mixed or shared-prefix.")] = "mixed",
+    requests: Requests = None,
+    seed: SeedOption = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Swap parts there and back while a workload runs: pause, extra memory, requests kept, answers unchanged.
+
+    Example: drivetrain bench swap --model smollm2-135m --to scheduler=priority --times 5 --requests 16
+    """
+    from drivetrain.bench.measure import describe_run
+    from drivetrain.bench.swap import StepClock, run_swaps
+    from drivetrain.bench.workloads import make_workload
+    from drivetrain.cli.swap import parse_parts
+
+    clock, there = StepClock(), parse_parts(to)
+    with open_llm(settings, [clock]) as llm, show_progress() as progress:
+        items = make_workload(workload, requests, llm.vocab_size, seed)
+        report = llm.explain()
+        at_start = {kind: {"name": report[kind].chosen.name, **report[kind].options} for kind in there}
+        result = run_swaps(llm, clock, items, there, parse_parts(back) if back else at_start, times, progress)
+        _print({"workload": workload, "seed": seed, **describe_run(llm), **result}, as_json)
+
+
 @app.command("serve")
 @with_settings("frontend")
 def serve(
@@ -84,7 +120,12 @@ def serve(
     rate: Annotated[float, typer.Option(min=0.001, help="Requests a second, Poisson arrivals.")] = 1.0,
     goal_first_token: Annotated[float, typer.Option(min=0, help="Goodput: seconds to the first token.")] = 2.0,
     goal_token: Annotated[float, typer.Option(min=0, help="Goodput: seconds for each later token.")] = 0.25,
-    vocab_size: Annotated[int, typer.Option(min=2, help="Prompts use token ids below this.")] = 32000,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Prompts use token ids below this. Default: what the server says.", show_default=False
+        ),
+    ] = None,
     api_key: Annotated[str | None, typer.Option(help="Key to send.", show_default=False)] = None,
     seed: SeedOption = 0,
     as_json: AsJson = False,
@@ -93,17 +134,17 @@ def serve(
 
     Example: drivetrain bench serve --model smollm2-135m --rate 1 --requests 32
     """
-    from drivetrain.bench.http_load import Goal, run_load
+    from drivetrain.bench.http_load import Goal, find_model, run_load
     from drivetrain.bench.server import running_server
     from drivetrain.bench.workloads import make_workload
 
-    items = make_workload(workload, requests, vocab_size, seed)
+    make_workload(workload, requests, vocab_size=1000, seed=seed)  # a wrong name is told before a server is started
     goal = Goal(goal_first_token, goal_token)
     with running_server(settings, url) as address, show_progress() as progress:
-        result = asyncio.run(
-            run_load(address, items, rate=rate, goal=goal, seed=seed, api_key=api_key, progress=progress)
-        )
-    _print({"workload": workload, "seed": seed, "url": address, **result}, as_json)
+        model = find_model(address, api_key)
+        items = make_workload(workload, requests, vocab_size or model.vocab_size or _USUAL_VOCABULARY, seed)
+        result = asyncio.run(run_load(model, items, rate=rate, goal=goal, seed=seed, progress=progress))
+    _print({"workload": workload, "seed": seed, "model": model.name, "url": address, **result}, as_json)
 
 
 def _print(result: dict[str, Any], as_json: bool) -> None:
@@ -115,7 +156,7 @@ def _print(result: dict[str, Any], as_json: bool) -> None:
         if isinstance(value, dict):
             text = "  ".join(f"{name} {_short(item)}" for name, item in value.items())
         elif key.endswith("_bytes") and value is not None:
-            text = f"{value / 2**20:.0f} MiB"
+            key, text = key.removesuffix("_bytes"), f"{value / 2**20:.0f} MiB"
         else:
             text = _short(value)
         rows.append((key.replace("_", " "), text))

@@ -102,4 +102,4 @@ class _Lines:
         if total is None:
             note(what if done == 0 else f"{what}: {format_number(done, unit)}")
         else:
-            note(f"{what}: {format_number(done, unit)} of {format_number(total, unit)}")
+            note(f"{what}: {format_number(done, unit) if unit == 'bytes' else done} of {format_number(total, unit)}")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from drivetrain.cli.console import print_json, print_table
 from drivetrain.cli.options import with_settings
-from drivetrain.config import Settings
-from drivetrain.registry import Outcome, SelectionReport
+from drivetrain.config import Settings, load_settings
+from drivetrain.registry import CandidateReport, Outcome, Selection, SelectionReport
+
+if TYPE_CHECKING:
+    from drivetrain.registry.why_not import WhyNot
 
 
 @with_settings("frontend")
@@ -19,22 +23,47 @@ def explain(
     config_file: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG]", help="Configuration file.", show_default=False)
     ] = None,
+    why_nots: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--why-not",
+            metavar="KIND/NAME",
+            help="Say also why this plugin is not used. May be given several times.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say which plugin is chosen for each kind, who asked for it, and what became of every other candidate.
 
     Downloads nothing: parts that depend on a model which is not here are left open.
 
-    Example: drivetrain explain --model smollm2-135m
+    Example: drivetrain explain --model smollm2-135m --why-not scheduler/priority
     """
     from drivetrain.assembly import resolve_parts
+    from drivetrain.registry.why_not import why_not
 
     parts = resolve_parts(settings, fetch=False)
+    answers = [answer for wanted in why_nots or () for answer in why_not(wanted, parts.report, parts.registry)]
     if as_json:
-        print_json({**parts.report.to_dict(), "model": settings.model, "plan_digest": parts.plan.digest})
+        report = {**parts.report.to_dict(), "model": settings.model, "plan_digest": parts.plan.digest}
+        print_json({**report, "why_not": [dataclasses.asdict(answer) for answer in answers]} if why_nots else report)
         return
     print_report(parts.report)
+    for answer in answers:
+        print(f"\n{_told(answer)}")
     print(f"\nplan {parts.plan.digest[:16]}  (drivetrain explain --json prints all of it)")
+
+
+def _told(answer: WhyNot) -> str:
+    """The answer to one ``--why-not``: the verdict, and below it the reasons and the way out."""
+    owner = f" ({answer.distribution} {answer.version}".rstrip() + ")" if answer.distribution else ""
+    lines = [f"why not {answer.kind}/{answer.name}{owner}? {answer.verdict.value}", f"  {answer.reason}"]
+    if answer.wanted or answer.offered:
+        lines.append(f"  wanted: {answer.wanted or 'nothing'}; offered: {answer.offered or 'nothing'}")
+    if answer.hint:
+        lines.append(f"  {answer.hint}")
+    return "\n".join(lines)
 
 
 def print_report(report: SelectionReport) -> None:
@@ -43,7 +72,7 @@ def print_report(report: SelectionReport) -> None:
     rows += [(kind, "(open)", "", reason) for kind, reason in report.open_kinds.items()]
     print_table(("kind", "chosen", "asked by", "why"), rows)
     passed = [
-        (s.kind, candidate.name, candidate.outcome.value, candidate.reason)
+        (s.kind, candidate.name, candidate.outcome.value, _because(s, candidate))
         for s in report.selections
         for candidate in s.candidates
         if candidate.outcome is not Outcome.CHOSEN
@@ -55,12 +84,23 @@ def print_report(report: SelectionReport) -> None:
         print(f"\nwarning: {fallback}")
 
 
+def _because(selection: Selection, candidate: CandidateReport) -> str:
+    if candidate.below:
+        return f"{candidate.reason}; ranks below {selection.chosen.name!r}: {candidate.below}"
+    return candidate.reason
+
+
 def doctor(
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="Examine this configuration's names too.", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     time_limit: Annotated[float, typer.Option(help="Seconds that one plugin may take to load and answer.")] = 20.0,
 ) -> int:
     """Examine this installation: versions, devices, compilers, and every plugin in a process of its own.
 
+    Finds, too, distributions that are shadowed, stale or half removed, and names in a configuration that match nothing.
     Exits with 1 when something is wrong.
 
     Example: drivetrain doctor --json
@@ -68,8 +108,9 @@ def doctor(
     from drivetrain.cli.console import show_progress
     from drivetrain.registry.doctor import examine
 
+    settings = load_settings(config) if config is not None else None
     with show_progress() as progress:
-        report = examine(time_limit_seconds=time_limit, progress=progress)
+        report = examine(time_limit_seconds=time_limit, settings=settings, progress=progress)
     if as_json:
         print_json(report.to_dict())
     else:

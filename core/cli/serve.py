@@ -24,6 +24,9 @@ def serve(
     port: Annotated[
         int | None, typer.Option(help="Port; 0 takes a free one. Default: 8000.", show_default=False)
     ] = None,
+    admin_token: Annotated[
+        str | None, typer.Option(help="Allow drivetrain swap to whoever sends this token.", show_default=False)
+    ] = None,
     api_key: Annotated[str | None, typer.Option(help="Key that clients must send.", show_default=False)] = None,
 ) -> None:
     """Serve a model over HTTP with the OpenAI API. SIGTERM lets running requests finish, then exits 0.
@@ -37,7 +40,7 @@ def serve(
 
     if settings.model is None:
         raise ConfigError("no model is named", hint="Give one with --model NAME, for example --model smollm2-135m.")
-    settings = with_frontend_options(settings, host=host, port=port, api_key=api_key)
+    settings = with_frontend_options(settings, host=host, port=port, api_key=api_key, admin_token=admin_token)
     observers = Observers()
     observers.notify("config_settled", settings=settings)
     with show_progress() as progress:
@@ -51,7 +54,10 @@ def serve(
         note(f"note: {text}")
     engine = AsyncEngine(stack)
     engine.start()
-    parts.frontend.serve(engine)
+    try:
+        parts.frontend.serve(engine)
+    finally:
+        engine.shutdown()
 
 
 def with_frontend_options(settings: Settings, **given: Any) -> Settings:
@@ -60,5 +66,7 @@ def with_frontend_options(settings: Settings, **given: Any) -> Settings:
     if not options:
         return settings
     asked = settings.parts.get("frontend") or PartRequest("frontend", KINDS["frontend"].default)
-    merged = dataclasses.replace(asked, options={**asked.options, **options}, origin="command line")
+    places = dict(asked.places)
+    places.update({(name,): "command line" for name in options})
+    merged = dataclasses.replace(asked, options={**asked.options, **options}, places=places)
     return dataclasses.replace(settings, parts={**settings.parts, "frontend": merged})

@@ -20,6 +20,7 @@ from drivetrain.errors import ConfigError, nearest
 from drivetrain.registry.selection import PartRequest
 
 _KIND_OF_KEY = {kind.key: kind.name for kind in KINDS.values()}
+_PLUGINS_KEYS = ("allow", "lock")
 _DEEPEST = 32
 
 Tree = dict[str, Any]
@@ -208,9 +209,8 @@ def _check(tree: Tree, lines: Lines, default_origin: str) -> Settings:
     parts = {
         kind: _part(kind, key, tree[key], lines, default_origin) for key, kind in _KIND_OF_KEY.items() if key in tree
     }
-    return Settings(
-        model, parts, _engine(tree.get("engine"), lines, default_origin), _allow(tree, lines, default_origin)
-    )
+    engine = _engine(tree.get("engine"), lines, default_origin)
+    return Settings(model, parts, engine, *_plugins(tree, lines, default_origin))
 
 
 def _part(kind: str, key: str, value: Any, lines: Lines, default_origin: str) -> PartRequest:
@@ -253,17 +253,31 @@ def _unknown(name: str, place: str, known: Iterable[str]) -> ConfigError:
     )
 
 
-def _allow(tree: Tree, lines: Lines, default_origin: str) -> tuple[str, ...] | None:
+def _plugins(tree: Tree, lines: Lines, default_origin: str) -> tuple[tuple[str, ...] | None, str | None]:
+    """The settings ``plugins.allow`` and ``plugins.lock``."""
     value = tree.get("plugins")
     if value is None:
-        return None
+        return None, None
     where = lines.get(("plugins",), default_origin)
     if not isinstance(value, dict):
-        raise ConfigError("plugins takes a table", where=where, found=value, allowed="allow: [distribution, ...]")
+        raise ConfigError(
+            "plugins takes a table", where=where, found=value, allowed="allow: [distribution, ...], lock: FILE"
+        )
     for key in value:
-        if key != "allow":
-            raise _unknown(key, f"{_place(('plugins', key), lines, default_origin)}: plugins.{key}", ["allow"])
-    allow = value.get("allow")
+        if key not in _PLUGINS_KEYS:
+            raise _unknown(key, f"{_place(('plugins', key), lines, default_origin)}: plugins.{key}", _PLUGINS_KEYS)
+    lock = value.get("lock")
+    if "lock" in value and (not isinstance(lock, str) or not lock):
+        raise ConfigError(
+            "plugins.lock takes the name of a file that drivetrain plugins lock wrote",
+            where=_place(("plugins", "lock"), lines, default_origin),
+            found="nothing" if lock is None else lock,
+        )
+    return (_allow(value, lines, default_origin) if "allow" in value or not value else None), lock
+
+
+def _allow(plugins: Tree, lines: Lines, default_origin: str) -> tuple[str, ...]:
+    allow = plugins.get("allow")
     if not isinstance(allow, list) or not all(isinstance(name, str) and name for name in allow):
         raise ConfigError(
             "plugins.allow takes a list of distributions",

@@ -81,12 +81,14 @@ class Settings:
     parts:  kind -> what was asked for; kinds that nobody named are absent and take their default.
     engine: limits of the serving loop.
     allow:  distributions whose plugins may be chosen; None allows all that are installed.
+    lock:   lock file that what is installed must equal; None checks nothing.
     """
 
     model: str | None = None
     parts: Mapping[str, PartRequest] = field(default_factory=dict)
     engine: EngineSettings = field(default_factory=EngineSettings)
     allow: tuple[str, ...] | None = None
+    lock: str | None = None
 
 
 TOP_LEVEL_KEYS = ("model", *(kind.key for kind in KINDS.values()), "engine", "plugins")

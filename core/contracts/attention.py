@@ -76,7 +76,8 @@ class AttentionSpec:
 class KVContract:
     """What two backends must agree on to read each other's cache. Equal contracts keep the cache in a swap.
 
-    layout:     name of the arrangement, versioned by whoever defines it: ``"paged-BNGD/1"``.
+    layout:     name of the arrangement, versioned by whoever defines it, such as ``PAGED_BNGD``. It stands for the type
+                of the cache object too: equal names, equal types.
     block_size: tokens in a block (N).
     dtype:      torch name of the stored type.
     """
@@ -84,6 +85,18 @@ class KVContract:
     layout: str
     block_size: int
     dtype: str
+
+
+PAGED_BNGD = "paged-BNGD/1"
+"""Name of the layout that :class:`PagedCache` is. A backend that keeps it may take over another's cache in a swap."""
+
+
+@dataclass(frozen=True)
+class PagedCache:
+    """Keys and values of every layer, each [B, N, G, D]: the plain paged layout, for any backend to share."""
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -158,3 +171,8 @@ class AttentionBackend(Plugin):
     @abstractmethod
     def copy_blocks(self, cache: KVCache, group: KVGroup, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks (source, destination) in every layer of ``group``. No destination is also a source."""
+
+    @abstractmethod
+    def clear_blocks(self, cache: KVCache, group: KVGroup, blocks: Sequence[int]) -> None:
+        """Set whole blocks to zero in every layer of ``group``: what was written there may not be finite, and a slot
+        that a later request masks still takes part in its products."""

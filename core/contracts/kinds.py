@@ -12,6 +12,7 @@ class Kind:
     name:     the middle of the entry-point group.
     contract: module and class that an implementation subclasses, as ``module:Class``.
     major:    major version of the contract; the entry-point group carries it.
+    minor:    minor version that this core speaks; raised with every change of the contract that plugins can notice.
     decides:  what the part decides, in one line.
     default:  the name used when the configuration says nothing; ``auto`` ranks the candidates that probe well.
     purposes: the work that needs the part; a kind that only training needs is not resolved for serving.
@@ -25,6 +26,7 @@ class Kind:
     major: int = 1
     purposes: tuple[str, ...] = ("serve", "train")
     key: str = ""
+    minor: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", self.key or self.name)
@@ -33,6 +35,11 @@ class Kind:
     def group(self) -> str:
         """The entry-point group of this kind, for example ``drivetrain.attention.v1``."""
         return f"drivetrain.{self.name}.v{self.major}"
+
+    @property
+    def version(self) -> str:
+        """Version of the contract that this core speaks, for example ``1.0``."""
+        return f"{self.major}.{self.minor}"
 
 
 _ORDERED = (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from drivetrain.registry.discovery import ForeignGroup, PluginRef, discover, foreign_groups, load, summary_of
 
 if TYPE_CHECKING:
-    from drivetrain.registry.plan import Plan
+    from drivetrain.registry.plan import Plan, check_handshake
     from drivetrain.registry.selection import (
         CandidateReport,
         Outcome,
@@ -29,6 +29,7 @@ __all__ = [
     "Selection",
     "SelectionReport",
     "Selector",
+    "check_handshake",
     "discover",
     "foreign_groups",
     "load",
@@ -41,5 +42,5 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         from drivetrain.registry import plan, selection
 
-        return getattr(plan if name == "Plan" else selection, name)
+        return getattr(plan if name in ("Plan", "check_handshake") else selection, name)
     raise AttributeError(f"module 'drivetrain.registry' has no attribute {name!r}")

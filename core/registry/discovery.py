@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import importlib_metadata
 
@@ -58,12 +58,14 @@ class ForeignGroup:
     group:  the entry-point group; ``entry_points.txt`` where the whole file can't be read.
     names:  the entry points' names; empty where they can't be read.
     reason: an unknown kind, another major version, no version at all, or unreadable metadata.
+    hint:   what to do about it.
     """
 
     group: str
     distribution: str
     names: tuple[str, ...]
     reason: str
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,19 @@ def _scan() -> Iterator[EntryPoint | _Unreadable]:
         yield from found
 
 
+def registering_distributions() -> Iterator[importlib_metadata.Distribution]:
+    """Every installed distribution with a readable entry point in a ``drivetrain.`` group, the first of each name."""
+    seen: set[str] = set()
+    for distribution in importlib_metadata.distributions():
+        try:
+            found = _points_of(distribution)
+        except Exception:  # reported by foreign_groups, and nothing of it can be loaded
+            continue
+        if found and normalized(found[0].distribution) not in seen:
+            seen.add(normalized(found[0].distribution))
+            yield cast(importlib_metadata.Distribution, distribution)
+
+
 def _points_of(distribution: Any) -> list[EntryPoint]:
     text = distribution.read_text("entry_points.txt")
     if not text or "drivetrain." not in text:
@@ -152,25 +167,29 @@ def foreign_groups() -> tuple[ForeignGroup, ...]:
         if isinstance(point, EntryPoint):
             grouped.setdefault((point.group, point.distribution), []).append(point.name)
         else:
-            foreign.append(ForeignGroup("entry_points.txt", point.distribution, (), point.reason))
+            hint = f"Reinstall or uninstall {point.distribution}."
+            foreign.append(ForeignGroup("entry_points.txt", point.distribution, (), point.reason, hint))
     for (group, distribution), names in sorted(grouped.items()):
-        reason = _why_foreign(group)
-        if reason:
-            foreign.append(ForeignGroup(group, distribution, tuple(sorted(names)), reason))
+        why = _why_foreign(group, distribution)
+        if why:
+            foreign.append(ForeignGroup(group, distribution, tuple(sorted(names)), *why))
     return tuple(foreign)
 
 
-def _why_foreign(group: str) -> str | None:
+def _why_foreign(group: str, distribution: str) -> tuple[str, str] | None:
+    """Reason and hint; None for a group that is used here."""
     match = _GROUP.match(group)
+    upgrade_core = "Run: pip install --upgrade drivetrain"
     if group == _OBSERVERS:
         return None
     if not match:
-        return "not of the form drivetrain.KIND.vN"
+        return "not of the form drivetrain.KIND.vN", f"Upgrade {distribution}, or tell its authors."
     if match["kind"] not in KINDS:
-        return f"unknown kind {match['kind']!r}"
-    spoken = KINDS[match["kind"]].major
-    if int(match["major"]) != spoken:
-        return f"contract version {match['major']}; this core speaks {spoken}"
+        return f"unknown kind {match['kind']!r}", upgrade_core
+    spoken, found = KINDS[match["kind"]].major, int(match["major"])
+    if found != spoken:
+        upgrade = upgrade_core if found > spoken else f"Run: pip install --upgrade {distribution}"
+        return f"contract version {found}; this core speaks {spoken}", upgrade
     return None
 
 
@@ -179,6 +198,17 @@ def _why_foreign(group: str) -> str | None:
 
 def find_source(module: str) -> Path | None:
     """The source file of ``module``, found without importing it or any package it lies in."""
+    found = _locate(module)
+    return found[0] if found else None
+
+
+def is_module(name: str) -> bool:
+    """Whether importing ``name`` would find something, with or without source, which is not imported to find out."""
+    return _locate(name) is not None
+
+
+def _locate(module: str) -> tuple[Path | None, list[str]] | None:
+    """The source file of ``module``, if it has one, and the folders of its submodules; None when it is not there."""
     search: list[str] = []
     origin: Path | None = None
     parts = module.split(".")
@@ -191,7 +221,7 @@ def find_source(module: str) -> Path | None:
         if found is None:
             return None
         origin, search = found
-    return origin
+    return origin, search
 
 
 def _beside(search: list[str], part: str) -> tuple[Path | None, list[str]] | None:
@@ -279,7 +309,7 @@ def load(ref: PluginRef) -> type[Plugin]:
         raise PluginLoadError(
             f"importing {module_name} failed with {type(error).__name__}: {error}",
             where=str(ref),
-            hint=f"Run: drivetrain plugins info {ref.kind}/{ref.qualified} --debug",
+            hint=_after_failed_import(ref, error),
         ) from error
     if target is None:
         path = find_source(module_name)
@@ -289,14 +319,28 @@ def load(ref: PluginRef) -> type[Plugin]:
             found=ref.target,
             allowed=[f"{module_name}:{name}" for name in defined_classes(path)] if path else None,
         )
-    check_contract(ref, target)
-    loaded: type[Plugin] = target
-    return loaded
+    return conformed(ref, target)
+
+
+def _after_failed_import(ref: PluginRef, error: BaseException) -> str:
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "drivetrain":
+        return "It may be written for a newer drivetrain. Run: pip install --upgrade drivetrain"
+    return f"Run: drivetrain plugins info {ref.kind}/{ref.qualified} --debug"
 
 
 def check_contract(ref: PluginRef, target: Any) -> None:
     """Raise ContractError unless ``target`` is a complete plugin class of the kind it is registered for."""
+    conformed(ref, target)
+
+
+def conformed(ref: PluginRef, target: Any) -> type[Plugin]:
+    """The class to use for ``target``: itself, or, when it was written for an older minor of the contract, what the
+    adapters make of it.
+
+    Raises ContractError when it is no complete plugin class of the kind that ``ref`` registers it for.
+    """
     from drivetrain.contracts.plugin import PluginConfig, Tier
+    from drivetrain.contracts.versions import fit
 
     contract = contract_class(ref.kind)
     where = str(ref)
@@ -310,20 +354,14 @@ def check_contract(ref: PluginRef, target: Any) -> None:
         raise ContractError(f"{target.__name__}.Config must be a subclass of PluginConfig", where=where)
     if not isinstance(target.tier, Tier):
         raise ContractError(f"{target.__name__}.tier must be a Tier", where=where, found=target.tier, allowed=Tier)
-    spoken = KINDS[ref.kind].major
-    if str(target.contract_version).partition(".")[0] != str(spoken):
-        raise ContractError(
-            "the class was written for another version of the contract",
-            where=where,
-            found=target.contract_version,
-            allowed=f"{spoken}.x",
-        )
-    missing = sorted(getattr(target, "__abstractmethods__", ()))
+    plugin = fit(ref.kind, target, where=where)
+    missing = sorted(getattr(plugin, "__abstractmethods__", ()))
     if missing:
         raise ContractError(
-            f"{target.__name__} lacks {', '.join(missing)}", where=where, hint="Implement what is missing."
+            f"{plugin.__name__} lacks {', '.join(missing)}", where=where, hint="Implement what is missing."
         )
-    _check_signatures(where, contract, target)
+    _check_signatures(where, contract, plugin)
+    return plugin
 
 
 def _check_signatures(where: str, contract: type[Plugin], target: type[Plugin]) -> None:

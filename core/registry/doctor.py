@@ -21,14 +21,22 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import importlib_metadata
 
 from drivetrain import __version__
+from drivetrain.contracts.kinds import KINDS
 from drivetrain.contracts.source import Progress, silent
+from drivetrain.errors import ConfigError, PluginError
 from drivetrain.hardware import HostMemory, PciDevice, Processor, TorchBuild, read_machine, read_torch_build
-from drivetrain.registry.discovery import ForeignGroup, PluginRef, discover, foreign_groups
+from drivetrain.registry.discovery import ForeignGroup, PluginRef, discover, foreign_groups, normalized
+from drivetrain.registry.installation import Shadowed, Stale, find_copies, find_shadowed, find_stale
+from drivetrain.registry.lock import compare_lock, read_lock
+from drivetrain.registry.selection import AUTO, Registry
+
+if TYPE_CHECKING:
+    from drivetrain.config import Settings
 
 DEFAULT_TIME_LIMIT_SECONDS = 20.0
 _AT_ONCE = 2
@@ -54,9 +62,11 @@ class PluginHealth:
     code, reason, wanted, offered: the probe's answer; for a broken or hung plugin what went wrong.
     import_seconds: importing its module; None when that did not succeed.
     notes:          what it may not do and did all the same: print, start threads, change the environment, ...
+    deprecated:     what it still uses of the contracts that is going to be removed.
     abilities:      optional abilities it claims.
     pci_vendors:    for a platform, the vendors whose devices it drives.
     facts:          for a platform that says yes, the facts of its first device.
+    hint:           what the error itself advises; empty when it advises nothing.
     """
 
     plugin: PluginRef
@@ -67,9 +77,11 @@ class PluginHealth:
     offered: str = ""
     import_seconds: float | None = None
     notes: tuple[str, ...] = ()
+    deprecated: tuple[str, ...] = ()
     abilities: tuple[str, ...] = ()
     pci_vendors: tuple[int, ...] = ()
     facts: Mapping[str, Any] | None = None
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,6 +140,15 @@ class Clash:
     distributions: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Unmatched:
+    """A name in a configuration that matches nothing. setting: its place and dotted path."""
+
+    setting: str
+    text: str
+    hint: str
+
+
 class Level(StrEnum):
     """A problem makes ``doctor`` fail; a notice is worth knowing."""
 
@@ -147,7 +168,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """Everything that ``doctor`` found."""
+    """Everything that ``doctor`` found.
+
+    shadowed:   copies of distributions that others hide.
+    stale:      distributions whose files are gone.
+    unmatched:  what the examined configuration names and nothing matches.
+    """
 
     versions: Versions
     devices: Devices
@@ -156,6 +182,9 @@ class DoctorReport:
     clashes: tuple[Clash, ...]
     foreign: tuple[ForeignGroup, ...]
     seconds: float
+    shadowed: tuple[Shadowed, ...] = ()
+    stale: tuple[Stale, ...] = ()
+    unmatched: tuple[Unmatched, ...] = ()
     findings: tuple[Finding, ...] = field(default=())
 
     @property
@@ -175,11 +204,13 @@ def examine(
     *,
     time_limit_seconds: float = DEFAULT_TIME_LIMIT_SECONDS,
     refs: Iterable[PluginRef] | None = None,
+    settings: Settings | None = None,
     progress: Progress = silent,
 ) -> DoctorReport:
     """Examine this machine and ``refs``, or every installed plugin.
 
     time_limit_seconds: for loading and probing one plugin.
+    settings:           a configuration whose names are looked up too.
     """
     started = time.monotonic()
     plugins = tuple(refs) if refs is not None else discover()
@@ -193,6 +224,9 @@ def examine(
         clashes=find_clashes(plugins),
         foreign=foreign_groups(),
         seconds=time.monotonic() - started,
+        shadowed=tuple(find_shadowed(find_copies())),
+        stale=tuple(find_stale(plugins)),
+        unmatched=tuple(find_unmatched(settings, Registry(plugins))) if settings is not None else (),
     )
     return dataclasses.replace(report, findings=tuple(_findings(report)))
 
@@ -293,9 +327,11 @@ def _answered(ref: PluginRef, answer: Mapping[str, Any], notes: tuple[str, ...])
         offered=answer.get("offered", ""),
         import_seconds=answer.get("import_seconds"),
         notes=(*notes, *answer.get("notes", ())),
+        deprecated=tuple(answer.get("deprecated", ())),
         abilities=tuple(answer.get("abilities", ())),
         pci_vendors=tuple(answer.get("pci_vendors", ())),
         facts=answer.get("facts"),
+        hint=answer.get("hint", ""),
     )
 
 
@@ -379,6 +415,33 @@ def find_clashes(refs: Iterable[PluginRef]) -> tuple[Clash, ...]:
     return tuple(Clash(kind, name, tuple(of)) for (kind, name), of in owners.items() if len(of) > 1)
 
 
+def find_unmatched(settings: Settings, registry: Registry) -> Iterable[Unmatched]:
+    """Names of parts, of distributions in plugins.allow, and of a lock file, that match nothing here."""
+    allowed = registry.allowing(settings.allow) if settings.allow is not None else registry
+    for kind, request in settings.parts.items():
+        if request.name != AUTO:
+            try:
+                allowed.find(kind, request.name)
+            except PluginError as error:
+                choices = f"; there are: {error.allowed}" if error.allowed else ""
+                place = f"{request.origin}: {KINDS[kind].key}"
+                yield Unmatched(place, f"{error.what}{choices}", error.hint or "")
+    registering = {normalized(ref.distribution) for ref in registry.refs}
+    for distribution in settings.allow or ():
+        if normalized(distribution) not in registering:
+            text = f"no installed distribution {distribution!r} registers a plugin"
+            yield Unmatched("plugins.allow", text, f"Run: pip install {distribution}, or take it off the list.")
+    if settings.lock is not None:
+        try:
+            differences = compare_lock(read_lock(Path(settings.lock)))
+        except ConfigError as error:
+            yield Unmatched("plugins.lock", f"{error.where}: {error.what}", error.hint or "")
+        else:
+            for entry in differences:
+                text = f"{entry.path} is locked as {entry.ours}, and installed is {entry.theirs}"
+                yield Unmatched("plugins.lock", text, "Install what is locked, or lock anew.")
+
+
 # --- findings ------------------------------------------------------------------------------------------------------
 
 
@@ -396,7 +459,10 @@ def _findings(report: DoctorReport) -> Iterable[Finding]:
         )
     for group in report.foreign:
         text = f"{group.distribution} registers {', '.join(group.names)}: {group.reason}"
-        yield Finding(Level.NOTICE, group.group, text, "Upgrade whichever of the two is older.")
+        yield Finding(Level.NOTICE, group.group, text, group.hint)
+    yield from _installation_findings(report)
+    for name in report.unmatched:
+        yield Finding(Level.PROBLEM, name.setting, name.text, name.hint)
     for accelerator in report.devices.accelerators:
         if accelerator.missing:
             text = f"no platform drives it ({'; '.join(accelerator.missing)})"
@@ -413,10 +479,30 @@ def _version_findings(versions: Versions) -> Iterable[Finding]:
             yield Finding(Level.PROBLEM, package.name, "required, but not installed", hint)
 
 
+def _installation_findings(report: DoctorReport) -> Iterable[Finding]:
+    for shadowed in report.shadowed:
+        used, hidden = shadowed.used, shadowed.hidden
+        leftover = next((copy for copy in (used, hidden) if copy.is_leftover), None)
+        if leftover is not None:
+            text = f"{leftover.folder} is left over from an interrupted pip"
+            yield Finding(Level.PROBLEM, used.distribution, text, f"Delete {leftover.folder}.")
+            continue
+        what = "registers other plugins" if used.version == hidden.version else f"is version {hidden.version}"
+        text = f"{used} hides the copy in {hidden.folder}, which {what}"
+        yield Finding(Level.PROBLEM, used.distribution, text, "Uninstall both, then install the one that is wanted.")
+    for stale in report.stale:
+        text = f"{stale.version} is installed, but not whole: {'; '.join(stale.missing)}"
+        hint = f"Run: pip install --force-reinstall {stale.distribution}, or uninstall it."
+        yield Finding(Level.PROBLEM, stale.distribution, text, hint)
+
+
 def _plugin_findings(entry: PluginHealth) -> Iterable[Finding]:
     subject = f"{entry.plugin.kind}/{entry.plugin.name}"
     owner = f"{entry.plugin.distribution} {entry.plugin.version}"
     if entry.status in (Status.BROKEN, Status.HUNG):
-        yield Finding(Level.PROBLEM, subject, f"{entry.status}: {entry.reason}", f"Upgrade or uninstall {owner}.")
+        hint = entry.hint or f"Upgrade or uninstall {owner}."
+        yield Finding(Level.PROBLEM, subject, f"{entry.status}: {entry.reason}", hint)
+    for use in entry.deprecated:
+        yield Finding(Level.NOTICE, subject, use, f"Upgrade {owner}, or tell its authors.")
     for note in entry.notes:
         yield Finding(Level.PROBLEM, subject, note, f"Tell the authors of {owner}.")

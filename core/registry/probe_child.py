@@ -14,6 +14,7 @@ import resource
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ def _bound_damage() -> None:
 def answer(request: Mapping[str, Any], write: Any) -> dict[str, Any]:
     """Load, probe and describe the plugin that ``request`` names (the fields of a PluginRef)."""
     from drivetrain.contracts.plugin import ProbeContext
+    from drivetrain.contracts.versions import ContractVersionError, DrivetrainDeprecationWarning
     from drivetrain.errors import PluginError
     from drivetrain.registry.discovery import PluginRef, load
     from drivetrain.registry.selection import probe_safely
@@ -54,21 +56,28 @@ def answer(request: Mapping[str, Any], write: Any) -> dict[str, Any]:
     environment = dict(os.environ)
     write({"stage": "import"})
     started = time.perf_counter()
-    try:
-        plugin = load(PluginRef(**request))
-    except PluginError as error:
-        return {"status": "broken", "code": "load_failed", "reason": error.what, **_shown(error)}
-    result: dict[str, Any] = {"import_seconds": time.perf_counter() - started}
-    write({"stage": "probe"})
-    probe = probe_safely(plugin, ProbeContext())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DrivetrainDeprecationWarning)
+        try:
+            plugin = load(PluginRef(**request))
+        except PluginError as error:
+            code = "contract_mismatch" if isinstance(error, ContractVersionError) else "load_failed"
+            return {"status": "broken", "code": code, "reason": error.what, **_shown(error)}
+        result: dict[str, Any] = {"import_seconds": time.perf_counter() - started}
+        write({"stage": "probe"})
+        probe = probe_safely(plugin, ProbeContext())
     status = "ok" if probe.ok else "broken" if probe.code == "broken" else "refused"
     result |= {"status": status} | dataclasses.asdict(probe)
     result["notes"] = _law_breaches(environment)
+    found = [str(warning.message) for warning in caught if warning.category is DrivetrainDeprecationWarning]
+    result["deprecated"] = list(dict.fromkeys(found))
     return result | _describe(plugin, probe.ok, write)
 
 
 def _shown(error: Any) -> dict[str, str]:
-    return {"wanted": error.allowed or "", "offered": str(error.found or "")}
+    """What the error says beside its sentence. Its advice to look with ``plugins info`` is no news after a look."""
+    hint = error.hint if error.hint and "plugins info" not in error.hint else ""
+    return {"wanted": error.allowed or "", "offered": str(error.found or ""), "hint": hint}
 
 
 def _describe(plugin: type[Plugin], is_ok: bool, write: Any) -> dict[str, Any]:

@@ -65,7 +65,10 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class CandidateReport:
-    """One candidate and what became of it; ``code`` and the pair wanted/offered are the probe's."""
+    """One candidate and what became of it; ``code`` and the pair wanted/offered are the probe's.
+
+    below: for an eligible one, why the chosen one ranks above it.
+    """
 
     name: str
     distribution: str
@@ -75,6 +78,7 @@ class CandidateReport:
     reason: str
     wanted: str = ""
     offered: str = ""
+    below: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,10 +102,14 @@ class Selection:
 
 @dataclass(frozen=True)
 class SelectionReport:
-    """All choices of one run, in resolution order, and the kinds left open with the reason."""
+    """All choices of one run, in resolution order, and the kinds left open with the reason.
+
+    contexts: kind -> what its candidates were told, so that one which was not asked can be asked afterwards.
+    """
 
     selections: tuple[Selection, ...]
     open_kinds: Mapping[str, str] = field(default_factory=dict)
+    contexts: Mapping[str, ProbeContext] = field(default_factory=dict, repr=False, compare=False)
 
     def __getitem__(self, kind: str) -> Selection:
         for selection in self.selections:
@@ -156,7 +164,7 @@ class Registry:
         Raises UnknownPluginError, AmbiguousPluginError, or PluginRefusedError for one that is barred.
         """
         candidates = self.candidates(kind)
-        matches = [ref for ref in candidates if _means(name, ref)]
+        matches = [ref for ref in candidates if means(name, ref)]
         if len(matches) == 1:
             return matches[0]
         if matches:
@@ -167,7 +175,7 @@ class Registry:
                 hint="Name one of them in full.",
             )
         for ref in self.barred_candidates(kind):
-            if _means(name, ref):
+            if means(name, ref):
                 raise PluginRefusedError(
                     f"{kind} {name!r} is installed, but plugins.allow does not name its distribution",
                     found=ref.distribution,
@@ -182,7 +190,8 @@ class Registry:
         )
 
 
-def _means(name: str, ref: PluginRef) -> bool:
+def means(name: str, ref: PluginRef) -> bool:
+    """Whether ``name``, short or ``dist/name``, is this plugin's."""
     distribution, _, short = name.rpartition("/")
     return short == ref.name and (not distribution or normalized(distribution) == normalized(ref.distribution))
 
@@ -196,6 +205,10 @@ class _Probed:
     probe: Probe
 
 
+def _tier(probed: _Probed) -> Tier:
+    return probed.plugin.tier if probed.plugin else Tier.REFERENCE
+
+
 def probe_safely(plugin: type[Plugin], context: ProbeContext) -> Probe:
     """The plugin's answer, or ``broken`` with what it raised instead of answering."""
     try:
@@ -207,6 +220,19 @@ def probe_safely(plugin: type[Plugin], context: ProbeContext) -> Probe:
     if not isinstance(probe, Probe):
         return Probe.no("broken", f"its probe returned {type(probe).__name__} instead of a Probe")
     return probe
+
+
+def load_and_probe(ref: PluginRef, context: ProbeContext) -> Probe:
+    """A candidate's answer; ``broken``, with the error, when it does not load."""
+    return _load_and_probe(ref, context).probe
+
+
+def _load_and_probe(ref: PluginRef, context: ProbeContext) -> _Probed:
+    try:
+        plugin = load(ref)
+    except PluginError as error:
+        return _Probed(ref, None, Probe.no("broken", error.what))
+    return _Probed(ref, plugin, probe_safely(plugin, context))
 
 
 def make_config(plugin: type[Plugin], ref: PluginRef, request: PartRequest) -> PluginConfig:
@@ -257,11 +283,12 @@ class Selector:
         self._requests = requests
         self._preferences: Mapping[str, tuple[str, ...]] = {}
         self._selections: list[Selection] = []
+        self._contexts: dict[str, ProbeContext] = {}
         self.open_kinds: dict[str, str] = {}
 
     @property
     def report(self) -> SelectionReport:
-        return SelectionReport(tuple(self._selections), dict(self.open_kinds))
+        return SelectionReport(tuple(self._selections), dict(self.open_kinds), dict(self._contexts))
 
     def request(self, kind: str) -> PartRequest:
         return self._requests.get(kind) or PartRequest(kind, KINDS[kind].default)
@@ -280,7 +307,7 @@ class Selector:
     def choose(self, kind: str, context: ProbeContext) -> Plugin:
         """Resolve, probe and create the plugin for ``kind``. Raises a PluginError or ConfigError."""
         request = self.request(kind)
-        context = dataclasses.replace(context, chosen=self.report.chosen_names)
+        context = self._contexts[kind] = dataclasses.replace(context, chosen=self.report.chosen_names)
         if request.name == AUTO:
             plugin, selection = self._choose_best(request, context)
         else:
@@ -309,14 +336,14 @@ class Selector:
                 allowed=probe.wanted or None,
                 hint=f"Run: drivetrain explain --{KINDS[request.kind].key} {AUTO}",
             )
+        asked = "is the default" if request.origin == "default" else f"was asked for by name ({request.origin})"
+        reason = f"{request.name!r} {asked}"
         others = [
-            _report(other, Outcome.NOT_ASKED, Probe.yes(f"{request.name!r} was asked for by name"))
+            _report(other, Outcome.NOT_ASKED, Probe.yes(reason))
             for other in self._registry.candidates(request.kind)
             if other != ref
         ]
         others += self._barred(request.kind)
-        asked = "is the default" if request.origin == "default" else f"was asked for by name ({request.origin})"
-        reason = f"{request.name!r} {asked}"
         return plugin, Selection(
             request.kind,
             request.name,
@@ -328,14 +355,17 @@ class Selector:
         )
 
     def _choose_best(self, request: PartRequest, context: ProbeContext) -> tuple[type[Plugin], Selection]:
-        probed = [self._load_and_probe(ref, context) for ref in self._registry.candidates(request.kind)]
+        probed = [_load_and_probe(ref, context) for ref in self._registry.candidates(request.kind)]
         eligible = sorted((p for p in probed if p.probe.ok and p.plugin), key=self._rank)
         if not eligible:
             raise self._no_candidate(request, probed)
         best = eligible[0]
         assert best.plugin is not None
         reports = [_report(best.ref, Outcome.CHOSEN, best.probe)]
-        reports += [_report(p.ref, Outcome.ELIGIBLE, p.probe) for p in eligible[1:]]
+        reports += [
+            dataclasses.replace(_report(p.ref, Outcome.ELIGIBLE, p.probe), below=self._why_above(best, p))
+            for p in eligible[1:]
+        ]
         refused = [p for p in probed if not p.probe.ok]
         reports += [
             _report(p.ref, Outcome.BROKEN if p.probe.code == "broken" else Outcome.REFUSED, p.probe) for p in refused
@@ -356,20 +386,12 @@ class Selector:
     def _barred(self, kind: str) -> list[CandidateReport]:
         return [_report(ref, Outcome.REFUSED, _not_allowed(ref)) for ref in self._registry.barred_candidates(kind)]
 
-    def _load_and_probe(self, ref: PluginRef, context: ProbeContext) -> _Probed:
-        try:
-            plugin = load(ref)
-        except PluginError as error:
-            return _Probed(ref, None, Probe.no("broken", error.what))
-        return _Probed(ref, plugin, probe_safely(plugin, context))
-
     def _preference(self, ref: PluginRef) -> int:
         preferred = self._preferences.get(ref.kind, ())
         return preferred.index(ref.name) if ref.name in preferred else len(preferred)
 
     def _rank(self, probed: _Probed) -> tuple[int, int, str, str]:
-        tier = probed.plugin.tier if probed.plugin else Tier.REFERENCE
-        return (self._preference(probed.ref), -tier, probed.ref.name, probed.ref.distribution)
+        return (self._preference(probed.ref), -_tier(probed), probed.ref.name, probed.ref.distribution)
 
     def _why(self, best: _Probed, eligible: list[_Probed], kind: str) -> str:
         if len(eligible) == 1:
@@ -378,12 +400,16 @@ class Selector:
             order = ", ".join(self._preferences[kind])
             return f"first in the platform's order of preference ({order}) of those that can work here"
         second = eligible[1]
-        assert best.plugin is not None
-        assert second.plugin is not None
-        if best.plugin.tier != second.plugin.tier:
-            return (
-                f"tier {best.plugin.tier.name.lower()} is above {second.plugin.tier.name.lower()} ({second.ref.name!r})"
-            )
+        reason = self._why_above(best, second)
+        return f"{reason} ({second.ref.name!r})" if _tier(best) != _tier(second) else "first by name among equals"
+
+    def _why_above(self, better: _Probed, worse: _Probed) -> str:
+        """Which rule put ``better`` before ``worse``, both of which can work here."""
+        if self._preference(better.ref) != self._preference(worse.ref):
+            order = ", ".join(self._preferences[better.ref.kind])
+            return f"the platform's order of preference is {order}"
+        if _tier(better) != _tier(worse):
+            return f"tier {_tier(better).name.lower()} is above {_tier(worse).name.lower()}"
         return "first by name among equals"
 
     def _fallback(self, best: _Probed, refused: list[_Probed]) -> str | None:

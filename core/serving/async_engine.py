@@ -14,8 +14,9 @@ from drivetrain.assembly import ServingStack, build_engine, resolve_parts
 from drivetrain.config import Settings
 from drivetrain.contracts.source import Progress, silent
 from drivetrain.observers import Observers
-from drivetrain.registry import SelectionReport
+from drivetrain.registry import PartRequest, SelectionReport
 from drivetrain.serving.loop import EngineLoop, Health, Ticket
+from drivetrain.serving.swap import DEFAULT_PROBATION_STEPS, SwapReport
 from drivetrain.serving.tokenizer import Tokenizer
 from drivetrain.serving.types import Chunk, GenerationRequest, PromptInfo
 
@@ -159,6 +160,16 @@ class AsyncEngine:
     def selection_dict(self) -> dict[str, Any]:
         """The report with the plan's digest, bound operations and notes, JSON-able."""
         return self.stack.selection_dict()
+
+    async def swap(
+        self,
+        requests: Mapping[str, PartRequest],
+        *,
+        dry_run: bool = False,
+        probation_steps: int = DEFAULT_PROBATION_STEPS,
+    ) -> SwapReport:
+        """Exchange parts while requests are in flight; see :meth:`drivetrain.LLM.swap`."""
+        return await asyncio.to_thread(self.loop.swap, requests, dry_run=dry_run, probation_steps=probation_steps)
 
     async def drain(self, timeout_seconds: float | None) -> bool:
         """Refuse new work and wait for what is under way; False when the time ran out first."""

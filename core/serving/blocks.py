@@ -223,12 +223,31 @@ class KVManager:
         self.extend_hashes(hashes, tokens, len(tokens) // self.block_size)
         return min(self._longest_prefix(hashes, len(tokens)) * self.block_size, len(tokens) - 1)
 
-    def distrust(self, sequence: SequenceBlocks) -> None:
-        """Take what the sequence holds out of the index: its keys and values may not be numbers."""
+    def distrust(self, sequence: SequenceBlocks) -> list[list[int]]:
+        """Take what the sequence holds out of the index: its keys and values may not be numbers.
+
+        Returns the blocks of each KV group that nobody else holds.
+        """
+        own: list[list[int]] = []
         for pool, blocks in zip(self.pools, sequence.blocks, strict=True):
-            for block in blocks:
-                if block != GONE:
-                    pool.forget(block)
+            held = [block for block in blocks if block != GONE]
+            for block in held:
+                pool.forget(block)
+            own.append([block for block in held if pool.references(block) == 1])
+        return own
+
+    def forget_prefixes(self) -> None:
+        """Empty the index of every pool."""
+        for pool in self.pools:
+            pool.forget_all()
+
+    def make_rows(self, max_running: int) -> None:
+        """Have room for the tables of ``max_running`` requests at least."""
+        have = len(self.tables[0])
+        if max_running > have:
+            more = ((0, max_running - have), (0, 0))
+            self.tables = tuple(np.pad(table, more) for table in self.tables)
+            self._rows = [*range(max_running - 1, have - 1, -1), *self._rows]
 
     def fork(self, parent: SequenceBlocks, child: SequenceBlocks, num_tokens: int) -> None:
         """Let ``child`` share the parent's blocks of the first ``num_tokens`` tokens."""
@@ -265,15 +284,18 @@ class KVManager:
         return True
 
     def computed(
-        self, sequence: SequenceBlocks, tokens: Sequence[int], hashes: list[BlockHash], old: int, new: int
+        self, sequence: SequenceBlocks, tokens: Sequence[int], hashes: list[BlockHash] | None, old: int, new: int
     ) -> None:
-        """Note that tokens ``old .. new`` are written: index the blocks they filled, drop what windows have passed."""
+        """Note that tokens ``old .. new`` are written: index the blocks they filled, drop what windows have passed.
+
+        hashes: of the sequence's full blocks; None keeps its blocks out of the index.
+        """
         full = new // self.block_size
-        if self.prefix_cache:
+        if self.prefix_cache and hashes is not None:
             self.extend_hashes(hashes, tokens, full)
         for index, (group, pool) in enumerate(zip(self.groups, self.pools, strict=True)):
             blocks = sequence.blocks[index]
-            if self.prefix_cache:
+            if self.prefix_cache and hashes is not None:
                 for position in range(old // self.block_size, full):
                     pool.index(blocks[position], hashes[position])
             passed = min(self._first_visible(group, new), len(blocks))

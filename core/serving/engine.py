@@ -52,8 +52,25 @@ class EngineLimits:
     end_tokens: frozenset[int]
 
 
+@dataclass
+class Probation:
+    """Parts that were exchanged a moment ago, while the next steps show whether they work.
+
+    roll_back: puts the old parts back.
+    finish:    told how it ended: None for well, otherwise why it was rolled back.
+    """
+
+    steps_left: int
+    roll_back: Callable[[], None]
+    finish: Callable[[str | None], None]
+
+
 class Engine:
-    """Continuous batching over one model."""
+    """Continuous batching over one model.
+
+    epoch:     how often parts were exchanged or put back; every chunk carries the epoch that made it.
+    probation: set while freshly exchanged parts are watched.
+    """
 
     def __init__(
         self,
@@ -84,6 +101,8 @@ class Engine:
         self._num_held = 0  # counted along: the sum over all requests would grow with the queue
         self._deadlines: list[tuple[float, str]] = []
         self._numbers = itertools.count()
+        self.epoch = 0
+        self.probation: Probation | None = None
         self._tells_states = self._observers.listens("request_changed_state")
         self._tells_steps = self._observers.listens("step_done")
 
@@ -122,12 +141,21 @@ class Engine:
                 hint=f"Set max_tokens to at most {room}.",
             )
 
-    def add(self, request_id: str, request: GenerationRequest, prompt: Sequence[int]) -> list[Request]:
-        """Take a request; returns its n sequences. Raises what :meth:`check` raises, and then has taken nothing."""
+    def now(self) -> float:
+        """The engine's clock, in seconds. Any thread may call it."""
+        return self._clock()
+
+    def add(
+        self, request_id: str, request: GenerationRequest, prompt: Sequence[int], arrival_seconds: float | None = None
+    ) -> list[Request]:
+        """Take a request; returns its n sequences. Raises what :meth:`check` raises, and then has taken nothing.
+
+        arrival_seconds: when it came, by :meth:`now`, if it had to wait before it got here.
+        """
         self.check(request, prompt)
         if request_id in self._sequences:
             raise InvalidRequestError("a request with this id is under way", param="request_id", found=request_id)
-        now = self._clock()
+        now = self._clock() if arrival_seconds is None else arrival_seconds
         timeouts = [t for t in (request.timeout_seconds, self.settings.timeout_seconds) if t is not None]
         deadline = now + min(timeouts) if timeouts else None
         seed = request.params.seed if request.params.seed is not None else secrets.randbits(63)
@@ -180,8 +208,8 @@ class Engine:
         sequence.key = self._key(sequence)
         return sequence
 
-    def _key(self, request: Request) -> tuple[object, ...]:
-        return self.scheduler.key(
+    def _key(self, request: Request, scheduler: Scheduler | None = None) -> tuple[object, ...]:
+        return (scheduler or self.scheduler).key(
             RequestFacts(
                 request.name,
                 request.arrival_seconds,
@@ -233,7 +261,13 @@ class Engine:
         """Advance every scheduled request once; returns what they gave. Never raises for one request's fault."""
         started = self._clock()
         chunks = self._expire(started)
-        scheduled = self._plan()
+        try:
+            scheduled = self._plan()
+        except Exception as error:  # a scheduler's code; fatal unless there is another to go back to
+            if self.probation is None:
+                raise
+            self._roll_back(f"{type(error).__name__}: {error}")
+            return chunks
         if not scheduled:
             return chunks
         try:
@@ -241,12 +275,19 @@ class Engine:
                 self.runner.copy_blocks(self.kv)
                 inputs = self.runner.prepare(scheduled, self.kv)
                 logits_NV = self.runner.forward(inputs)
-                self._score_prompts(inputs, logits_NV)
                 sampled = self._sampler.sample(logits_NV[: len(inputs.sampling)], inputs.sampling)
+                if self.probation is not None and not all(sampled.is_sound):
+                    raise FloatingPointError("the model's scores are not finite")
+                self._score_prompts(inputs, logits_NV)
         except Exception as error:  # a plugin's code; its requests end with the error, others go on
+            if self.probation is not None:
+                self._roll_back(f"{type(error).__name__}: {error}")
+                return chunks
             return chunks + self._fail_step(scheduled, error)
         chunks += self._advance(scheduled, inputs.sampling, sampled)
         self._note_step(started, scheduled)
+        if self.probation is not None:
+            self._watch(self._clock() - started)
         return chunks
 
     def _expire(self, now: float) -> list[Chunk]:
@@ -270,9 +311,17 @@ class Engine:
             self._check_plan(plan)
             for name in plan.preempt:
                 self._preempt(self._running[name])
-            return self._give_blocks(plan.grants)
+            scheduled = self._give_blocks(plan.grants)
         finally:
             self._waiting.put_back()
+        if not scheduled and len(self._running) == len(running):
+            # Nothing has changed, so the next plan would be the same, for ever.
+            raise EngineError(
+                f"scheduler {type(self.scheduler).__name__} made a plan that computes nothing: it grants waiting "
+                "requests only, and they find too few blocks",
+                hint="Grant running requests before waiting ones.",
+            )
+        return scheduled
 
     def _newcomer(self, request: Request) -> Candidate:
         """A waiting request as the scheduler sees it: what the cache holds already costs none of the step's tokens."""
@@ -410,7 +459,8 @@ class Engine:
             assert request.blocks is not None
             old = request.num_computed
             request.num_computed = old + item.num_tokens
-            self.kv.computed(request.blocks, request.tokens, request.hashes, old, request.num_computed)
+            names = None if request.has_mixed_cache else request.hashes
+            self.kv.computed(request.blocks, request.tokens, names, old, request.num_computed)
         chunks: list[Chunk] = []
         now = self._clock()
         for row, request in enumerate(sampling):
@@ -419,8 +469,6 @@ class Engine:
             self._release_held(request)
             if not sampled.is_sound[row]:
                 message = "the model's scores are not finite (NaN or infinity); its weights or a kernel are at fault"
-                assert request.blocks is not None
-                self.kv.distrust(request.blocks)
                 chunks.append(self._end(request, FinishReason.ERROR, error=message))
                 continue
             chunks.append(self._append_token(request, sampled.token_ids[row], sampled.logprobs[row], now))
@@ -448,7 +496,7 @@ class Engine:
             return self._end(request, FinishReason.STOP, text=text, token=token, logprobs=logprobs, stop_reason=stop)
         if request.num_output_tokens >= request.max_tokens:
             return self._end(request, FinishReason.LENGTH, text=text, token=token, logprobs=logprobs)
-        return Chunk(request.request_id, request.index, text, (token,), logprobs)
+        return Chunk(request.request_id, request.index, text, (token,), logprobs, epoch=self.epoch)
 
     def _end(
         self,
@@ -467,6 +515,8 @@ class Engine:
                 text += request.text.flush()
             except Exception as fault:  # a tokenizer's code; it must not keep the sequence from ending
                 reason, error = FinishReason.ERROR, _decoding_failed(request, fault)
+        if reason is FinishReason.ERROR:
+            self._scrub(request)
         self._take_away(request)
         self._move(request, RequestState.FINISHED)
         request.finish_reason, request.stop_reason = reason, stop_reason
@@ -477,7 +527,7 @@ class Engine:
             del self._sequences[request.request_id]
         self.metrics.request_finished(reason, self._clock() - request.arrival_seconds)
         tokens = () if token is None else (token,)
-        return Chunk(request.request_id, request.index, text, tokens, logprobs, reason, stop_reason, error)
+        return Chunk(request.request_id, request.index, text, tokens, logprobs, reason, stop_reason, error, self.epoch)
 
     def _end_all(self, request_id: str, reason: FinishReason, error: str | None = None) -> list[Chunk]:
         # Held siblings first: ending the parent would otherwise let them go and wait.
@@ -492,6 +542,85 @@ class Engine:
         message = f"the engine failed while it worked on this request: {type(error).__name__}: {error}"
         ids = dict.fromkeys(item.request.request_id for item in scheduled)
         return [chunk for request_id in ids for chunk in self._end_all(request_id, FinishReason.ERROR, message)]
+
+    # --- exchanging parts (the transaction is in swap.py) ----------------------------------------------------------
+
+    def exchange(self, scheduler: Scheduler, kv: KVManager) -> None:
+        """Use another scheduler or other books from the next step on. Nothing has changed when it raises.
+
+        Other books need requests that hold nothing: :meth:`preempt_all` first.
+        """
+        sequences = [sequence for siblings in self._sequences.values() for sequence in siblings]
+        if scheduler is not self.scheduler:
+            kv.make_rows(scheduler.limits().max_running)
+            keys = [self._key(sequence, scheduler) for sequence in sequences]
+            for sequence, key in zip(sequences, keys, strict=True):
+                sequence.key = key
+            self.scheduler = scheduler
+            self._waiting.rekey(lambda request: request.key)
+            by_key = sorted(self._running.values(), key=lambda request: request.key)
+            for request in by_key[scheduler.limits().max_running :]:
+                self._preempt(request)
+        if kv is not self.kv:
+            self.kv = kv
+            for sequence in sequences:
+                sequence.hashes = []  # names of blocks of another size or contract
+
+    def notify(self, hook: str, **arguments: object) -> None:
+        """Tell the observers of something that happened around the engine."""
+        self._observers.notify(hook, **arguments)
+
+    def preempt_all(self) -> int:
+        """Take the blocks of every running request; returns how many there were."""
+        running = list(self._running.values())
+        for request in running:
+            self._preempt(request)
+        return len(running)
+
+    def drop_prefixes(self) -> None:
+        """Forget every cached prefix: other weights would give other keys and values. What runs keeps its own."""
+        self.kv.forget_prefixes()
+        for request in self._running.values():
+            request.has_mixed_cache = True
+
+    def recompute_all(self) -> None:
+        """Distrust every key and value there is; what runs is computed anew."""
+        self.kv.take_copies()
+        for request in self._running.values():
+            self._scrub(request)
+        self.kv.forget_prefixes()
+        self.preempt_all()
+
+    def end_probation(self) -> None:
+        """What was exchanged stays."""
+        probation, self.probation = self.probation, None
+        if probation is not None:
+            probation.finish(None)
+
+    def _watch(self, seconds: float) -> None:
+        assert self.probation is not None
+        self.probation.steps_left -= 1
+        if seconds > self.settings.stall_seconds:
+            self._roll_back(f"a step took {seconds:.1f} s, over stall_seconds {self.settings.stall_seconds:g}")
+        elif self.probation.steps_left <= 0:
+            self.end_probation()
+
+    def _roll_back(self, reason: str) -> None:
+        """The new parts failed: the old ones come back. The step that showed it has given nothing; it runs again."""
+        _log.warning("a swap is rolled back: %s", reason)
+        probation, self.probation = self.probation, None
+        assert probation is not None
+        probation.roll_back()
+        probation.finish(reason)
+
+    def _scrub(self, request: Request) -> None:
+        """What a sequence holds may not be numbers: nobody may find it, and nobody may inherit it."""
+        if request.blocks is None:
+            return
+        try:
+            self.runner.clear_blocks(self.kv, self.kv.distrust(request.blocks))
+        except Exception as error:  # the backend's code, in a sequence that ends with an error anyway
+            _log.error("blocks of %s could not be cleared", request.name, exc_info=error)
 
     # --- small moves -----------------------------------------------------------------------------------------------
 
@@ -512,6 +641,7 @@ class Engine:
         self.kv.close(request.blocks)
         request.blocks = None
         request.num_computed = 0
+        request.has_mixed_cache = False
         del self._running[request.name]
 
     def _release_held(self, parent: Request) -> None:

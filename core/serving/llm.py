@@ -16,6 +16,7 @@ from drivetrain.errors import InvalidRequestError, RequestFailedError, RequestTi
 from drivetrain.observers import Observers
 from drivetrain.registry import SelectionReport
 from drivetrain.serving.loop import EngineLoop, Ticket
+from drivetrain.serving.swap import DEFAULT_PROBATION_STEPS, SwapReport
 from drivetrain.serving.tokenizer import Tokenizer
 from drivetrain.serving.types import (
     Chunk,
@@ -204,6 +205,23 @@ class LLM:
         """The selection report with the plan's digest, bound operations and notes, JSON-able."""
         return self._stack.selection_dict()
 
+    def swap(
+        self, *, dry_run: bool = False, probation_steps: int = DEFAULT_PROBATION_STEPS, **parts: Any
+    ) -> SwapReport:
+        """Exchange parts while requests are in flight: ``llm.swap(attention="sdpa", scheduler={"name": "priority"})``.
+
+        Kinds: attention, kernels, quantizer, scheduler. Nothing is dropped; what fails is undone. Blocks until the new
+        parts have passed their probation or the old ones are back.
+
+        dry_run:         say what it would take, and change nothing.
+        probation_steps: steps after which the new parts stay.
+
+        Raises SwapError, a PluginError or ConfigError, with nothing changed; parts that fail later are rolled back,
+        which the report says.
+        """
+        settings = load_settings(None, parts, origin="argument")
+        return self._loop.swap(settings.parts, dry_run=dry_run, probation_steps=probation_steps)
+
     # --- life ------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -298,6 +316,7 @@ class _Collector:
         self._texts = [""] * num_sequences
         self._tokens: list[list[int]] = [[] for _ in range(num_sequences)]
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in range(num_sequences)]
+        self._epochs: list[list[int]] = [[] for _ in range(num_sequences)]
         self._last: list[Chunk | None] = [None] * num_sequences
 
     def add(self, chunks: Sequence[Chunk]) -> None:
@@ -305,6 +324,8 @@ class _Collector:
             self._texts[chunk.index] += chunk.text
             self._tokens[chunk.index] += chunk.token_ids
             self._logprobs[chunk.index] += chunk.logprobs or ()
+            if chunk.epoch not in self._epochs[chunk.index]:
+                self._epochs[chunk.index].append(chunk.epoch)
             if chunk.finish_reason is not None:
                 self._last[chunk.index] = chunk
 
@@ -331,6 +352,7 @@ class _Collector:
                     last.finish_reason,
                     last.stop_reason,
                     logprobs,
+                    tuple(self._epochs[index]),
                 )
             )
         assert ticket.prompt_info is not None

@@ -11,13 +11,31 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from drivetrain.assembly import ServingStack
-from drivetrain.errors import DrainingError, InvalidRequestError, QueueFullError, RequestFailedError
+from drivetrain.errors import (
+    DrainingError,
+    DrivetrainError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestFailedError,
+    SwapError,
+)
+from drivetrain.registry import PartRequest
 from drivetrain.serving.request import Request
+from drivetrain.serving.swap import (
+    DEFAULT_PROBATION_STEPS,
+    PreparedSwap,
+    SwapOutcome,
+    SwapReport,
+    commit,
+    prepare,
+    vote,
+    wait_for,
+)
 from drivetrain.serving.types import Chunk, FinishReason, GenerationRequest, PromptInfo
 
 _log = logging.getLogger("drivetrain")
@@ -47,13 +65,15 @@ class Health:
 class Ticket:
     """A request on its way through the loop.
 
-    receive:       called in the loop's thread with each step's chunks of this request.
-    open_indexes:  the sequences that have not given their last chunk.
+    arrival_seconds: when it was submitted, by the engine's clock.
+    receive:         called in the loop's thread with each step's chunks of this request.
+    open_indexes:    the sequences that have not given their last chunk.
     """
 
     request_id: str
     request: GenerationRequest
     prompt: tuple[int, ...]
+    arrival_seconds: float
     receive: Callable[[Ticket, list[Chunk]], None]
     sequences: list[Request] = field(default_factory=list)
     prompt_info: PromptInfo | None = None
@@ -78,6 +98,7 @@ class EngineLoop:
         self._is_stopping = False
         self._failure: str | None = None
         self._thread: threading.Thread | None = None
+        self._swapping = threading.Lock()
         self._last_progress = time.monotonic()
 
     # --- life ------------------------------------------------------------------------------------------------------
@@ -141,11 +162,12 @@ class EngineLoop:
 
         is_bounded: whether ``max_waiting`` applies.
         """
+        arrival_seconds = self.engine.now()
         self._check_open()
         _check_timing(request)
         prompt = self._token_ids(request)
         self.engine.check(request, prompt)
-        ticket = Ticket(f"req-{next(self._numbers)}", request, prompt, receive)
+        ticket = Ticket(f"req-{next(self._numbers)}", request, prompt, arrival_seconds, receive)
         with self._wake:
             self._check_open()  # again: now nothing can close before the request is in the inbox
             if self.is_empty:
@@ -182,6 +204,49 @@ class EngineLoop:
             return tuple(self.stack.tokenizer.encode(request.prompt, add_special_tokens=request.add_special_tokens))
         return tuple(request.prompt)
 
+    # --- exchanging parts ------------------------------------------------------------------------------------------
+
+    def swap(
+        self,
+        requests: Mapping[str, PartRequest],
+        *,
+        dry_run: bool = False,
+        probation_steps: int = DEFAULT_PROBATION_STEPS,
+    ) -> SwapReport:
+        """Exchange parts of the running engine; see ``drivetrain.serving.swap``. Blocks the caller, not the loop.
+
+        requests: kind -> what is asked for. One swap at a time; a second caller is told so.
+
+        Raises SwapError, PluginError or ConfigError with nothing changed.
+        """
+        if not self._swapping.acquire(blocking=False):
+            raise SwapError("another swap is under way", hint="Try again when it has ended.")
+        try:
+            self._check_open()
+            prepared = self._prepare(requests, dry_run)
+            if dry_run:
+                return _estimate(prepared, self.engine.epoch)
+            refusal = vote(self.stack, prepared)
+            if refusal is not None:
+                raise SwapError(f"not every rank agrees: {refusal}")
+            with self._wake:
+                self._post(lambda: commit(self.stack, prepared, probation_steps))
+            report = wait_for(prepared, lambda: self._thread is not None and self._thread.is_alive())
+        finally:
+            self._swapping.release()
+        for kind, (old, new) in report.changes.items():
+            self.engine.metrics.swapped(kind, report.outcome.value, self.engine.epoch)
+            self.engine.notify("swap_done", kind=kind, old=old, new=new, epoch=report.epoch)
+        return report
+
+    def _prepare(self, requests: Mapping[str, PartRequest], dry_run: bool) -> PreparedSwap:
+        try:
+            return prepare(self.stack, requests, dry_run=dry_run)
+        except DrivetrainError:
+            raise
+        except Exception as error:  # the new part's code, or memory that is not there
+            raise SwapError(f"the new parts could not be prepared: {type(error).__name__}: {error}") from error
+
     # --- the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -194,6 +259,8 @@ class EngineLoop:
                 self._drain_inbox()
                 if self.engine.has_work:
                     self._deliver(self.engine.step())
+                else:
+                    self.engine.end_probation()  # nothing runs that could show a fault
                 self._last_progress = time.monotonic()
         except BaseException as error:
             _log.critical("the engine's loop failed", exc_info=error)
@@ -223,7 +290,7 @@ class EngineLoop:
         with self._wake:
             self._num_unread -= 1
         try:
-            ticket.sequences = self.engine.add(ticket.request_id, ticket.request, ticket.prompt)
+            ticket.sequences = self.engine.add(ticket.request_id, ticket.request, ticket.prompt, ticket.arrival_seconds)
         except Exception as error:  # a tokenizer's or a scheduler's code; only this request ends with it
             _log.error("request %s could not be taken", ticket.request_id, exc_info=error)
             self._deliver(_failed(ticket, f"the engine could not take the request: {type(error).__name__}: {error}"))
@@ -273,6 +340,18 @@ class EngineLoop:
     def stats(self) -> dict[str, Any]:
         """The engine's counters as plain numbers."""
         return self.engine.metrics.snapshot()
+
+
+def _estimate(prepared: PreparedSwap, epoch: int) -> SwapReport:
+    return SwapReport(
+        SwapOutcome.DRY_RUN,
+        prepared.changes,
+        prepared.cache,
+        epoch,
+        prepared.extra_memory_bytes,
+        prepared.expected_pause_seconds,
+        prepare_seconds=prepared.prepare_seconds,
+    )
 
 
 def _failed(ticket: Ticket, message: str) -> list[Chunk]:

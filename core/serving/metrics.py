@@ -41,6 +41,8 @@ class EngineMetrics:
         self._preemptions = Counter("drivetrain_preemptions", "Sequences that gave up their blocks", registry=r)
         self._failed_steps = Counter("drivetrain_failed_steps", "Steps that raised", registry=r)
         self._fallbacks = Counter("drivetrain_fallbacks", "Choices by auto that passed over a better part", registry=r)
+        self._swaps = Counter("drivetrain_swaps", "Parts exchanged while serving", ["kind", "outcome"], registry=r)
+        self._epoch = Gauge("drivetrain_epoch", "How often parts were exchanged or put back", registry=r)
         self._steps = Counter("drivetrain_steps", "Steps run", registry=r)
         self._running = Gauge("drivetrain_running", "Sequences that hold KV blocks", registry=r)
         self._waiting = Gauge("drivetrain_waiting", "Sequences that wait", registry=r)
@@ -89,6 +91,10 @@ class EngineMetrics:
 
     def fell_back(self, count: int) -> None:
         self._fallbacks.inc(count)
+
+    def swapped(self, kind: str, outcome: str, epoch: int) -> None:
+        self._swaps.labels(kind, outcome).inc()
+        self._epoch.set(epoch)
 
     def step(self, seconds: float, num_tokens: int, num_running: int, num_waiting: int, kv_usage: float) -> None:
         self._steps.inc()

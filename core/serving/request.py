@@ -75,6 +75,7 @@ class Request:
     stop_reason: str | int | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     num_cached_tokens: int | None = None
+    has_mixed_cache: bool = False
     first_token_seconds: float | None = None
     last_token_seconds: float | None = None
 

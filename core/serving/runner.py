@@ -60,7 +60,17 @@ class ModelRunner:
         self.attention = attention
         self.device = device
         self.spec = model.spec.attention
-        self._cache: KVCache = attention.allocate(self.spec, num_blocks, device)
+        self.cache: KVCache = attention.allocate(self.spec, num_blocks, device)
+
+    def exchange(self, model: CausalLM, attention: AttentionBackend, cache: KVCache) -> None:
+        """Use other parts from the next step on; ``cache`` is one that ``attention`` can read."""
+        self.model, self.attention, self.cache = model, attention, cache
+
+    def clear_blocks(self, kv: KVManager, blocks: Sequence[Sequence[int]]) -> None:
+        """Make these blocks of each KV group finite again."""
+        for group, own in zip(kv.groups, blocks, strict=True):
+            if own:
+                self.attention.clear_blocks(self.cache, group, own)
 
     def prepare(self, scheduled: Sequence[Scheduled], kv: KVManager) -> StepInputs:
         """Pack the step. Python's work is a few operations a request, whatever its length."""
@@ -95,7 +105,7 @@ class ModelRunner:
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
         """Compute the step and return the wanted logits, [N, V]."""
-        step = self.attention.begin(self.spec, inputs.attention, self._cache)
+        step = self.attention.begin(self.spec, inputs.attention, self.cache)
         hidden_TE = self.model.forward(inputs.ids_T, inputs.positions_T, step)
         return self.model.logits(hidden_TE.index_select(0, inputs.rows_N))
 
@@ -103,7 +113,7 @@ class ModelRunner:
         """Carry out the block copies that the manager decided on."""
         for group, runs in zip(kv.groups, kv.take_copies(), strict=True):
             for pairs in runs:
-                self.attention.copy_blocks(self._cache, group, pairs)
+                self.attention.copy_blocks(self.cache, group, pairs)
 
     def _addresses(
         self,

@@ -227,8 +227,10 @@ class _ByteStream:
         return self._decoder.decode(joined)
 
     def flush(self) -> str:
-        # All complete text has gone out already.
-        return ""
+        # Complete text has gone out already. What is held back is the beginning of one character, which is left out, or
+        # bytes such as ED A0 that Python's decoder waits on although no character begins so.
+        text = self._decoder.getstate()[0].decode("utf-8", "replace")
+        return text if len(text) > 1 else ""
 
 
 class _WindowStream:

@@ -195,6 +195,7 @@ class Chunk:
     finish_reason: set in a sequence's last chunk.
     stop_reason:   the stop string or token id that ended it; None for the model's own end token.
     error:         the message, when finish_reason is ``error``.
+    epoch:         which set of parts made it: how often the engine's parts had been exchanged by then.
     """
 
     request_id: str
@@ -205,6 +206,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ class PromptInfo:
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished sequence."""
+    """One finished sequence. ``epochs``: the sets of parts that made it, one unless a swap came in between."""
 
     index: int
     text: str
@@ -230,6 +232,7 @@ class Completion:
     finish_reason: FinishReason
     stop_reason: str | int | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    epochs: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)

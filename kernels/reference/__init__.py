@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from drivetrain.contracts.kernels import OPERATIONS, KernelProvider, KernelSpec
-from drivetrain.contracts.plugin import Probe, Tier
+from drivetrain.contracts.plugin import Probe, ProbeContext, Tier
 from drivetrain.errors import ConfigError, nearest
 
 
@@ -75,6 +75,10 @@ class ReferenceKernels(KernelProvider):
     """Plain torch for every operation, on any device and dtype: the meaning all other providers are held to."""
 
     tier = Tier.REFERENCE
+
+    @classmethod
+    def probe(cls, context: ProbeContext) -> Probe:
+        return Probe.yes("plain torch runs on every device and dtype")
 
     def operations(self) -> frozenset[str]:
         return frozenset(_MAKERS)

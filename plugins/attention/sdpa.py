@@ -20,6 +20,7 @@ from pydantic import Field
 from torch.nn import functional
 
 from drivetrain.contracts.attention import (
+    PAGED_BNGD,
     AttentionBackend,
     AttentionBatch,
     AttentionSpec,
@@ -27,11 +28,10 @@ from drivetrain.contracts.attention import (
     KVContract,
     KVGroup,
     LayerAttention,
+    PagedCache,
 )
-from drivetrain.contracts.plugin import PluginConfig, Tier
+from drivetrain.contracts.plugin import PluginConfig, Probe, ProbeContext, Tier
 from drivetrain.errors import EngineError
-
-LAYOUT = "paged-BNGD/1"
 
 _MASK_BYTES = 64 * 2**20
 """Bound on the masks a step keeps, and on the mask or scores of one slice of queries."""
@@ -41,15 +41,6 @@ _ROWS_PER_BUCKET = 16
 """Decodes are sorted by length and attended in up to 4 buckets of at least 16 rows, each padded to its own longest.
 Measured with 64 sequences of 50 to 350 tokens, 9/3 heads of 64, 30 layers, 2 CPU threads: 110 ms a step with one
 bucket, 58 ms with 4, 58 ms with 8, 101 ms one by one; with 16 sequences 1 bucket is as good as 2, better than 4."""
-
-
-@dataclass(frozen=True)
-class PagedCache:
-    """Keys and values of every layer, each [B, N, G, D]."""
-
-    spec: AttentionSpec
-    keys: tuple[torch.Tensor, ...]
-    values: tuple[torch.Tensor, ...]
 
 
 class SdpaConfig(PluginConfig):
@@ -409,11 +400,15 @@ class SdpaAttention(AttentionBackend):
     config: SdpaConfig
 
     @classmethod
+    def probe(cls, context: ProbeContext) -> Probe:
+        return Probe.yes("plain torch runs on every device and dtype")
+
+    @classmethod
     def abilities(cls) -> frozenset[str]:
         return frozenset({"training", "windows", "soft_cap"})
 
     def kv_contract(self, spec: AttentionSpec) -> KVContract:
-        return KVContract(LAYOUT, self.config.block_size, spec.dtype)
+        return KVContract(PAGED_BNGD, self.config.block_size, spec.dtype)
 
     def bytes_per_block(self, spec: AttentionSpec, group: KVGroup) -> int:
         itemsize = getattr(torch, spec.dtype).itemsize
@@ -431,7 +426,7 @@ class SdpaAttention(AttentionBackend):
             return _zeros(shape, dtype, device)
 
         indices = range(len(spec.layers))
-        return PagedCache(spec, tuple(store(i) for i in indices), tuple(store(i) for i in indices))
+        return PagedCache(tuple(store(i) for i in indices), tuple(store(i) for i in indices))
 
     def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: PagedCache | None) -> AttentionStep:
         if cache is None and any(batch.context_lengths):

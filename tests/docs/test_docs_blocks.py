@@ -44,6 +44,8 @@ DRIVETRAIN = str(Path(sys.executable).parent / "drivetrain")
 PORT = "127.0.0.1:8000"
 SECONDS = 120
 
+REAL_MODEL = (pytest.mark.model, pytest.mark.slow)
+
 FLAGS = {
     "console": {"", "fails", "model", "long", "server", "other"},
     "python": {"", "model", "server"},
@@ -69,18 +71,18 @@ def flag(block: Block) -> str:
 def console_blocks(*flags: str) -> list[object]:
     """Console blocks with one of these flags, as parameters named by their place."""
     return [
-        pytest.param(block, id=block.place, marks=[pytest.mark.model] if flag(block) == "model" else [])
+        pytest.param(block, id=block.place, marks=REAL_MODEL if flag(block) == "model" else ())
         for block in all_blocks("console")
         if flag(block) in flags
     ]
 
 
 def python_pages() -> list[object]:
-    parameters = []
+    parameters: list[object] = []
     for page in pages():
         own = [block for block in blocks(page) if block.language == "python" and flag(block) != "server"]
         if own:
-            marks = [pytest.mark.model] if any(flag(block) == "model" for block in own) else []
+            marks = REAL_MODEL if any(flag(block) == "model" for block in own) else ()
             parameters.append(pytest.param(page, own, id=name_of(page), marks=marks))
     return parameters
 
@@ -199,7 +201,8 @@ def missing_line(shown: tuple[str, ...], output: str) -> str | None:
 
 
 def check_command(command: Command, page: Path, folder: Path, *, fails: bool) -> None:
-    given = tuple((b.file_name, b.text) for b in blocks(page) if b.file_name is not None)
+    named = ((block.file_name, block.text) for block in blocks(page) if block.file_name is not None)
+    given = tuple((name, content) for name, content in named if name in command.text)
     status, output = run_command(command.text, given, folder)
     assert (status != 0) == fails, f"{command.text}: exit status {status}\n{output}"
     assert "Traceback" not in output, output
@@ -263,16 +266,19 @@ def server(model: Path) -> Iterator[str]:
     assert status == 0
 
 
+def is_client(block: Block) -> bool:
+    return flag(block) == "server" and (block.language == "python" or "curl " in block.text)
+
+
 def server_pages() -> list[Path]:
-    return [page for page in pages() if any(flag(block) == "server" for block in blocks(page))]
+    return [page for page in pages() if any(is_client(block) for block in blocks(page))]
 
 
 @pytest.mark.model
+@pytest.mark.slow
 @pytest.mark.parametrize("page", server_pages(), ids=name_of)
 def test_a_client_of_a_page_is_answered(page: Path, server: str, files: Path) -> None:
-    for block in blocks(page):
-        if flag(block) != "server":
-            continue
+    for block in filter(is_client, blocks(page)):
         if block.language == "python":
             run_python([(str(page), block.line, block.text.replace(PORT, server))], files)
             continue

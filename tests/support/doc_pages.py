@@ -119,9 +119,7 @@ def links(page: Path) -> Iterator[tuple[str, str]]:
 
 def anchors(page: Path) -> set[str]:
     """What a link can name after ``#``: headings in lower case, punctuation gone, spaces as hyphens."""
-    return {
-        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in _HEADING.findall(prose(page))
-    }
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in _HEADING.findall(prose(page))}
 
 
 def paths_named(page: Path) -> set[str]:

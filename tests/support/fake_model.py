@@ -236,6 +236,10 @@ class FakeAttention(AttentionBackend):
         for layer in group.layers:
             cache[layer][destinations] = cache[layer][sources]
 
+    def clear_blocks(self, cache: list[torch.Tensor], group: KVGroup, blocks: Sequence[int]) -> None:
+        for layer in group.layers:
+            cache[layer][list(blocks)] = 0
+
 
 class _FakeStep:
     def __init__(self, spec: AttentionSpec, batch: AttentionBatch, cache: list[torch.Tensor]) -> None:

@@ -255,6 +255,9 @@ class NarrowAttention(AttentionBackend):
     def copy_blocks(self, cache: KVCache, group: KVGroup, pairs: Sequence[tuple[int, int]]) -> None:
         raise NotImplementedError
 
+    def clear_blocks(self, cache: KVCache, group: KVGroup, blocks: Sequence[int]) -> None:
+        raise NotImplementedError
+
 
 class WideAttention(NarrowAttention):
     """Preferred by the fake platform, and able to work only once a model is known."""

@@ -9,7 +9,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 import drivetrain
-from drivetrain.plugins.frontend.openai import chat, completions, operations
+from drivetrain.observers import Observers
+from drivetrain.plugins.frontend.openai import admin, chat, completions, operations
 from drivetrain.plugins.frontend.openai.config import OpenAIConfig
 from drivetrain.plugins.frontend.openai.errors import install_handlers
 from drivetrain.plugins.frontend.openai.guard import Guard
@@ -38,7 +39,10 @@ def create_app(engine: AsyncEngine, config: OpenAIConfig) -> FastAPI:
     app.state.service = Service(engine, config)
     for part in (chat, completions, operations):
         app.include_router(part.router)
+    if config.admin is not None:
+        app.include_router(admin.router)
     _add_pages(app, config)
+    Observers().notify("add_routes", app=app)
     install_handlers(app)
     install_openapi(app)
     # The last one added is the outermost: a refusal at the door carries the headers that let a web page read it.

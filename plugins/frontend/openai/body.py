@@ -34,9 +34,13 @@ async def read_request(request: Request, schema: type[B], config: OpenAIConfig) 
 
     Raises MediaTypeError, BodyTooLargeError, SlowBodyError, InvalidRequestError, UnsupportedError, ClientGoneError.
     """
+    return parse_request(schema, await read_json(request, config))
+
+
+async def read_json(request: Request, config: OpenAIConfig) -> dict[str, Any]:
+    """The body of ``request`` as a JSON object. Raises as :func:`read_request` does."""
     _check_media_type(request.headers.get("content-type"))
-    raw = await _read_bytes(request, config)
-    return parse_request(schema, parse_json(raw))
+    return parse_json(await _read_bytes(request, config))
 
 
 def _check_media_type(content_type: str | None) -> None:

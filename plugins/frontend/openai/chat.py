@@ -152,6 +152,7 @@ class _Answer:
             "logprobs": chat_logprobs(self.service.engine.tokenizer, choice.logprobs) if wants_logprobs else None,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
+            **({"epochs": choice.epochs} if self.body.return_epochs else {}),
         }
 
     async def payloads(self) -> AsyncGenerator[dict[str, Any]]:
@@ -165,7 +166,10 @@ class _Answer:
         async for chunk in self.stream:
             num_tokens += len(chunk.token_ids)
             if chunk.text or chunk.logprobs:
-                yield head | {"choices": [_delta(chunk.index, {"content": chunk.text}, self._logprobs(chunk))]}
+                piece = _delta(chunk.index, {"content": chunk.text}, self._logprobs(chunk))
+                if self.body.return_epochs:
+                    piece["epoch"] = chunk.epoch
+                yield head | {"choices": [piece]}
             if (failure := failure_of(chunk)) is not None:
                 raise failure
             if chunk.finish_reason is not None:

@@ -114,6 +114,7 @@ class _Answer:
             "logprobs": logprobs,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
+            **({"epochs": choice.epochs} if self.body.return_epochs else {}),
         }
 
     def _echoed_text(self, choice: int) -> str:
@@ -165,4 +166,5 @@ class _Answer:
             "logprobs": joined(*parts) if parts else None,
             "finish_reason": None if is_failed else chunk.finish_reason,
             "stop_reason": chunk.stop_reason,
+            **({"epoch": chunk.epoch} if self.body.return_epochs else {}),
         }

@@ -21,6 +21,11 @@ class OpenAIConfig(PluginConfig):
         description="Key, or list of keys, of which one must come as `Authorization: Bearer KEY`. None asks for none. "
         "The pages at / and /docs and /health stay open.",
     )
+    admin_token: SecretStr | None = Field(
+        None,
+        min_length=1,
+        description="Token for POST /v1/admin/swap, sent as `Authorization: Bearer TOKEN`. None: there is no such path.",
+    )
     served_names: tuple[str, ...] = Field((), description="Names that requests may use beside the model's own.")
     max_body_bytes: int = Field(4 * MIB, ge=1024, description="Largest request body; a larger one is answered 413.")
     body_timeout_seconds: float = Field(
@@ -54,6 +59,11 @@ class OpenAIConfig(PluginConfig):
         if any(not key.get_secret_value().strip() for key in keys):
             raise ValueError("a key may not be empty")
         return value
+
+    @property
+    def admin(self) -> bytes | None:
+        """The admin token as it comes over the wire."""
+        return self.admin_token.get_secret_value().encode() if self.admin_token else None
 
     @property
     def keys(self) -> tuple[bytes, ...]:

@@ -31,6 +31,13 @@ class InvalidKeyError(RequestError):
     code = "invalid_api_key"
 
 
+class SwapRefusedError(RequestError):
+    """The engine did not exchange its parts; nothing has changed."""
+
+    status = 409
+    code = "swap_refused"
+
+
 class BodyTooLargeError(RequestError):
     """The body is larger than this server takes."""
 

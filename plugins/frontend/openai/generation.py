@@ -152,6 +152,7 @@ class Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    epochs: list[int] = field(default_factory=list)
 
     def add(self, chunk: Chunk) -> None:
         self.text += chunk.text
@@ -159,6 +160,8 @@ class Choice:
         self.logprobs.extend(chunk.logprobs or ())
         self.finish_reason = chunk.finish_reason
         self.stop_reason = chunk.stop_reason
+        if chunk.epoch not in self.epochs:
+            self.epochs.append(chunk.epoch)
 
 
 async def collect(streams: Sequence[RequestStream], n: int) -> list[Choice]:

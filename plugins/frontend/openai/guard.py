@@ -12,6 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from drivetrain.plugins.frontend.openai.errors import InvalidKeyError, error_response
 
+ADMIN_PREFIX = "/v1/admin/"
+"""Paths below it ask for the admin token instead, where they exist at all."""
+
 OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/health", "/favicon.ico"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -43,7 +46,7 @@ class Guard:
             await error_response(error)(scope, receive, send_with_id)
 
     def _refusal(self, path: str, headers: Headers) -> InvalidKeyError | None:
-        if not self.keys or path in OPEN_PATHS:
+        if not self.keys or path in OPEN_PATHS or path.startswith(ADMIN_PREFIX):
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not given.strip():

@@ -42,6 +42,7 @@ def _model_card(service: Service, name: str) -> dict[str, Any]:
         "created": service.engine.created,
         "owned_by": "drivetrain",
         "max_model_len": service.engine.max_model_len,
+        "vocab_size": service.engine.tokenizer.vocab_size,
     }
 
 

@@ -88,6 +88,10 @@ class GenerationBody(RequestBody):
     ignore_eos: bool | None = Field(None, description="Extension. Do not end at the model's end tokens.")
     stop_token_ids: list[int] | None = Field(None, description="Extension. More tokens that end the answer.")
     include_stop_str_in_output: bool | None = Field(None, description="Extension. Keep the stop string in the text.")
+    return_epochs: bool | None = Field(
+        None,
+        description="Extension. Tell which sets of parts made the answer: `epochs` of a choice, `epoch` of a chunk.",
+    )
     skip_special_tokens: bool | None = Field(
         None, description="Extension. True unless said: leave them out of the text."
     )

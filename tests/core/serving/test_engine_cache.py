@@ -187,13 +187,13 @@ def test_a_shared_block_is_copied_before_it_is_written() -> None:
     blocks = list(parent.blocks.blocks[0])
     # Slots of the prompt: the third block's last two slots belong to what follows.
     prompt_slots = [blocks[position // 4] * 4 + position % 4 for position in range(len(PROMPT))]
-    before = engine.runner._cache[0].view(-1)[prompt_slots].clone()
+    before = engine.runner.cache[0].view(-1)[prompt_slots].clone()
     run.add(engine.step())
     child = sequences[1]
     assert child.blocks is not None
     assert child.blocks.blocks[0][:2] == parent.blocks.blocks[0][:2]
     assert child.blocks.blocks[0][2] != parent.blocks.blocks[0][2]
-    assert torch.equal(engine.runner._cache[0].view(-1)[prompt_slots], before)
+    assert torch.equal(engine.runner.cache[0].view(-1)[prompt_slots], before)
     run = finish(engine, run)
     assert run.tokens["a", 0] == run.tokens["a", 1] == expected_tokens(PROMPT, 20, (None,))
 
@@ -292,16 +292,59 @@ def test_the_last_in_order_gives_way() -> None:
 
 
 def test_no_newcomer_takes_the_blocks_that_another_gave_up() -> None:
-    engine = make_engine(num_blocks=18, windows=(None,), max_batched_tokens=32, prefix_cache=False)
-    for number, prompt in enumerate(prompts(2, 30)):
-        add(engine, f"r{number}", prompt, greedy(30))
-    run = Run()
+    def crowded() -> Engine:
+        engine = make_engine(num_blocks=18, windows=(None,), max_batched_tokens=32, prefix_cache=False)
+        for number, prompt in enumerate(prompts(2, 30)):
+            add(engine, f"r{number}", prompt, greedy(30))
+        return engine
+
+    engine, num_steps = crowded(), 0
     while not engine.metrics.snapshot()["preemptions"]:
-        if engine.num_running == 2 and engine.num_waiting == 0:
-            add(engine, f"late{engine._clock()}{len(run.chunks)}", [1, 2], greedy(1))
+        engine.step()
+        num_steps += 1
+    engine, run = crowded(), Run()
+    for _ in range(num_steps - 1):
         run.add(engine.step())
-    assert [name for name in engine._running if name.startswith("late")] == []
+    add(engine, "late", [1, 2], greedy(3))
+    run.add(engine.step())
+    assert set(engine._running) == {"r0[0]"}
     finish(engine, run)
+
+
+def test_nobody_overtakes_a_request_that_waits_for_blocks() -> None:
+    engine = make_engine(num_blocks=16, windows=(None,), prefix_cache=False, max_batched_tokens=64)
+    large, next_large, small = [3] * 40, [4] * 40, [5, 6]
+    add(engine, "large", large, greedy(5))
+    add(engine, "next", next_large, greedy(1))
+    add(engine, "small", small, greedy(1))
+    run = finish(engine)
+    assert list(run.last) == [("large", 0), ("next", 0), ("small", 0)]
+
+
+def test_a_prompt_may_take_the_blocks_of_a_decode_that_has_its_share_of_the_step_already() -> None:
+    """Decodes are granted first, but the prompt comes first in order: the decode gives way within the same plan."""
+
+    class PromptLast(Splitter):
+        def key(self, request: RequestFacts) -> OrderKey:
+            return (-request.sequence_number,)
+
+        def plan(self, view: View) -> StepPlan:
+            running = sorted(view.running, key=lambda candidate: candidate.pending_tokens)
+            grants = [Grant(c.request_id, min(c.pending_tokens, 8)) for c in running]
+            return StepPlan(grants or [Grant(next(view.waiting).request_id, 4)])
+
+    engine = make_engine(PromptLast([]), num_blocks=16, windows=(None,), prefix_cache=False, max_batched_tokens=64)
+    run = Run()
+    add(engine, "decode", [3] * 4, greedy(50))
+    while len(engine._running) < 1 or engine._running["decode[0]"].num_output_tokens < 20:
+        run.add(engine.step())
+    prompt = [9] * 60
+    engine._admit(add(engine, "prompt", prompt, greedy(2))[0], 1)
+    run = finish(engine, run)
+    assert engine.metrics.snapshot()["preemptions"] >= 1
+    assert {chunk.finish_reason for chunk in run.last.values()} == {FinishReason.LENGTH}
+    assert run.tokens["prompt", 0] == expected_tokens(prompt, 2, (None,))
+    assert run.tokens["decode", 0] == expected_tokens([3] * 4, 50, (None,))
 
 
 # --- log-probabilities of the prompt ---------------------------------------------------------------------------------

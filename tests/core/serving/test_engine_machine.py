@@ -125,8 +125,13 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 6))
     def step(self, count: int) -> None:
         for _ in range(count):
-            self.clock.advance(0.01)
-            self.receive(self.engine.step())
+            self.sound_step(0.01)
+
+    def sound_step(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+        chunks = self.engine.step()
+        assert [chunk.error for chunk in chunks if chunk.finish_reason is FinishReason.ERROR] == []
+        self.receive(chunks)
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 40.0]))
     def time_passes(self, seconds: float) -> None:
@@ -142,6 +147,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.receive(chunks)
         ended = [chunk for chunk in chunks if chunk.finish_reason is FinishReason.ERROR]
         assert was_reached == bool(ended)
+        assert all("RuntimeError: injected" in (chunk.error or "") for chunk in ended)
         # At least the first that waited and was not admitted waits on; whoever still waits kept its tokens.
         assert all(r.state is not RequestState.FINISHED for r in self.engine._waiting if id(r) in waiting)
 
@@ -153,6 +159,7 @@ class EngineMachine(RuleBasedStateMachine):
         given = [chunk for chunk in chunks if chunk.token_ids or chunk.finish_reason is FinishReason.ERROR]
         wrong = [chunk for chunk in given if chunk.finish_reason is FinishReason.ERROR]
         assert len(wrong) == min(1, len(given))
+        assert all("not finite" in (chunk.error or "") for chunk in wrong)
         self.receive(chunks)
 
     def receive(self, chunks: list[Chunk]) -> None:
@@ -183,8 +190,7 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(3 * work + 10):
             if not self.engine.has_work:
                 break
-            self.clock.advance(0.001)
-            self.receive(self.engine.step())
+            self.sound_step(0.001)
             check_books(self.engine)
         assert not self.engine.has_work, "requests are stuck"
         for request in self.followed.values():

@@ -21,11 +21,11 @@ def _swap_two_blocks(engine: Engine) -> None:
 
 
 def _forget_a_value(engine: Engine) -> None:
-    engine.runner._cache[0][engine.kv.tables[0][next(iter(engine._running.values())).blocks.row, 0], 2] = 0.0
+    engine.runner.cache[0][engine.kv.tables[0][next(iter(engine._running.values())).blocks.row, 0], 2] = 0.0
 
 
 def _never_write_a_slot(engine: Engine) -> None:
-    engine.runner._cache[1].fill_(torch.nan)
+    engine.runner.cache[1].fill_(torch.nan)
 
 
 def _shift_the_position(engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""Rules of the Python API: results in order, and nothing left running behind an error, an interrupt or a closed stream."""
+"""Rules of the Python API: results in order; nothing left running behind an error, an interrupt or a closed stream."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,7 +37,7 @@ def _no_log_of_injected_faults(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.fixture
 def llm() -> Iterator[LLM]:
-    with LLM.from_stack(make_stack(num_blocks=24, defaults={"temperature": 0.0})) as made:
+    with LLM.from_stack(make_stack(num_blocks=24, defaults={"temperature": 0.0, "max_tokens": 8})) as made:
         yield made
 
 
@@ -95,6 +96,7 @@ def test_an_error_in_the_second_prompt_leaves_nothing_running(llm: LLM) -> None:
     with held_model(llm._stack), pytest.raises(PromptTooLongError):
         llm.generate([PROMPT, [1] * 64, PROMPT], greedy(40))
     assert_freed(llm)
+    assert llm.stats()["output_tokens"] <= 1
     with pytest.raises(InvalidRequestError, match="one for each"):
         llm.generate([PROMPT, PROMPT], [greedy(1)])
 
@@ -175,21 +177,27 @@ def test_a_stream_raises_what_the_engine_met(llm: LLM) -> None:
 
 @pytest.mark.parametrize("call", ["generate", "stream"])
 def test_ctrl_c_cancels_what_was_asked_for(llm: LLM, call: str) -> None:
+    answer_all = {
+        "generate": lambda llm: llm.generate([PROMPT, PROMPT], greedy(40)),
+        "stream": lambda llm: list(llm.stream(PROMPT, greedy(40))),
+    }
     with held_model(llm._stack) as model:
 
         def interrupt() -> None:
-            if model.faults.entered.wait(10):
-                os.kill(os.getpid(), signal.SIGINT)
+            assert model.faults.entered.wait(10)
+            assert model.faults.gate is not None
+            os.kill(os.getpid(), signal.SIGINT)
+            # A signal that comes right before the main thread falls asleep is noticed when it wakes again.
+            time.sleep(0.2)
+            model.faults.gate.set()
 
         thread = threading.Thread(target=interrupt)
         thread.start()
         with pytest.raises(KeyboardInterrupt):
-            if call == "generate":
-                llm.generate([PROMPT, PROMPT], greedy(40))
-            else:
-                list(llm.stream(PROMPT, greedy(40)))
+            answer_all[call](llm)
         thread.join()
     assert_freed(llm)
+    assert llm.stats()["output_tokens"] < 40
 
 
 # --- life ------------------------------------------------------------------------------------------------------------

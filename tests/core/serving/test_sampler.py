@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from drivetrain.serving.request import Request
-from drivetrain.serving.sampler import Sampler, distributions, sequence_seed, token_logprobs, uniform
+from drivetrain.serving.sampler import Sampler, _keep_top_p, distributions, sequence_seed, token_logprobs, uniform
 from drivetrain.serving.text import TextStream
 from drivetrain.serving.types import SamplingParams
 
@@ -113,6 +113,11 @@ def test_top_p_reaches_beyond_its_first_try() -> None:
 def test_top_p_below_the_first_probability_keeps_one_token() -> None:
     scores = torch.tensor([[5.0, 1.0, 0.0]])
     assert distributions(scores, [SamplingParams(top_p=1e-9)]).tolist() == [[1.0, 0.0, 0.0]]
+
+
+def test_top_p_stops_at_the_token_that_reaches_p_exactly() -> None:
+    found = _keep_top_p(torch.tensor([[0.25, 0.5, 0.25]]), torch.tensor([0.5]))
+    assert found.tolist() == [[0.0, 1.0, 0.0]]
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-12, 1e-40, 1e-300])
@@ -223,6 +228,13 @@ def test_the_sampler_inverts_the_cumulative_distribution() -> None:
         expected = 0 if point < 0.1 else 2 if point < 0.5 else 3
         if min(abs(point - 0.1), abs(point - 0.5)) > 1e-6:
             assert draw(probs.log(), seed, 0) == expected
+
+
+def test_a_draw_at_the_very_edge_never_takes_a_token_without_probability(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.tensor([[-math.inf, 2.0, 1.0, -math.inf]])
+    for point, expected in ((0.0, 1), (1 - 2**-53, 2)):
+        monkeypatch.setattr("drivetrain.serving.sampler.uniform", lambda seed, index, point=point: point)
+        assert draw(scores, 0, 0) == expected
 
 
 def test_uniform_numbers_lie_in_the_unit_interval_and_differ_between_streams() -> None:

@@ -183,6 +183,13 @@ def without_cut_tail(data: bytes) -> str:
     return data.decode("utf-8", "replace")
 
 
+def test_bytes_that_begin_no_character_are_shown_at_the_end() -> None:
+    ids = [
+        next(i for i in range(BYTE_LEVEL.vocab_size) if BYTE_LEVEL.token_bytes(i) == bytes([b])) for b in (0xED, 0xA0)
+    ]
+    assert "".join(stream(BYTE_LEVEL, ids, [], skip=False)) == "\ufffd\ufffd"
+
+
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), tokenizer=st.sampled_from(EXACT), skip=st.booleans(), step=st.integers(1, 4))
 def test_stream_text_is_the_utf8_of_the_tokens_bytes(

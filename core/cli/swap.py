@@ -1,0 +1,77 @@
+"""``drivetrain swap``: exchange parts of a running server."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from drivetrain.cli.console import format_number, print_json, print_table
+from drivetrain.config import parse_assignment
+from drivetrain.errors import ConfigError, SwapError
+
+
+def swap(
+    url: Annotated[str, typer.Argument(help="The server, such as http://127.0.0.1:8000.", show_default=False)],
+    parts: Annotated[
+        list[str],
+        typer.Argument(
+            help="KIND=NAME, and KIND.OPTION=VALUE for its options.", metavar="KIND=NAME...", show_default=False
+        ),
+    ],
+    admin_token: Annotated[str | None, typer.Option(help="The server's admin token.", show_default=False)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; change nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """Exchange parts of a running server; requests in flight go on. Exits with 1 when it was rolled back.
+
+    Example: drivetrain swap http://127.0.0.1:8000 scheduler=priority --admin-token secret
+    """
+    report = _post(url.rstrip("/"), parse_parts(parts) | ({"dry_run": True} if dry_run else {}), admin_token)
+    if as_json:
+        print_json(report)
+    else:
+        _show(report)
+    return 1 if report["outcome"] == "rolled back" else 0
+
+
+def parse_parts(parts: list[str]) -> dict[str, Any]:
+    """``["attention=sdpa", "attention.block_size=8"]`` as the server's table."""
+    body: dict[str, dict[str, Any]] = {}
+    for text in parts:
+        path, value = parse_assignment(text)
+        if len(path) > 2:
+            raise ConfigError("too deep a path", found=text, allowed="KIND=NAME or KIND.OPTION=VALUE")
+        body.setdefault(path[0], {})["name" if len(path) == 1 else path[1]] = value
+    return dict(body)
+
+
+def _post(url: str, body: dict[str, Any], token: str | None) -> dict[str, Any]:
+    import httpx
+
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        response = httpx.post(f"{url}/v1/admin/swap", json=body, headers=headers, timeout=None, trust_env=False)
+        answer = response.json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise ConfigError(f"no server answers: {error}", where=url, hint="Start one with drivetrain serve.") from error
+    if response.status_code == 404:
+        raise SwapError("this server lets nobody swap", where=url, hint="Start it with --admin-token TOKEN.")
+    if response.status_code != 200:
+        raise SwapError(answer["error"]["message"], where=url)
+    return dict(answer)
+
+
+def _show(report: dict[str, Any]) -> None:
+    rows = [(kind, f"{old} -> {new}") for kind, (old, new) in report["changes"].items()]
+    rows += [
+        ("outcome", report["outcome"]),
+        ("keys and values", report["cache"]),
+        ("epoch", report["epoch"]),
+        ("pause", f"{report['pause_seconds'] * 1000:.2f} ms"),
+        ("extra memory", format_number(report["extra_memory_bytes"], "bytes")),
+        ("requests kept, recomputed", f"{report['requests_kept']}, {report['requests_recomputed']}"),
+    ]
+    if report["reason"]:
+        rows.append(("reason", report["reason"]))
+    print_table(("swap", "result"), rows)

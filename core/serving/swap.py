@@ -1,0 +1,376 @@
+"""The swap: parts of a running engine are exchanged between two steps, with requests in flight.
+
+A transaction in four phases:
+
+    prepare    choose, load, probe, create, allocate, warm: beside the live engine, which is not touched
+    vote       every rank says yes, or nothing has changed
+    commit     between two steps, in the engine's thread: pointers flip, the epoch goes up by one
+    probation  the next steps are watched for errors, numbers that are none, and stalls: finalize, or roll back
+
+What becomes of keys and values follows from the contracts: an equal KV contract keeps them; otherwise token ids and
+sampler state are kept and the rest is computed anew. A rolled back step is run again by the old parts, so that no
+request ever sees it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, cast
+
+from drivetrain.assembly import ServingStack, build_model, make_kv
+from drivetrain.config import EngineSettings
+from drivetrain.contracts.attention import AttentionBackend, KVCache
+from drivetrain.contracts.kernels import KernelProvider
+from drivetrain.contracts.model import CausalLM
+from drivetrain.contracts.plugin import Plugin
+from drivetrain.contracts.quantizer import Quantizer
+from drivetrain.contracts.scheduler import Scheduler
+from drivetrain.errors import DrivetrainError, SwapError
+from drivetrain.registry import PartRequest, Selection, SelectionReport, Selector
+from drivetrain.serving.blocks import KVManager
+from drivetrain.serving.engine import Engine, Probation
+from drivetrain.serving.types import FinishReason, GenerationRequest, SamplingParams
+
+if TYPE_CHECKING:
+    from drivetrain.binding import KernelBinder
+
+SWAPPABLE = ("attention", "kernels", "quantizer", "scheduler")
+"""Kinds that a running engine can exchange."""
+
+DEFAULT_PROBATION_STEPS = 8
+
+
+class CacheFate(StrEnum):
+    """What a swap does with the keys and values of requests in flight."""
+
+    KEEP = "keep"
+    RECOMPUTE = "recompute"
+
+
+class SwapOutcome(StrEnum):
+    """How a swap ended."""
+
+    FINALIZED = "finalized"
+    ROLLED_BACK = "rolled back"
+    DRY_RUN = "dry run"
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What a swap did, or what it would do.
+
+    changes:              kind -> (old plugin, new plugin).
+    epoch:                the engine's epoch afterwards.
+    extra_memory_bytes:   device memory held twice between prepare and the end of probation.
+    pause_seconds:        how long the step loop stood still at commit; for a dry run, what is expected.
+    requests_kept:        requests in flight that went on with their keys and values.
+    requests_recomputed:  requests in flight whose keys and values are computed anew.
+    reason:               why it was rolled back.
+    """
+
+    outcome: SwapOutcome
+    changes: Mapping[str, tuple[str, str]]
+    cache: CacheFate
+    epoch: int
+    extra_memory_bytes: int
+    pause_seconds: float
+    requests_kept: int = 0
+    requests_recomputed: int = 0
+    prepare_seconds: float = 0.0
+    reason: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass
+class LiveParts:
+    """Everything a swap may exchange, as the engine has it at one moment."""
+
+    scheduler: Scheduler
+    attention: AttentionBackend
+    cache: KVCache
+    kv: KVManager
+    model: CausalLM
+    binder: KernelBinder
+    plugins: dict[str, Plugin]
+    report: SelectionReport
+
+    @classmethod
+    def of(cls, stack: ServingStack) -> LiveParts:
+        engine = stack.engine
+        return cls(
+            engine.scheduler,
+            engine.runner.attention,
+            engine.runner.cache,
+            engine.kv,
+            engine.runner.model,
+            stack.binder,
+            dict(stack.parts.plugins),
+            stack.parts.report,
+        )
+
+    def install(self, stack: ServingStack, *, drops_prefixes: bool) -> int:
+        """Make these the engine's parts; returns how many running requests lost their keys and values.
+
+        Runs in the engine's thread, between two steps.
+        """
+        engine = stack.engine
+        lost = 0
+        if self.kv is not engine.kv:
+            lost = engine.preempt_all()
+        elif drops_prefixes:
+            engine.drop_prefixes()
+        engine.runner.exchange(self.model, self.attention, self.cache)
+        engine.exchange(self.scheduler, self.kv)
+        stack.binder = self.binder
+        stack.parts.plugins = dict(self.plugins)
+        stack.parts.report = self.report
+        return lost
+
+
+@dataclass
+class PreparedSwap:
+    """Parts that are ready to be installed."""
+
+    parts: LiveParts
+    changes: dict[str, tuple[str, str]]
+    cache: CacheFate
+    drops_prefixes: bool
+    extra_memory_bytes: int
+    expected_pause_seconds: float
+    prepare_seconds: float = 0.0
+    done: threading.Event = field(default_factory=threading.Event)
+    outcome: SwapReport | None = None
+    failure: BaseException | None = None
+
+
+def check_kinds(requests: Mapping[str, PartRequest]) -> None:
+    """Raise SwapError unless every kind can be exchanged while serving."""
+    for kind in requests:
+        if kind not in SWAPPABLE:
+            raise SwapError(f"a running engine can't exchange its {kind}", found=kind, allowed=SWAPPABLE)
+    if not requests:
+        raise SwapError("nothing to exchange is named", allowed=SWAPPABLE)
+
+
+# --- prepare -------------------------------------------------------------------------------------------------------
+
+
+def prepare(stack: ServingStack, requests: Mapping[str, PartRequest], *, dry_run: bool = False) -> PreparedSwap:
+    """Choose and make the new parts beside the live ones. Raises PluginError, ConfigError, SwapError, ...
+
+    dry_run: stop before anything large is made; the result says what it would take.
+    """
+    started = time.perf_counter()
+    check_kinds(requests)
+    chosen, selections = _choose(stack, requests)
+    live = LiveParts.of(stack)
+    new = dataclasses.replace(live, plugins={**live.plugins, **chosen}, report=_merged(live.report, selections))
+    if "scheduler" in chosen:
+        new.scheduler = cast(Scheduler, chosen["scheduler"])
+    if "attention" in chosen:
+        new.attention = cast(AttentionBackend, chosen["attention"])
+    fate, extra = _settle_cache(stack, live, new, dry_run)
+    if "kernels" in chosen or "quantizer" in chosen:
+        extra += _settle_model(stack, live, new, dry_run)
+    _check_limits(stack, new)
+    prepared = PreparedSwap(
+        new,
+        {s.kind: (live.report[s.kind].chosen.name, s.chosen.name) for s in selections},
+        fate,
+        drops_prefixes="quantizer" in chosen,
+        extra_memory_bytes=extra,
+        expected_pause_seconds=_expected_pause(stack.engine, fate),
+    )
+    if not dry_run:
+        _warm(stack, new)
+    prepared.prepare_seconds = time.perf_counter() - started
+    return prepared
+
+
+def _choose(stack: ServingStack, requests: Mapping[str, PartRequest]) -> tuple[dict[str, Plugin], list[Selection]]:
+    """Select and create the named parts, in the order of the kinds, as a start would."""
+    parts = stack.parts
+    selector = Selector(parts.registry, dict(requests))
+    selector.prefer(parts.platform.preferences)
+    names = parts.report.chosen_names
+    context = dataclasses.replace(parts.context, chosen={k: v for k, v in names.items() if k not in requests})
+    chosen = {kind: selector.choose(kind, context) for kind in names if kind in requests}
+    return chosen, list(selector.report.selections)
+
+
+def _merged(report: SelectionReport, selections: list[Selection]) -> SelectionReport:
+    new = {selection.kind: selection for selection in selections}
+    return dataclasses.replace(report, selections=tuple(new.get(s.kind, s) for s in report.selections))
+
+
+def _settle_cache(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run: bool) -> tuple[CacheFate, int]:
+    """Keep the cache where the contracts are equal; otherwise make an empty one of about the same bytes."""
+    spec = stack.engine.runner.spec
+    if new.attention is live.attention or new.attention.kv_contract(spec) == live.attention.kv_contract(spec):
+        return CacheFate.KEEP, 0
+    size = new.attention.kv_contract(spec).block_size
+    old_size = live.kv.block_size
+    counts = [-(-pool.total * old_size // size) for pool in live.kv.pools]
+    extra = sum(
+        count * new.attention.bytes_per_block(spec, group) for count, group in zip(counts, spec.groups, strict=True)
+    )
+    if not dry_run:
+        new.kv = make_kv(stack.parts, new.attention, counts, new.scheduler.limits(), stack.max_model_len)
+        new.cache = new.attention.allocate(spec, counts, stack.engine.runner.device)
+    return CacheFate.RECOMPUTE, extra
+
+
+def _settle_model(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run: bool) -> int:
+    """A second model beside the first, from the files: nothing that is quantized is ever quantized again."""
+    import torch
+
+    quantizer = cast(Quantizer, new.plugins["quantizer"])
+    spec = stack.parts.spec
+    assert spec is not None
+    bits = quantizer.bits_per_weight()
+    size = spec.num_parameters * (bits / 8 if bits is not None else getattr(torch, spec.attention.dtype).itemsize)
+    if not dry_run:
+        new.model, new.binder = build_model(stack.parts, cast(KernelProvider, new.plugins["kernels"]), quantizer)
+        if quantizer is live.plugins["quantizer"]:
+            return _share_parameters(live.model, new.model)
+    return int(size)
+
+
+def _share_parameters(old: CausalLM, new: CausalLM) -> int:
+    """Let a model with the same weights use the old one's memory; returns the bytes that it still has of its own."""
+    theirs = dict(cast(Any, old).state_dict(keep_vars=True))
+    own = 0
+    for name, tensor in cast(Any, new).state_dict(keep_vars=True).items():
+        other = theirs.get(name)
+        if other is not None and other.shape == tensor.shape and other.dtype == tensor.dtype:
+            tensor.data = other.data
+        else:
+            own += tensor.numel() * tensor.element_size()
+    return own
+
+
+def _check_limits(stack: ServingStack, new: LiveParts) -> None:
+    limits = new.scheduler.limits()
+    if not new.kv.fits(stack.max_model_len, limits.max_batched_tokens):
+        raise SwapError(
+            f"{stack.max_model_len} tokens, {limits.max_batched_tokens} at a time, would not fit the cache",
+            hint="Give a smaller max_batched_tokens.",
+        )
+
+
+def _expected_pause(engine: Engine, fate: CacheFate) -> float:
+    """Flipping pointers takes well under a millisecond; taking back blocks grows with what is running."""
+    return 0.001 if fate is CacheFate.KEEP else 0.001 + 0.0005 * engine.num_running
+
+
+def _warm(stack: ServingStack, new: LiveParts) -> None:
+    """Run a small request through the new parts on a cache of its own: kernels compile, and a fault shows here."""
+    from drivetrain.serving.runner import ModelRunner
+
+    engine = stack.engine
+    contract = new.attention.kv_contract(engine.runner.spec)
+    limits = new.scheduler.limits()
+    length = min(8, stack.max_model_len)
+    blocks = [-(-length // contract.block_size) + 1 for _ in engine.runner.spec.groups]
+    runner = ModelRunner(new.model, new.attention, blocks, engine.runner.device)
+    kv = make_kv(stack.parts, new.attention, blocks, limits, length)
+    settings = EngineSettings(prefix_cache=False)
+    scratch = Engine(
+        runner, kv, new.scheduler, dataclasses.replace(engine.limits, max_model_len=length), settings, _NoText
+    )
+    params = SamplingParams(max_tokens=max(1, length - 3), temperature=0, ignore_eos=True)
+    scratch.add("warm", GenerationRequest((), params), [0] * max(1, min(3, length - 1)))
+    while scratch.has_work:
+        for chunk in scratch.step():
+            if chunk.finish_reason is FinishReason.ERROR:
+                raise SwapError(f"the new parts failed when they were warmed up: {chunk.error}")
+
+
+class _NoText:
+    """A decoder for requests whose text nobody reads."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def push(self, ids: object) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+# --- commit and probation ------------------------------------------------------------------------------------------
+
+
+def vote(stack: ServingStack, prepared: PreparedSwap) -> str | None:
+    """This rank's vote: None is yes, a text is no and says why. Asked right before the commit."""
+    live = LiveParts.of(stack)
+    if prepared.cache is CacheFate.KEEP and prepared.parts.kv is not live.kv:
+        return "another swap has exchanged the cache since this one was prepared"
+    return None
+
+
+def commit(stack: ServingStack, prepared: PreparedSwap, probation_steps: int) -> None:
+    """Install the prepared parts and put them on probation. Runs in the engine's thread, between two steps.
+
+    ``prepared.done`` is set once it is finalized or rolled back. Whatever is raised in between is undone first.
+    """
+    engine = stack.engine
+    before = LiveParts.of(stack)
+    started = time.perf_counter()
+    running = engine.num_running
+    try:
+        lost = prepared.parts.install(stack, drops_prefixes=prepared.drops_prefixes)
+    except BaseException as error:
+        before.install(stack, drops_prefixes=False)
+        prepared.failure = error
+        prepared.done.set()
+        if not isinstance(error, Exception):
+            raise
+        return
+    engine.epoch += 1
+    pause = time.perf_counter() - started
+
+    def roll_back() -> None:
+        engine.recompute_all()
+        before.install(stack, drops_prefixes=False)
+        engine.epoch += 1
+
+    def finish(reason: str | None) -> None:
+        prepared.outcome = SwapReport(
+            SwapOutcome.FINALIZED if reason is None else SwapOutcome.ROLLED_BACK,
+            prepared.changes,
+            prepared.cache,
+            engine.epoch,
+            prepared.extra_memory_bytes,
+            pause,
+            running - lost,
+            lost,
+            prepared.prepare_seconds,
+            reason,
+        )
+        prepared.done.set()
+
+    engine.probation = Probation(probation_steps, roll_back, finish)
+    if probation_steps == 0:
+        engine.end_probation()
+
+
+def wait_for(prepared: PreparedSwap, is_alive: Callable[[], bool]) -> SwapReport:
+    """Wait for the end of a committed swap. Raises SwapError when it was undone or the engine is gone."""
+    while not prepared.done.wait(0.1):
+        if not is_alive():
+            raise SwapError("the engine stopped before the swap was finished")
+    if prepared.failure is not None:
+        error = prepared.failure
+        what = str(error) if isinstance(error, DrivetrainError) else f"{type(error).__name__}: {error}"
+        raise SwapError(f"the commit failed and was undone: {what}") from error
+    assert prepared.outcome is not None
+    return prepared.outcome

@@ -1,0 +1,1 @@
+"""One suite a kind; each a class of tests that an author subclasses."""

@@ -1,0 +1,175 @@
+"""What every platform has to do."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, cast
+
+import pytest
+import torch
+
+from drivetrain.contracts.kinds import KINDS
+from drivetrain.contracts.platform import MemoryInfo, Platform, PlatformFacts, SupportsGraphs, SupportsStreams
+from drivetrain.contracts.plugin import ProbeContext
+from drivetrain.testing.suite import Suite
+
+ABILITIES = {"streams": SupportsStreams, "graphs": SupportsGraphs}
+"""Every ability that a platform can claim, and the methods it then has."""
+
+_MIB = 2**20
+
+
+class PlatformSuite(Suite):
+    """Facts without a device; then, where the device is there, work on it.
+
+    allocation_bytes: what is allocated to see whether memory is counted; less than the device has free.
+    """
+
+    kind = "platform"
+    allocation_bytes: ClassVar[int] = 96 * _MIB
+
+    @classmethod
+    def here(cls) -> Platform:
+        """An instance that is not activated; ends the test as NOT RUN where there is no such device."""
+        cls.require_probe(ProbeContext())
+        return cast(Platform, cls.make())
+
+    @pytest.fixture
+    def platform(self) -> Any:
+        """An activated instance."""
+        threads = torch.get_num_threads()
+        platform = self.here()
+        platform.activate()
+        yield platform
+        torch.set_num_threads(threads)
+
+    # --- what is said of it without opening it -----------------------------------------------------------------------
+
+    def test_facts_open_no_device(self) -> None:
+        """The facts are told without a device context, a thread or a process."""
+        self.here()
+        breaches = self.manners().breaches
+        seen = [text for topic in ("device", "threads", "processes") for text in breaches.get(topic, ())]
+        assert not seen, "; ".join(seen)
+
+    def test_facts_are_whole(self) -> None:
+        """Name, device type, product, number of devices, architecture and collective library are all told."""
+        facts = self.here().facts()
+        assert isinstance(facts, PlatformFacts)
+        if isinstance(self.plugin, str) and ":" not in self.plugin:
+            assert facts.name == self.ref().name, "the facts carry another name than the entry point"
+        torch.device(facts.device_type)
+        assert facts.device_count >= 1, "a platform without a device must refuse in its probe"
+        for field in ("name", "device_name", "architecture", "collective"):
+            assert getattr(facts, field).strip(), f"{field} is empty"
+
+    def test_facts_are_repeatable(self) -> None:
+        """Asked twice, the facts are the same but for the details, which may hold what changes."""
+        platform = self.here()
+        first, second = (dataclasses.replace(platform.facts(), details={}) for _ in range(2))
+        assert first == second
+
+    def test_dtypes_exist(self) -> None:
+        """The listed dtypes are torch's floating-point types, float32 among them."""
+        dtypes = self.here().facts().dtypes
+        for name in sorted(dtypes):
+            dtype = getattr(torch, name, None)
+            assert isinstance(dtype, torch.dtype), f"torch has no dtype {name!r}"
+            assert dtype.is_floating_point, f"{name} is not a floating-point type"
+        assert "float32" in dtypes, "float32 is what every comparison is made in"
+
+    def test_preferences_name_kinds(self) -> None:
+        """Preferences are ordered plugin names for kinds that exist, none of them named twice."""
+        for kind, names in cast(type[Platform], self.plugin_class()).preferences.items():
+            assert kind in KINDS, f"preferences name {kind!r}, which is no kind"
+            assert not isinstance(names, str), f"preferences[{kind!r}] is one text instead of a tuple of names"
+            assert all(isinstance(name, str) and name for name in names)
+            assert len(set(names)) == len(names), f"preferences[{kind!r}] names a plugin twice"
+
+    def test_pci_vendors_are_vendor_ids(self) -> None:
+        """PCI vendor ids are 16-bit numbers."""
+        for vendor in cast(type[Platform], self.plugin_class()).pci_vendors:
+            assert isinstance(vendor, int)
+            assert 0 < vendor < 2**16, f"{vendor:#x} is no PCI vendor id"
+
+    def test_claims_match_methods(self) -> None:
+        """An ability is claimed if and only if its methods are there."""
+        plugin = self.plugin_class()
+        unknown = plugin.abilities() - ABILITIES.keys()
+        assert not unknown, f"claims {', '.join(sorted(unknown))}, which no platform can claim"
+        for ability, protocol in ABILITIES.items():
+            has_methods = issubclass(plugin, protocol)
+            if self.claims(ability):
+                assert has_methods, f"claims {ability!r} without the methods of {protocol.__name__}"
+            else:
+                assert not has_methods, f"has the methods of {protocol.__name__} and does not claim {ability!r}"
+
+    # --- on the device -----------------------------------------------------------------------------------------------
+
+    def test_device_is_of_the_type_that_the_facts_tell(self, platform: Platform) -> None:
+        """Parameters are placed on the device that was chosen, not silently on another."""
+        wanted = platform.facts().device_type
+        assert platform.device().type == wanted
+        assert torch.zeros(1, device=platform.device()).device.type == wanted
+
+    def test_products_are_right_in_every_listed_dtype(self, platform: Platform) -> None:
+        """A matrix product on the device equals the one in float64, in each dtype that the facts list."""
+        left, right = torch.randn(33, 65, dtype=torch.float64), torch.randn(65, 17, dtype=torch.float64)
+        for name in sorted(platform.facts().dtypes):
+            dtype = getattr(torch, name)
+            if dtype.itemsize < 2:  # torch multiplies 8-bit floats through scaled products only
+                continue
+            found = (left.to(platform.device(), dtype) @ right.to(platform.device(), dtype)).double().cpu()
+            wanted = left.to(dtype).double() @ right.to(dtype).double()
+            # 65 products, each rounded once: the square root of 65 roundings of numbers of that size.
+            error = 8 * max(torch.finfo(dtype).eps, 1e-6) * float(wanted.abs().max())
+            torch.testing.assert_close(found, wanted, rtol=0.0, atol=error, msg=lambda m, n=name: f"in {n}: {m}")
+
+    def test_memory_makes_sense(self, platform: Platform) -> None:
+        """Free memory lies between nothing and the total, and the total is the one that the facts tell."""
+        memory = platform.memory()
+        assert isinstance(memory, MemoryInfo)
+        assert memory.total_bytes > 0
+        assert 0 <= memory.free_bytes <= memory.total_bytes
+        told = platform.facts().total_memory_bytes
+        if told is not None:
+            assert abs(told - memory.total_bytes) <= 0.1 * told, "facts and memory() tell of different totals"
+
+    def test_peak_sees_an_allocation(self, platform: Platform) -> None:
+        """The peak covers what was held, and does not go down when it is freed."""
+        before = platform.peak_memory_bytes()
+        held = torch.ones(self.allocation_bytes // 4, dtype=torch.float32, device=platform.device())
+        platform.synchronize()
+        with_it = platform.peak_memory_bytes()
+        del held
+        assert with_it >= max(before, self.allocation_bytes), "the allocation is not in the peak"
+        assert platform.peak_memory_bytes() >= with_it, "the peak went down"
+
+    def test_synchronize_waits_for_queued_work(self, platform: Platform) -> None:
+        """After synchronize the results of queued work are there."""
+        value = torch.full((256, 256), 2.0, device=platform.device())
+        for _ in range(8):
+            value = value @ torch.eye(256, device=platform.device())
+        platform.synchronize()
+        assert float(value.sum()) == 2.0 * 256 * 256
+
+    def test_a_stream_runs_work(self, platform: Platform) -> None:
+        """Work in a stream's context sees what was queued before, and is done after synchronize."""
+        self.require_claim("streams")
+        before = torch.arange(1000, dtype=torch.float32, device=platform.device())
+        with cast(SupportsStreams, platform).stream():
+            after = before * 2
+        platform.synchronize()
+        assert float(after.sum()) == 999 * 1000
+
+    def test_a_captured_graph_reads_its_buffers_anew(self, platform: Platform) -> None:
+        """A replay works on what the buffers hold now, and changes nothing else."""
+        self.require_claim("graphs")
+        given = torch.zeros(64, device=platform.device())
+        result = torch.zeros(64, device=platform.device())
+        replay = cast(SupportsGraphs, platform).capture(lambda: result.copy_(given * 3) and None)
+        for value in (1.0, 5.0):
+            given.fill_(value)
+            replay()
+            platform.synchronize()
+            assert float(result.sum()) == 3 * value * 64

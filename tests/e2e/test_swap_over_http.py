@@ -1,0 +1,106 @@
+"""The operator's door: swap parts of a served engine, and nobody else may."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from drivetrain import AsyncEngine
+from drivetrain.config import load_settings
+from support.command_line import run_command
+from support.live_server import LiveServer
+
+TOKEN = "an-admin-token"
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Path) -> Iterator[AsyncEngine]:
+    torch.set_num_threads(1)
+    settings = load_settings(None, {"model": str(tiny), "platform": {"name": "cpu", "threads": 1}})
+    engine = AsyncEngine.from_settings(settings)
+    engine.start()
+    yield engine
+    engine.shutdown()
+
+
+@pytest.fixture(scope="module")
+def url(engine: AsyncEngine) -> Iterator[str]:
+    with LiveServer(engine, admin_token=TOKEN, api_key="a-user-key") as running:
+        yield running.url
+
+
+def post(url: str, body: object, token: str | None = TOKEN) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    return httpx.post(f"{url}/v1/admin/swap", json=body, headers=headers, timeout=60, trust_env=False)
+
+
+def test_a_swap_is_made_shown_and_undone(url: str, engine: AsyncEngine) -> None:
+    before = engine.loop.engine.epoch
+    report = post(url, {"scheduler": {"name": "priority", "max_running": 5}, "probation_steps": 2}).json()
+    assert report["outcome"] == "finalized"
+    assert report["changes"] == {"scheduler": ["fcfs", "priority"]}
+    shown = httpx.get(f"{url}/debug/selection", headers={"Authorization": "Bearer a-user-key"}, trust_env=False).json()
+    assert shown["epoch"] == before + 1
+    assert TOKEN not in str(shown)
+    assert post(url, {"scheduler": "fcfs"}).json()["epoch"] == before + 2
+
+
+def test_answers_tell_their_epochs_when_asked(url: str, engine: AsyncEngine) -> None:
+    headers = {"Authorization": "Bearer a-user-key"}
+    body = {"prompt": "hello", "max_tokens": 3, "ignore_eos": True}
+    plain = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60, trust_env=False).json()
+    told = httpx.post(
+        f"{url}/v1/completions", json=body | {"return_epochs": True}, headers=headers, timeout=60, trust_env=False
+    ).json()
+    assert "epochs" not in plain["choices"][0]
+    assert told["choices"][0]["epochs"] == [engine.loop.engine.epoch]
+
+
+@pytest.mark.parametrize("token", [None, "wrong", "a-user-key"])
+def test_only_the_admin_may(url: str, engine: AsyncEngine, token: str | None) -> None:
+    before = engine.loop.engine.epoch
+    response = post(url, {"scheduler": "priority"}, token)
+    assert response.status_code == 401
+    assert "admin token" in response.json()["error"]["message"]
+    assert engine.loop.engine.epoch == before
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"attention": "spda"}, 400, "Did you mean 'sdpa'"),
+        ({"attention": {"name": "sdpa", "blok_size": 1}}, 400, "block_size"),
+        ({"atention": "sdpa"}, 400, "attention"),
+        ({"attention": 5}, 400, "attention"),
+        ({"scheduler": "priority", "dry_run": "yes"}, 400, "dry_run"),
+        ({"scheduler": "priority", "probation_steps": -1}, 400, "probation_steps"),
+        ({"platform": "cpu"}, 409, "can't exchange its platform"),
+        ({}, 409, "nothing to exchange"),
+        ([], 400, "object"),
+    ],
+)
+def test_bad_input_changes_nothing(url: str, engine: AsyncEngine, body: object, status: int, message: str) -> None:
+    before = engine.loop.engine.epoch
+    response = post(url, body)
+    assert response.status_code == status
+    assert message in response.json()["error"]["message"]
+    assert engine.loop.engine.epoch == before
+
+
+def test_the_command_swaps_and_says_so(url: str) -> None:
+    done = run_command("swap", url, "scheduler=priority", "--admin-token", TOKEN, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "fcfs -> priority" in done.stdout
+    refused = run_command("swap", url, "scheduler=nothing", "--admin-token", TOKEN)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: ")
+
+
+def test_without_a_token_there_is_no_door(engine: AsyncEngine) -> None:
+    # The last test of this module: a server that ends shuts its engine down.
+    with LiveServer(engine) as running:
+        assert post(running.url, {"scheduler": "priority"}).status_code == 404
