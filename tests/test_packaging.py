@@ -25,6 +25,7 @@ PLUGINS = [
     (group, name, target)
     for group, points in PROJECT["project"]["entry-points"].items()
     for name, target in points.items()
+    if group.startswith("drivetrain.")
 ]
 
 
@@ -102,6 +103,10 @@ def test_what_is_installed_is_what_the_file_lists() -> None:
     }
     assert installed == set(PLUGINS)
     assert importlib_metadata.version("drivetrain") == PROJECT["project"]["version"] == drivetrain.__version__
+
+
+def test_the_kit_is_where_pytest_looks_for_it() -> None:
+    assert source_of(PROJECT["project"]["entry-points"]["pytest11"]["drivetrain"]).is_file()
 
 
 def test_the_command_is_where_the_entry_point_says() -> None:

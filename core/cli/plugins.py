@@ -1,4 +1,4 @@
-"""``drivetrain plugins``: what is installed, and what each plugin says of itself."""
+"""``drivetrain plugins``: what is installed, what each plugin says of itself, and whether it keeps its contract."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from drivetrain.cli.console import note, print_json, print_table
+from drivetrain.cli.console import note, print_json, print_table, show_progress
 from drivetrain.cli.lock import lock
 from drivetrain.contracts.kinds import KINDS
 from drivetrain.errors import ConfigError, UnknownPluginError, nearest
@@ -15,8 +15,9 @@ from drivetrain.registry import PluginRef, discover, load, summary_of
 
 if TYPE_CHECKING:
     from drivetrain.contracts.plugin import Plugin, ProbeContext
+    from drivetrain.testing.run import Report
 
-app = typer.Typer(help="List and describe plugins.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="List, describe and test plugins.", no_args_is_help=True, rich_markup_mode=None)
 app.command("lock")(lock)
 
 
@@ -51,12 +52,9 @@ def info(
 
     Example: drivetrain plugins info attention/sdpa
     """
-    kind, slash, plugin_name = name.partition("/")
-    if not slash or not plugin_name:
-        raise ConfigError("not a plugin's name", found=name, allowed="KIND/NAME, such as attention/sdpa")
+    kind, plugin_name = _split(name)
     from drivetrain.registry import Registry
 
-    _check_kind(kind)
     ref = Registry().find(kind, plugin_name)
     plugin = load(ref)
     facts = _describe(ref, plugin)
@@ -103,6 +101,80 @@ def new(
     for path in scaffold.write(target):
         print(path)
     note(f'Next: cd {target} && pip install -e ".[test]" && pytest')
+
+
+@app.command("test")
+def run_suite(
+    name: Annotated[
+        str, typer.Argument(help="KIND/NAME, KIND/DISTRIBUTION/NAME or KIND/MODULE:CLASS.", show_default=False)
+    ],
+    options: Annotated[
+        list[str] | None, typer.Option(help="An option of the plugin, as NAME=VALUE. Repeatable.", show_default=False)
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="A suite of your own in place of the kind's, as MODULE:CLASS.", show_default=False),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run this test, and no other. Repeatable.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Put one plugin through the conformance suite of its kind. Exits 1 when a test fails.
+
+    Example: drivetrain plugins test precision/bf16
+    """
+    from drivetrain.registry import Registry
+    from drivetrain.testing.run import Target, run_suites
+
+    kind, plugin_name = _split(name)
+    if ":" not in plugin_name:
+        Registry().find(kind, plugin_name)
+    target = Target(suite or kind, plugin_name, _parse_options(options or []), tuple(only or ()))
+    with show_progress() as progress:
+        report = run_suites([target], progress=progress)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        _print_report(report)
+    if report.failures:
+        raise typer.Exit(1)
+
+
+def _parse_options(assignments: list[str]) -> dict[str, Any]:
+    """``a.b=c`` as a table in a table; values are read as YAML, as those of --set are."""
+    from drivetrain.config.loading import parse_assignment
+
+    options: dict[str, Any] = {}
+    for assignment in assignments:
+        path, value = parse_assignment(assignment)
+        table = options
+        for key in path[:-1]:
+            table = table.setdefault(key, {})
+            if not isinstance(table, dict):
+                raise ConfigError("an option is given both a value and options of its own", found=assignment)
+        table[path[-1]] = value
+    return options
+
+
+def _print_report(report: Report) -> None:
+    shown = {"not_run": "NOT RUN"}
+    rows = [(r.test, shown.get(r.outcome, r.outcome.value), r.rule, r.message) for r in report.results]
+    print_table(("test", "outcome", "rule", "reason"), rows)
+    times = [str(r.properties["import_time"]) for r in report.results if "import_time" in r.properties]
+    counts = report.counts
+    told = f"{counts['passed']} passed, {len(report.failures)} failed, {counts['skipped']} skipped"
+    told += f"; {counts['not_run']} NOT RUN" if counts["not_run"] else ""
+    note(f"{told}; {report.seconds:.0f} s" + (f"; import {times[0]}" if times else ""))
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Kind and plugin of ``KIND/NAME``. Raises ConfigError, or UnknownPluginError for a kind that does not exist."""
+    kind, slash, plugin_name = name.partition("/")
+    if not slash or not plugin_name:
+        raise ConfigError("not a plugin's name", found=name, allowed="KIND/NAME, such as attention/sdpa")
+    _check_kind(kind)
+    return kind, plugin_name
 
 
 def _check_kind(kind: str) -> None:

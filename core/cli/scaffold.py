@@ -138,6 +138,7 @@ class Scaffold:
         return {
             "camel_name": self._camel_name,
             "class_name": self.class_name,
+            "contract_version": kind.version,
             "contract_module": kind.contract.partition(":")[0],
             "decides": kind.decides,
             "description": f"Drivetrain {self.kind} {self.name}",

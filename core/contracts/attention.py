@@ -147,7 +147,9 @@ KVCache = Any
 class AttentionBackend(Plugin):
     """Keeps keys and values, and attends over them. Stateless between steps but for the cache it was asked to make.
 
-    Optional abilities: ``training`` (``begin`` works with ``cache=None``), ``windows``, ``soft_cap``.
+    Optional abilities: ``training`` (``begin`` works with ``cache=None``), ``windows``, ``soft_cap``, and
+    ``batch_invariant`` (a sequence's result does not depend on what else is in the batch, to the last bit). A backend
+    that does not claim one of the first three refuses, in its probe, a model that needs it.
     """
 
     kind = "attention"

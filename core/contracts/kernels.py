@@ -72,7 +72,11 @@ class KernelSpec:
 
 
 class KernelProvider(Plugin):
-    """Implements some of the logical operations."""
+    """Implements some of the logical operations.
+
+    Abilities: ``deterministic``, the same inputs give the same bits in every run; ``batch_invariant``, the bits of a
+    row do not depend on the rows beside it.
+    """
 
     kind = "kernels"
 

@@ -91,7 +91,8 @@ class Model(Plugin):
     def build(self, checkpoint: Checkpoint, context: BuildContext) -> CausalLM:
         """Build the module in eval mode and load its weights.
 
-        Raises MissingTensorError that names each absent tensor, and LoaderError for a shape that does not fit.
+        The quantizer is told the checkpoint's names. Raises MissingTensorError that names each absent tensor, and
+        LoaderError for a shape that does not fit or a tensor that the model has no place for.
         """
 
     @classmethod

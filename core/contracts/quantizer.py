@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 class Quantizer(Plugin):
     """Turns full-precision linear layers into quantized ones while a model is loaded, one module at a time, so that
-    never more than one module is held in both forms."""
+    never more than one module is held in both forms.
+
+    Optional ability: ``batch_invariant`` (a row's product does not depend on the other rows, to the last bit)."""
 
     kind = "quantizer"
 

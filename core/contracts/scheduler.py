@@ -74,7 +74,8 @@ class Grant:
 class StepPlan:
     """What the next step does.
 
-    grants:  in the order in which they get blocks; each request at most once. Waiting requests in key order.
+    grants:  in the order in which they get blocks; each request at most once, running requests before waiting ones,
+             waiting ones in key order.
     preempt: running requests that give up their blocks and go back to waiting, before any grant.
     """
 

@@ -208,7 +208,7 @@ def _mark_function(function: Any, notice: Deprecation) -> Any:
 
 
 def _mark_class(cls: Any, notice: Deprecation) -> Any:
-    original_init, original_subclass = cls.__init__, cls.__init_subclass__.__func__
+    original_init, own_subclass = cls.__init__, vars(cls).get("__init_subclass__")
 
     @functools.wraps(original_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -218,7 +218,10 @@ def _mark_class(cls: Any, notice: Deprecation) -> Any:
 
     def init_subclass(subclass: Any, **kwargs: Any) -> None:
         _warn(notice, used_by=subclass.__module__)
-        original_subclass(subclass, **kwargs)
+        if own_subclass is not None:
+            own_subclass.__func__(subclass, **kwargs)
+        else:
+            super(cls, subclass).__init_subclass__(**kwargs)
 
     cls.__init__ = init
     cls.__init_subclass__ = classmethod(init_subclass)

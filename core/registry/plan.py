@@ -75,7 +75,8 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """Every value below ``value`` that is no table, as JSON text under its dotted path. An empty table is a value."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
-            yield from _leaves(item, f"{path}.{key}" if path else key)
+            step = key if key and not {".", '"'} & set(key) else json.dumps(key)  # so that no two paths are alike
+            yield from _leaves(item, f"{path}.{step}" if path else step)
     else:
         yield path, json.dumps(value, sort_keys=True)
 

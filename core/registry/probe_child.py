@@ -75,8 +75,8 @@ def answer(request: Mapping[str, Any], write: Any) -> dict[str, Any]:
 
 
 def _shown(error: Any) -> dict[str, str]:
-    """What the error says beside its sentence. Its advice to look with ``plugins info`` is no news after a look."""
-    hint = error.hint if error.hint and "plugins info" not in error.hint else ""
+    """What the error says beside its sentence. Of its advice, what a user can do: the rest is for plugin authors."""
+    hint = error.hint if error.hint and "pip install" in error.hint else ""
     return {"wanted": error.allowed or "", "offered": str(error.found or ""), "hint": hint}
 
 

@@ -10,8 +10,8 @@ from enum import StrEnum
 
 from drivetrain.contracts.kinds import KINDS
 from drivetrain.contracts.plugin import Probe
-from drivetrain.errors import ConfigError, UnknownPluginError, nearest
-from drivetrain.registry.discovery import PluginRef, foreign_groups
+from drivetrain.errors import ConfigError, PluginError, UnknownPluginError, nearest
+from drivetrain.registry.discovery import PluginRef, foreign_groups, load
 from drivetrain.registry.selection import (
     CandidateReport,
     Outcome,
@@ -170,6 +170,12 @@ def _how_to_ask(ref: PluginRef, registry: Registry) -> str:
 
 
 def _how_to_look(ref: PluginRef) -> str:
+    """What the error itself advises, such as an upgrade; else the command that shows it whole."""
+    try:
+        load(ref)
+    except PluginError as error:
+        if error.hint:
+            return error.hint
     return f"Run: drivetrain plugins info {ref.kind}/{ref.qualified} --debug"
 
 

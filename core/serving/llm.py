@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from drivetrain.contracts.source import Progress, silent
 from drivetrain.errors import InvalidRequestError, RequestFailedError, RequestTimeoutError
 from drivetrain.observers import Observers
 from drivetrain.registry import SelectionReport
+from drivetrain.registry.lock import check_lock
 from drivetrain.serving.loop import EngineLoop, Ticket
 from drivetrain.serving.swap import DEFAULT_PROBATION_STEPS, SwapReport
 from drivetrain.serving.tokenizer import Tokenizer
@@ -76,6 +78,8 @@ class LLM:
         return llm
 
     def _start(self, settings: Settings, progress: Progress, observers: Sequence[object]) -> None:
+        if settings.lock is not None:
+            check_lock(settings.lock)  # before any installed observer is imported
         watchers = Observers()
         for observer in observers:
             watchers.register(observer)
@@ -137,7 +141,7 @@ class LLM:
 
         options: ``priority``, ``timeout_seconds``, ``add_special_tokens``, as in :meth:`generate`.
         """
-        return ChunkStream(self._loop, GenerationRequest(prompt, params or self.default_params, **options))
+        return ChunkStream(self._loop, GenerationRequest(prompt, params or self._recommended(prompt), **options))
 
     def chat(
         self,
@@ -242,6 +246,12 @@ class LLM:
         # Whoever calls from this process waits for all answers anyway: the bound on waiting protects servers.
         return self._loop.submit(request, lambda ticket, chunks: arrivals.put((ticket, chunks)), is_bounded=False)
 
+    def _recommended(self, prompt: Prompt) -> SamplingParams:
+        """The default parameters, with no more new tokens than the context has room for behind this prompt."""
+        params = self.default_params
+        room = self.max_model_len - len(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        return dataclasses.replace(params, max_tokens=room) if 0 < room < (params.max_tokens or 0) else params
+
     def _pair(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[tuple[Prompt, SamplingParams]]:
@@ -251,7 +261,7 @@ class LLM:
         else:
             several = list(prompts)  # type: ignore[arg-type]
         if params is None or isinstance(params, SamplingParams):
-            return [(prompt, params or self.default_params) for prompt in several]
+            return [(prompt, params or self._recommended(prompt)) for prompt in several]
         if len(params) != len(several):
             raise InvalidRequestError(
                 "params must be one for all prompts or one for each",

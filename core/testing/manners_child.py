@@ -83,7 +83,7 @@ def _import_what_may_not_change() -> list[str]:
 
     import drivetrain.contracts.kinds
     import drivetrain.contracts.plugin
-    import drivetrain.registry.selection
+    import drivetrain.registry.selection  # noqa: F401  # its attributes are watched too
     from drivetrain.contracts.kinds import KINDS
     from drivetrain.registry.discovery import contract_class
 
@@ -125,14 +125,26 @@ class _Watch:
 
         self._is_on = True
         # Opening a device that is not there raises, and a plugin may hide that; the attempt is what counts.
-        self._openers = [(module, module._lazy_init) for module in (torch.cuda, torch.xpu)]
+        modules: list[Any] = [torch.cuda, torch.xpu]
+        self._openers = [(module, module._lazy_init) for module in modules]
         for module, opener in self._openers:
             module._lazy_init = self._noting(module.__name__, opener)
+        # Not every Python audits the start of a thread.
+        self._start = threading.Thread.start
+        setattr(threading.Thread, "start", self._noting_start(self._start))  # noqa: B010  # a method, to type checkers
 
     def __exit__(self, *raised: object) -> None:
         self._is_on = False
+        setattr(threading.Thread, "start", self._start)  # noqa: B010
         for module, opener in self._openers:
             module._lazy_init = opener
+
+    def _noting_start(self, start: Callable[[threading.Thread], None]) -> Callable[[threading.Thread], None]:
+        def start_thread(thread: threading.Thread) -> None:
+            self._note("threads", f"starts a thread ({thread.name})")
+            start(thread)
+
+        return start_thread
 
     def _noting(self, name: str, opener: Callable[[], None]) -> Callable[[], None]:
         def open_device() -> None:
@@ -150,7 +162,7 @@ class _Watch:
         if event in _PROCESS_EVENTS:
             self._note("processes", f"starts a process ({event}{': ' + str(arguments[0]) if arguments else ''})")
         elif event == "_thread.start_new_thread":
-            self._note("threads", f"starts a thread ({getattr(arguments[0], '__qualname__', arguments[0])})")
+            self._note("threads", "starts a thread")
         elif event == "open" and str(arguments[0]).startswith(_DEVICE_FILES):
             self._note("device", f"opens {arguments[0]}")
 
@@ -217,7 +229,7 @@ def _of_torch() -> Snapshot:
         "torch's autocast": torch.is_autocast_enabled("cpu"),
         "torch's cuDNN settings": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
         "torch's random state": hash(torch.random.get_rng_state().numpy().tobytes()),
-        "numpy's random state": hash(numpy.random.get_state()[1].tobytes()),  # type: ignore[union-attr]
+        "numpy's random state": hash(repr(numpy.random.get_state(legacy=True))),
         "Python's random state": hash(random.getstate()),
     }
     for place in _TORCH_PLACES:
@@ -318,7 +330,7 @@ def _spawned(plugin: Mapping[str, str], probe: Any) -> tuple[float | None, bool,
 
 def _import_and_probe(request: Mapping[str, Any], answer_file: int) -> int:
     """What the new process does; returns its exit status."""
-    import drivetrain.registry.selection
+    import drivetrain.registry.selection  # noqa: F401  # now, so that the time below is the plugin's own
     from drivetrain.contracts.plugin import Probe
 
     had_torch = "torch" in sys.modules

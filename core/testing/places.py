@@ -12,7 +12,7 @@ import torch
 
 from drivetrain.contracts.model import ModelSpec
 from drivetrain.contracts.platform import PlatformFacts
-from drivetrain.contracts.plugin import ProbeContext, Purpose
+from drivetrain.contracts.plugin import Plugin, ProbeContext, Purpose
 from drivetrain.errors import DrivetrainError
 from drivetrain.registry import Registry, load
 from drivetrain.testing.suite import Suite, not_run
@@ -44,10 +44,16 @@ def open_platform(name: str) -> Place | str:
         return f"{name}: {error}"
 
 
-def _platforms_here() -> list[Place | str]:
-    """Every installed platform; accelerators before the processor, as ``auto`` would have it."""
+@functools.cache
+def platforms_here() -> tuple[Place | str, ...]:
+    """Every installed platform, opened, or why it can't be; accelerators before the processor, as ``auto`` has it."""
     opened = [open_platform(ref.qualified) for ref in Registry().candidates("platform")]
-    return sorted(opened, key=lambda p: (True, True) if isinstance(p, str) else (p.facts.device_type == "cpu", False))
+    return tuple(sorted(opened, key=lambda p: isinstance(p, str) or p.facts.device_type == "cpu"))
+
+
+_LOADED: dict[tuple[str, str], type[Plugin]] = {}
+"""Plugins by kind and name. Without it every use looks through all installed distributions again, which takes two
+thirds of a suite's time."""
 
 
 class DeviceSuite(Suite):
@@ -59,13 +65,22 @@ class DeviceSuite(Suite):
     platform: ClassVar[str | None] = None
 
     @classmethod
+    def plugin_class(cls) -> type[Plugin]:
+        if not isinstance(cls.plugin, str):
+            return super().plugin_class()
+        key = (cls.kind, cls.plugin)
+        if key not in _LOADED:
+            _LOADED[key] = super().plugin_class()
+        return _LOADED[key]
+
+    @classmethod
     def place(cls) -> Place:
         """Where to compute; ends the test as NOT RUN when no platform of this machine will do."""
         if cls.platform is not None:
             place = open_platform(cls.platform)
             return not_run(place) if isinstance(place, str) else place
         reasons = []
-        for candidate in _platforms_here():
+        for candidate in platforms_here():
             if isinstance(candidate, str):
                 reasons.append(candidate)
                 continue

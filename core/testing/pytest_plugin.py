@@ -20,6 +20,7 @@ NOT_RUN = "NOT RUN: "
 """Begins the reason of a test that could not be run for want of hardware: shown apart, never counted as passed."""
 
 _CATEGORY = "not run"
+_SHOWN_LINES = 3
 _SUITE_MODULES = ("drivetrain.testing.suite", "drivetrain.testing.suites")
 
 # Without it a failing assertion in a suite would show no values: pytest rewrites test files only.
@@ -44,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def reason_of_not_running(report: Any) -> str | None:
     """Why this test could not be run here; None for every other outcome."""
-    if not report.skipped or not isinstance(report.longrepr, tuple):
+    if not report.skipped or not isinstance(report.longrepr, tuple | list):  # a list once it came through JSON
         return None
     text = str(report.longrepr[2]).removeprefix("Skipped: ")
     return text.removeprefix(NOT_RUN) if text.startswith(NOT_RUN) else None
@@ -95,7 +96,7 @@ class _Reporter:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            message = _last_line(str(report.longrepr))
+            message = _telling_line(str(report.longrepr))
             self._write(event="ended", id=report.nodeid, outcome="error", message=message, seconds=0.0, properties={})
 
     @pytest.hookimpl(wrapper=True)
@@ -128,16 +129,21 @@ def _outcome(reports: list[pytest.TestReport]) -> tuple[str, str]:
             return "not_run", reason
         if report.skipped:
             longrepr = report.longrepr
-            text = str(longrepr[2]) if isinstance(longrepr, tuple) else str(longrepr)
+            text = str(longrepr[2]) if isinstance(longrepr, tuple | list) else str(longrepr)
             return "skipped", text.removeprefix("Skipped: ")
     return "passed", ""
 
 
 def _failure(report: pytest.TestReport) -> str:
     crash = getattr(report.longrepr, "reprcrash", None)
-    return str(crash.message).partition("\n")[0] if crash is not None else _last_line(str(report.longrepr))
+    if crash is None:
+        return _telling_line(str(report.longrepr))
+    # The first line has the error, the next ones the values that were compared.
+    return "; ".join(line.strip() for line in str(crash.message).splitlines()[:_SHOWN_LINES] if line.strip())
 
 
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1].removeprefix("E").strip() if lines else ""
+def _telling_line(text: str) -> str:
+    """The line that pytest marks as the error, else the last one."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    marked = [line[1:].strip() for line in lines if line.startswith("E ")]
+    return (marked or [line.strip() for line in lines[-1:]] or [""])[0]

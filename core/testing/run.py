@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
+from drivetrain.contracts.source import Progress, silent
 from drivetrain.errors import ConfigError, DrivetrainError, MissingDependencyError
 from drivetrain.registry.doctor import useful_line
 from drivetrain.testing import SUITES
@@ -29,6 +30,7 @@ from drivetrain.testing import SUITES
 TEST_TIME_LIMIT_SECONDS = 120.0
 TIME_LIMIT_SECONDS = 1800.0
 _POLL_SECONDS = 0.05
+_START_SECONDS = 60.0
 _TEST_FILE = "test_conformance.py"
 _PYTEST = "drivetrain.testing.pytest_plugin"
 
@@ -40,6 +42,8 @@ python_classes = Examined
 
 _CONFTEST = """import sys
 sys.path[:] = {path!r}
+import pytest
+pytest.register_assert_rewrite(*{modules!r})
 import torch
 torch.set_num_threads(1)
 """
@@ -128,10 +132,11 @@ def run_suites(
     *,
     test_time_limit_seconds: float = TEST_TIME_LIMIT_SECONDS,
     time_limit_seconds: float = TIME_LIMIT_SECONDS,
+    progress: Progress = silent,
 ) -> Report:
     """Put plugins through their suites in a child pytest, which knows nothing of the caller's ini, conftest or plugins.
 
-    test_time_limit_seconds: for one test, collecting included; a test that takes longer has failed.
+    test_time_limit_seconds: for one test; one that takes longer has failed.
     time_limit_seconds:      for all of them; what has not started by then is reported as an error.
 
     Raises MissingDependencyError without pytest, ConfigError for a kind that has no suite.
@@ -143,7 +148,7 @@ def run_suites(
             raise ConfigError("no suite exists for this kind", found=target.suite, allowed=sorted(SUITES.values()))
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="drivetrain-test-") as folder:
-        run = _Run(Path(folder), targets, test_time_limit_seconds, started + time_limit_seconds)
+        run = _Run(Path(folder), targets, test_time_limit_seconds, started + time_limit_seconds, progress)
         run.to_the_end()
         return Report(tuple(run.results()), time.monotonic() - started)
 
@@ -151,15 +156,20 @@ def run_suites(
 class _Run:
     """The folder of one run: the test file that is examined, and the lines that the children add to the report."""
 
-    def __init__(self, folder: Path, targets: Sequence[Target], test_limit: float, deadline: float) -> None:
+    def __init__(
+        self, folder: Path, targets: Sequence[Target], test_limit: float, deadline: float, progress: Progress
+    ) -> None:
         self._folder = folder.resolve()
         self._targets = targets
         self._test_limit = test_limit
         self._deadline = deadline
+        self._progress = progress
         self._report = self._folder / "report.jsonl"
         self._report.touch()
         (self._folder / "pytest.ini").write_text(_INI, encoding="utf-8")
-        (self._folder / "conftest.py").write_text(_CONFTEST.format(path=sys.path), encoding="utf-8")
+        modules = sorted({target.suite.partition(":")[0] for target in targets if ":" in target.suite})
+        conftest = _CONFTEST.format(path=sys.path, modules=modules)
+        (self._folder / "conftest.py").write_text(conftest, encoding="utf-8")
         (self._folder / _TEST_FILE).write_text(_test_file(targets), encoding="utf-8")
 
     def to_the_end(self) -> None:
@@ -199,13 +209,17 @@ class _Run:
             _kill_group(child)
 
     def _watch(self, child: subprocess.Popen[bytes]) -> tuple[int, bool]:
-        size, changed = -1, time.monotonic()
+        size = before = self._report.stat().st_size
+        changed = time.monotonic()
         while child.poll() is None:
             time.sleep(_POLL_SECONDS)
             now = time.monotonic()
             if self._report.stat().st_size != size:
                 size, changed = self._report.stat().st_size, now
-            if now - changed > self._test_limit or now > self._deadline:
+                self._tell_progress()
+            # A child that has said nothing yet is still importing torch, and no test.
+            limit = max(self._test_limit, _START_SECONDS) if size == before else self._test_limit
+            if now - changed > limit or now > self._deadline:
                 return -signal.SIGKILL, True
         return child.returncode, False
 
@@ -213,6 +227,14 @@ class _Run:
 
     def _lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self._report.read_text(encoding="utf-8").splitlines()]
+
+    def _tell_progress(self) -> None:
+        # The child may be in the middle of a line.
+        lines = [json.loads(line) for line in self._report.read_text(encoding="utf-8").split("\n")[:-1]]
+        total = sum(len(line["ids"]) for line in lines if line["event"] == "collected")
+        done = sum(line["event"] == "ended" for line in lines)
+        if total:
+            self._progress("running tests", min(done, total), total, "tests")
 
     def _started(self) -> dict[str, dict[str, Any]]:
         return {line["id"]: line for line in self._lines() if line["event"] == "started"}
@@ -279,8 +301,8 @@ def suite_class(name: str) -> type:
         found: type = getattr(importlib.import_module(module), attribute)
         return found
     testing = importlib.import_module("drivetrain.testing")
-    found = getattr(testing, next(suite for suite, kind in SUITES.items() if kind == name))
-    return found
+    of_the_kind: type = getattr(testing, next(suite for suite, kind in SUITES.items() if kind == name))
+    return of_the_kind
 
 
 def only(suite: type, tests: Sequence[str]) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from drivetrain.contracts.scheduler import Candidate, Limits, OrderKey, RequestFacts, Scheduler, StepPlan, View
 
-
 OnView = Callable[[list[Candidate], list[Candidate]], None]
 """Told the running and the waiting candidates of a step before its plan is made."""
 
@@ -44,12 +43,14 @@ def broken_rules(
     newcomers = [name for name in names if name in pending and name not in is_running]
     sizes = [grant.num_tokens for grant in plan.grants]
     within = zip(names, sizes, strict=True)
+    starts = [name not in is_running for name in names]
     rules = {
         "unknown": any(name not in pending for name in names),
         "twice": len(set(names)) != len(names),
         "size": any(not 1 <= size <= pending.get(name, size) for name, size in within),
         "budget": sum(sizes) > limits.max_batched_tokens,
         "running": len(running) - len(set(plan.preempt)) + len(set(newcomers)) > limits.max_running,
+        "first": starts != sorted(starts),
         "order": newcomers != in_order[: len(newcomers)],
         "preempt": not set(plan.preempt) <= is_running - set(names) or len(set(plan.preempt)) != len(plan.preempt),
         "idle": not plan.grants and bool(running or waiting),

@@ -19,6 +19,11 @@ def not_run(reason: str) -> NoReturn:
     pytest.skip(NOT_RUN + reason)
 
 
+def about(what: object) -> Callable[[str], str]:
+    """For ``torch.testing.assert_close(msg=...)``: its message, with ``what`` was compared before it."""
+    return lambda message: f"{what}: {message}"
+
+
 class Suite:
     """A plugin's examination.
 
@@ -142,7 +147,7 @@ class Suite:
         self._expect_no_breach("environment")
 
     def test_import_and_probe_leave_the_process(self) -> None:
-        """Importing and probing leave the folder, search path, signal handlers, warnings and root logger as they are."""
+        """Importing and probing leave folder, search path, signal handlers, warnings and root logger as they are."""
         self._expect_no_breach("process")
 
     def test_import_and_probe_leave_torch(self) -> None:

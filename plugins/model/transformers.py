@@ -399,6 +399,8 @@ def _load(checkpoint: Checkpoint, config: Any, context: BuildContext) -> Any:
                 output_loading_info=True,
                 local_files_only=True,
                 use_safetensors=True,
+                # Or the library only says that something differs, and not what.
+                ignore_mismatched_sizes=True,
             )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise LoaderError(f"transformers could not load the weights: {error}", where=where) from error
@@ -407,16 +409,25 @@ def _load(checkpoint: Checkpoint, config: Any, context: BuildContext) -> Any:
         raise MissingTensorError(f"the files lack tensors that {checkpoint.architecture} needs: {names}", where=where)
     if report["mismatched_keys"]:
         raise LoaderError(f"tensors have another shape than the model: {report['mismatched_keys']}", where=where)
+    if report["unexpected_keys"]:
+        names = ", ".join(sorted(report["unexpected_keys"]))
+        raise LoaderError(
+            f"the files hold tensors that {checkpoint.architecture} has no place for: {names}",
+            where=where,
+            hint="The configuration describes another model than the weights.",
+        )
     return model.to(context.device).eval()
 
 
-def _quantize(module: nn.Module, context: BuildContext) -> None:
+def _quantize(module: TransformersForCausalLM, context: BuildContext) -> None:
     if context.quantizer is None:
         return
     for name, part in list(module.named_modules()):
         if isinstance(part, nn.Linear):
+            half, _, rest = name.partition(".")
             # A quantizer knows layers by the names of the checkpoint, without our two halves of the model.
-            module.set_submodule(name, context.quantizer.convert(name.partition(".")[2], part))
+            known = f"{module.head.base_model_prefix}.{rest}" if half == "body" else rest
+            module.set_submodule(name, context.quantizer.convert(known, part))
 
 
 class TransformersModel(Model):

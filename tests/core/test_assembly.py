@@ -94,7 +94,7 @@ def test_a_model_that_is_not_here_is_fetched_only_when_asked_to() -> None:
 
 def test_an_unknown_model_names_the_nearest_known_one() -> None:
     broken = ref("source", "broken", "acme_that_is_not_there:X")
-    with pytest.raises(ModelNotFoundError, match=r"'tiny-modle'; .*tiny-model. Did you mean 'tiny-model'\?"):
+    with pytest.raises(ModelNotFoundError, match=r"'tiny-modle'; .*or a short name. Did you mean 'tiny-model'\?"):
         resolve(broken, settings={"model": "tiny-modle"})
 
 

@@ -1,14 +1,19 @@
-"""The third-party example, installed from its wheel: found, described, explained, selected, examined, and refused when
-its contract is newer than this core's."""
+"""The third-party example, installed from its wheel: found, described, explained, selected, examined, swapped in and
+out of a live server, and refused when its contract is newer than this core's."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from support.clean_environment import CleanEnvironment, build_wheels
@@ -140,6 +145,57 @@ def test_the_kit_is_run_by_the_command_too(environment: CleanEnvironment) -> Non
     assert counts["failed"] == counts["error"] == 0
 
 
+@contextmanager
+def serving(environment: CleanEnvironment, tiny: Path, log: Path) -> Iterator[str]:
+    """The URL of a server in the environment, which can be swapped with the token ``secret``."""
+    words = ("serve", "--model", tiny, "--port", 0, "--admin-token", "secret", *ONE_THREAD)
+    command = [environment.python, "-W", "error", "-m", "drivetrain", *words]
+    with (
+        log.open("w") as errors,
+        subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=errors, text=True) as server,
+    ):
+        try:
+            assert server.stdout is not None
+            match = re.search(r"http://\S+", server.stdout.readline())
+            assert match, log.read_text()
+            yield match[0]
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(30) == 0
+        finally:
+            server.kill()
+
+
+@pytest.mark.parametrize(
+    ("part", "back", "is_exact"),
+    [("attention=acme", "attention=sdpa", True), ("quantizer=acme", "quantizer=none", False)],
+)
+def test_it_is_swapped_in_and_out_of_a_live_server(
+    environment: CleanEnvironment, tiny: Path, tmp_path: Path, part: str, back: str, is_exact: bool
+) -> None:
+    with serving(environment, tiny, tmp_path / "log") as url:
+
+        def answer() -> str:
+            body = {"model": str(tiny), "prompt": "a fox and a dog", "temperature": 0, "max_tokens": 12}
+            reply = httpx.post(f"{url}/v1/completions", json=body | {"ignore_eos": True}, timeout=60)
+            assert reply.status_code == 200, reply.text
+            text: str = reply.json()["choices"][0]["text"]
+            return text
+
+        def parts() -> dict[str, str]:
+            report = httpx.get(f"{url}/debug/selection", timeout=60).json()
+            return {selection["kind"]: selection["chosen"]["name"] for selection in report["selections"]}
+
+        answers = [answer()]
+        for words in (part, back):
+            done = environment.drivetrain("swap", url, words, "--admin-token", "secret")
+            assert done.returncode == 0, done.stdout + done.stderr
+            kind, _, name = words.partition("=")
+            answers.append(answer())
+            assert parts()[kind] == name
+        assert answers[0] == answers[2]
+        assert answers[0] == answers[1] or not is_exact
+
+
 # --- a contract that this core does not speak ------------------------------------------------------------------------
 
 
@@ -155,10 +211,9 @@ def test_a_newer_major_version_is_never_imported_and_told_by_doctor(tmp_path: Pa
 
 
 def test_a_newer_minor_version_is_refused_with_both_versions(tmp_path: Path, tiny: Path) -> None:
-    newer = '    contract_version = "1.99"\n    tier = Tier.REFERENCE\n'
     environment = install(
         tmp_path,
-        {"src/acme_accelerator/attention.py": lambda text: text.replace("    tier = Tier.REFERENCE\n", newer)},
+        {"src/acme_accelerator/attention.py": lambda text: text.replace('version = "1.0"', 'version = "1.99"')},
     )
     line = refusal(environment, "generate", "--model", tiny, "x", "--attention", "acme")
     assert "1.99" in line

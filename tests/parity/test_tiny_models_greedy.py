@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import VOCAB_SIZE, other_tiny_configs, save_tiny, tiny_configs
 
 from drivetrain import LLM, SamplingParams
+from support.tiny_models import VOCAB_SIZE, other_tiny_configs, save_tiny, tiny_configs
 
 NEW_TOKENS = 12
 PROMPT_LENGTHS = (1, 3, 9, 17, 26, 17)
@@ -37,11 +36,11 @@ def reference(model: Any, prompt: list[int]) -> list[int]:
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[Any]]]:
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("models") / request.param
     theirs = save_tiny(request.param, folder)
-    yield folder, [reference(theirs, prompt) for prompt in prompts()]
+    return folder, [reference(theirs, prompt) for prompt in prompts()]
 
 
 def generate(folder: Path, batch: list[list[int]], **options: Any) -> tuple[list[list[int]], dict[str, Any]]:

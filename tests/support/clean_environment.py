@@ -53,6 +53,8 @@ class CleanEnvironment:
     ) -> subprocess.CompletedProcess[str]:
         """Python of this environment with ``arguments``, to its end."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "PYTHON"))}
+        # Two threads beside another busy process take many times longer than one.
+        environment["OMP_NUM_THREADS"] = "1"
         return subprocess.run(
             [str(self.python), *map(str, arguments)],
             input=stdin,

@@ -29,6 +29,10 @@ FILE = Path(__file__).resolve().parents[1] / "core" / "contracts.json"
 SHARED = "shared"
 """What belongs to no kind: the base of all plugins, the kinds, the versions."""
 
+_OF_A_KIND = ("group", "contract", "default", "purposes", "key")
+_OF_NO_CONTRACT = ("KINDS", "ADAPTERS", "SHARED_VERSION")
+"""Tables that grow, and the version itself; a kind's entry belongs to the kind."""
+
 _CALLS = ("__call__", "__contains__", "__init__")
 Snapshot = dict[str, Any]
 
@@ -43,6 +47,8 @@ def take() -> dict[str, dict[str, Any]]:
     for found in pkgutil.iter_modules(drivetrain.contracts.__path__, "drivetrain.contracts."):
         module = importlib.import_module(found.name)
         contents.setdefault(kind_of.get(found.name, SHARED), {})[found.name] = describe_module(module)
+    for kind in KINDS.values():
+        contents[kind.name]["kind"] = {name: text(getattr(kind, name)) for name in _OF_A_KIND}
     return {name: {"version": version_of(name), "content": content} for name, content in sorted(contents.items())}
 
 
@@ -65,9 +71,10 @@ def describe_module(module: Any) -> dict[str, Any]:
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
             names = [target.id for target in targets if isinstance(target, ast.Name)]
         for name in names:
-            if not name.startswith("_"):
+            if not name.startswith("_") and name not in _OF_NO_CONTRACT:
                 value = getattr(module, name)
-                value = inspect.unwrap(value) if callable(value) else value
+                if callable(value) and not (inspect.isfunction(value) or inspect.isclass(value)):
+                    value = inspect.unwrap(value)  # what a cache wraps
                 is_own = getattr(value, "__module__", None) == module.__name__
                 is_defined = is_own and (inspect.isclass(value) or inspect.isfunction(value))
                 described[name] = describe(value) if is_defined else {"value": text(value)}
@@ -91,6 +98,8 @@ def describe_class(cls: type) -> dict[str, Any]:
     described: dict[str, Any] = {"bases": [base.__name__ for base in cls.__bases__]}
     if dataclasses.is_dataclass(cls):
         described["fields"] = {field.name: f"{field.type}{default_of(field)}" for field in dataclasses.fields(cls)}
+        described["order"] = ", ".join(described["fields"])
+        described["frozen"] = cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
     members = {}
     own = {**dict.fromkeys(getattr(cls, "__annotations__", {})), **vars(cls)}
     for name in sorted(own):
@@ -98,15 +107,17 @@ def describe_class(cls: type) -> dict[str, Any]:
         if is_field or (name.startswith("_") and (name not in _CALLS or (name == "__init__" and is_generated))):
             continue
         told = describe_member(cls, name)
+        notice = getattr(vars(cls).get(name), "__deprecated__", None)
         if told:
-            members[name] = told
+            members[name] = f"{told}, removed in {notice.removal}" if notice else told
     return described | {"members": members}
 
 
 def describe_member(cls: type, name: str) -> str:
     annotation = getattr(cls, "__annotations__", {}).get(name)
+    declared = f"attribute: {annotation}" if annotation else "attribute"
     if name not in vars(cls):
-        return f"attribute: {annotation}"
+        return declared
     value = vars(cls)[name]
     if isinstance(value, property):
         return f"{_abstract(value.fget)}property -> {inspect.signature(value.fget).return_annotation}"  # type: ignore[arg-type]
@@ -120,7 +131,7 @@ def describe_member(cls: type, name: str) -> str:
         return f"property -> {inspect.signature(value.func).return_annotation}"
     if name == "__init__":
         return ""
-    return f"attribute: {annotation} = {text(value)}"
+    return f"{declared} = {text(value)}"
 
 
 def _abstract(member: Any) -> str:

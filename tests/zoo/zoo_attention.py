@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 
 from drivetrain.contracts.attention import (
+    PAGED_BNGD,
     AttentionBackend,
     AttentionBatch,
     AttentionSpec,
@@ -21,9 +22,10 @@ from drivetrain.contracts.attention import (
     KVContract,
     KVGroup,
     LayerAttention,
+    PagedCache,
 )
 from drivetrain.contracts.plugin import Plugin, PluginConfig
-from drivetrain.plugins.attention.sdpa import PagedCache, SdpaAttention
+from drivetrain.plugins.attention.sdpa import SdpaAttention
 
 Stores = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values of each layer, both [B, N, G, D]."""
@@ -103,9 +105,7 @@ class PlainPagedStep:
         if stores is not None:
             for store, new in zip(stores, (k_TGD, v_TGD), strict=True):
                 store[self._batch.slots[group]] = new.to(store.dtype)
-        for s, (count, context) in enumerate(
-            zip(self._batch.query_lengths, self._batch.context_lengths, strict=True)
-        ):
+        for s, (count, context) in enumerate(zip(self._batch.query_lengths, self._batch.context_lengths, strict=True)):
             keys, values = k_TGD[start : start + count], v_TGD[start : start + count]
             if stores is not None:
                 size = self._backend.config.block_size
@@ -218,6 +218,28 @@ class TakesWindowsUnclaimed(PlainPaged):
         return super().abilities() - {"windows"}
 
 
+class ClaimsSdpasLayout(PlainPaged):
+    """Names its cache as sdpa does, though it is another: a swap would keep it."""
+
+    def kv_contract(self, spec: AttentionSpec) -> KVContract:
+        return dataclasses.replace(super().kv_contract(spec), layout=PAGED_BNGD)
+
+
+class EmptiesWhatItDoesNotKnow(PlainPaged):
+    """Empties a cache that it has not seen before: what another instance wrote is lost."""
+
+    def __init__(self, config: PluginConfig) -> None:
+        super().__init__(config)
+        self._known: list[Stores] = []
+
+    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: Stores | None) -> AttentionStep:
+        if cache is not None and not any(cache is known for known in self._known):
+            self._known.append(cache)
+            for store in (store for layer in cache for store in layer):
+                store.zero_()
+        return super().begin(spec, batch, cache)
+
+
 class _ScalesInPlaceStep:
     def __init__(self, step: AttentionStep) -> None:
         self._step = step
@@ -251,6 +273,8 @@ ZOO: dict[type[Plugin], str] = {
     CopiesKeysOnly: "test_copied_blocks_live_on_their_own",
     ClearsOneLayer: "test_cleared_blocks_are_clean",
     ForgetsValuesInItsBytes: "test_bytes_per_block_is_what_a_block_takes",
+    ClaimsSdpasLayout: "test_equal_contracts_share_a_cache",
+    EmptiesWhatItDoesNotKnow: "test_a_fresh_instance_goes_on_with_the_cache",
     TakesWindowsUnclaimed: "test_the_probe_refuses_what_is_not_claimed",
     WritesToItsInputs: "test_inputs_are_left_alone",
 }

@@ -69,6 +69,15 @@ class DropsARequest(FcfsScheduler):
         return StepPlan(fill(view.running, iter(newcomers[1:] or newcomers), self.limits()))
 
 
+class NewcomersFirst(FcfsScheduler):
+    """Grants in the order of arrival turned round: those that wait before those that run."""
+
+    def plan(self, view: View) -> StepPlan:
+        plan = super().plan(view)
+        running = {candidate.request_id for candidate in view.running}
+        return StepPlan(sorted(plan.grants, key=lambda grant: grant.request_id in running))
+
+
 class ReadsTheWholeQueue(FcfsScheduler):
     """Makes a list of all that wait, at every step."""
 
@@ -134,6 +143,7 @@ ZOO: dict[type[Plugin], str] = {
     OneTooMany: "test_the_running_limit_is_kept",
     GrantsTwice: "test_each_request_is_granted_once",
     DropsARequest: "test_waiting_requests_start_in_key_order",
+    NewcomersFirst: "test_running_requests_are_granted_before_waiting_ones",
     ReadsTheWholeQueue: "test_waiting_is_read_no_farther_than_needed",
     TakesTurnsByCounting: "test_a_fresh_scheduler_makes_the_same_plan",
     EqualKeys: "test_keys_order_every_two_requests",

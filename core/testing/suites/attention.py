@@ -20,6 +20,7 @@ import torch
 from drivetrain.contracts.attention import AttentionBackend, AttentionSpec, KVContract, LayerAttention
 from drivetrain.contracts.model import ModelSpec
 from drivetrain.contracts.plugin import Purpose
+from drivetrain.registry import Registry, load
 from drivetrain.testing.attention_oracle import Attended, PlainStep, Trial, whole_batch
 from drivetrain.testing.measure import HostTraffic, tensor_bytes
 from drivetrain.testing.places import DeviceSuite
@@ -258,6 +259,35 @@ class AttentionSuite(DeviceSuite):
             trial.fork(0, 2)
             backend.copy_blocks(trial.cache, spec.groups[0], [])
             for new_tokens in ({0: 1, 2: 1, 1: 1}, {2: 3, 0: 2}, {0: 1, 1: 1, 2: 1}):
+                assert_as_plain(backend, spec, trial.step(new_tokens))
+
+    def test_a_fresh_instance_goes_on_with_the_cache(self) -> None:
+        """All state is in the cache: another instance takes over between two steps, and the first one takes it back."""
+        spec = spec_of()
+        device = self.require_spec(spec)
+        for backend in self.backends():
+            trial = Trial(backend, spec, device)
+            trial.step({0: 9, 1: 3})
+            for taken_over in (type(backend)(backend.config), backend):
+                trial.backend = taken_over
+                assert_as_plain(backend, spec, trial.step({0: 1, 1: 4}))
+
+    def test_equal_contracts_share_a_cache(self) -> None:
+        """A backend whose KV contract equals that of ``sdpa`` goes on with its cache, and gives it back: so it is
+        swapped in a live server."""
+        spec = spec_of()
+        device = self.require_spec(spec)
+        plugin = load(Registry().find("attention", "sdpa"))
+        backend: AttentionBackend = self.make()
+        own = backend.kv_contract(spec)
+        sdpa = plugin(plugin.Config.model_validate({"block_size": own.block_size}))
+        assert isinstance(sdpa, AttentionBackend)
+        if sdpa.kv_contract(spec) != own:
+            pytest.skip(f"not claimed: the KV contract {own.layout} is not that of sdpa")
+        for order in ((sdpa, backend, sdpa, backend), (backend, sdpa, backend, sdpa)):
+            trial = Trial(order[0], spec, device)
+            for new_tokens, active in zip(({0: 9, 1: 3}, {0: 1, 1: 4}, {0: 2, 1: 1}, {0: 1, 1: 1}), order, strict=True):
+                trial.backend = active
                 assert_as_plain(backend, spec, trial.step(new_tokens))
 
     def test_bytes_per_block_is_what_a_block_takes(self) -> None:

@@ -17,7 +17,7 @@ import torch
 from drivetrain.contracts.kernels import OPERATIONS, KernelProvider, KernelSpec
 from drivetrain.contracts.plugin import Probe
 from drivetrain.errors import DrivetrainError
-from drivetrain.testing.suite import Suite, not_run
+from drivetrain.testing.suite import Suite, about, not_run
 
 Arguments = tuple[torch.Tensor | None, ...]
 Results = tuple[torch.Tensor, ...]
@@ -229,7 +229,7 @@ class KernelsSuite(Suite):
         for found, right in zip(_tensors(result), wanted, strict=True):
             assert found.dtype == getattr(torch, dtype), f"{case}: the result is {found.dtype} for inputs in {dtype}"
             torch.testing.assert_close(
-                found.detach().cpu().double(), right, rtol=relative, atol=absolute, msg=lambda m: f"{case} {dtype}: {m}"
+                found.detach().cpu().double(), right, rtol=relative, atol=absolute, msg=about(f"{case} {dtype}")
             )
 
     # --- what the provider says --------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ class KernelsSuite(Suite):
                     right,
                     rtol=_GRADIENT_FACTOR * relative,
                     atol=_GRADIENT_FACTOR * absolute * scale,
-                    msg=lambda m, c=case, i=index: f"{c}, gradient {i}: {m}",
+                    msg=about(f"{case}, gradient {index}"),
                 )
 
     @pytest.mark.parametrize("operation", sorted(ORACLES))
@@ -325,7 +325,14 @@ class KernelsSuite(Suite):
         if not provider.supports(spec).ok:
             pytest.skip("not claimed: float64")
         arguments = _asking(small.inputs(torch.float64, "cpu"), operation)
-        assert torch.autograd.gradcheck(provider.make(spec), arguments, atol=1e-6)
+        given = [value for value in arguments if value is not None]
+        kernel = provider.make(spec)
+
+        def with_left_out(*tensors: torch.Tensor) -> Any:
+            left = iter(tensors)
+            return kernel(*(None if value is None else next(left) for value in arguments))
+
+        assert torch.autograd.gradcheck(with_left_out, given, atol=1e-6)
 
     @pytest.mark.parametrize("operation", sorted(ORACLES))
     def test_runs_are_bitwise_equal(self, operation: str) -> None:

@@ -15,10 +15,12 @@ import torch
 from drivetrain.contracts.loader import Checkpoint, Loader, TokenizerData
 from drivetrain.contracts.plugin import ProbeContext
 from drivetrain.errors import DrivetrainError, LoaderError, MissingTensorError
-from drivetrain.testing.suite import Suite
+from drivetrain.testing.suite import Suite, about
 
 _HIDDEN, _INNER, _HEADS, _KV_HEADS, _LAYERS, _CONTEXT = 32, 48, 4, 2, 2, 64
 _TEXTS = ("Hello world 123", "def f(x):\n    return x", "Grüße, 世界 🙂", " leading and  double spaces ")
+_MERGE = ("h", "e")
+_SPECIAL = ("<|start|>", "<|end|>")
 _ABSENT = "surely.no.such.tensor"
 
 
@@ -32,8 +34,8 @@ def byte_alphabet() -> dict[int, str]:
 
 
 def example_tokens() -> list[str]:
-    """A vocabulary of every byte, with two special tokens behind them."""
-    return [*(byte_alphabet()[byte] for byte in range(256)), "<|start|>", "<|end|>"]
+    """A vocabulary of every byte, one pair of them, and two special tokens."""
+    return [*(byte_alphabet()[byte] for byte in range(256)), "".join(_MERGE), *_SPECIAL]
 
 
 def example_tensors() -> dict[str, torch.Tensor]:
@@ -77,13 +79,13 @@ def write_safetensors(folder: Path) -> Path:
         "tie_word_embeddings": False,
         "eos_token_id": len(tokens) - 1,
     }
-    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, [_MERGE]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(tokens[256:])
+    backend.add_special_tokens(list(_SPECIAL))
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    special = {"bos_token": tokens[256], "eos_token": tokens[257]}
+    special = dict(zip(("bos_token", "eos_token"), _SPECIAL, strict=True))
     (folder / "tokenizer_config.json").write_text(json.dumps(special), encoding="utf-8")
     backend.save(str(folder / "tokenizer.json"))
     save_file(example_tensors(), folder / "model.safetensors", metadata={"format": "pt"})
@@ -108,10 +110,10 @@ def write_gguf(folder: Path) -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] * 2)
-    writer.add_token_merges([])
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(257)
+    writer.add_token_types([gguf.TokenType.NORMAL] * (len(tokens) - 2) + [gguf.TokenType.CONTROL] * 2)
+    writer.add_token_merges([" ".join(_MERGE)])
+    writer.add_bos_token_id(len(tokens) - 2)
+    writer.add_eos_token_id(len(tokens) - 1)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, _LAYERS)
     for name, tensor in example_tensors().items():
         stem, _, suffix = name.rpartition(".")
@@ -217,7 +219,7 @@ class LoaderSuite(Suite):
         for name, wanted in self.expected_tensors().items():
             assert checkpoint.shape(name) == tuple(wanted.shape), name
             found = checkpoint.tensor(name, torch.float32)
-            torch.testing.assert_close(found, wanted, rtol=0.0, atol=self.tolerance, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(found, wanted, rtol=0.0, atol=self.tolerance, msg=about(name))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     def test_tensors_come_in_the_dtype_asked_for(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:

@@ -11,12 +11,14 @@ import torch
 from drivetrain.contracts.kinds import KINDS
 from drivetrain.contracts.platform import MemoryInfo, Platform, PlatformFacts, SupportsGraphs, SupportsStreams
 from drivetrain.contracts.plugin import ProbeContext
-from drivetrain.testing.suite import Suite
+from drivetrain.testing.suite import Suite, about
 
 ABILITIES = {"streams": SupportsStreams, "graphs": SupportsGraphs}
 """Every ability that a platform can claim, and the methods it then has."""
 
 _MIB = 2**20
+_COUNTING_SLACK_BYTES = 4 * _MIB
+"""Operating systems count pages in batches, and each reading may be off by some of them."""
 
 
 class PlatformSuite(Suite):
@@ -123,7 +125,7 @@ class PlatformSuite(Suite):
             wanted = left.to(dtype).double() @ right.to(dtype).double()
             # 65 products, each rounded once: the square root of 65 roundings of numbers of that size.
             error = 8 * max(torch.finfo(dtype).eps, 1e-6) * float(wanted.abs().max())
-            torch.testing.assert_close(found, wanted, rtol=0.0, atol=error, msg=lambda m, n=name: f"in {n}: {m}")
+            torch.testing.assert_close(found, wanted, rtol=0.0, atol=error, msg=about(f"in {name}"))
 
     def test_memory_makes_sense(self, platform: Platform) -> None:
         """Free memory lies between nothing and the total, and the total is the one that the facts tell."""
@@ -142,8 +144,9 @@ class PlatformSuite(Suite):
         platform.synchronize()
         with_it = platform.peak_memory_bytes()
         del held
-        assert with_it >= max(before, self.allocation_bytes), "the allocation is not in the peak"
-        assert platform.peak_memory_bytes() >= with_it, "the peak went down"
+        slack = _COUNTING_SLACK_BYTES
+        assert with_it >= max(before, self.allocation_bytes) - slack, "the allocation is not in the peak"
+        assert platform.peak_memory_bytes() >= with_it - slack, "the peak went down"
 
     def test_synchronize_waits_for_queued_work(self, platform: Platform) -> None:
         """After synchronize the results of queued work are there."""
@@ -167,7 +170,11 @@ class PlatformSuite(Suite):
         self.require_claim("graphs")
         given = torch.zeros(64, device=platform.device())
         result = torch.zeros(64, device=platform.device())
-        replay = cast(SupportsGraphs, platform).capture(lambda: result.copy_(given * 3) and None)
+
+        def work() -> None:
+            result.copy_(given * 3)
+
+        replay = cast(SupportsGraphs, platform).capture(work)
         for value in (1.0, 5.0):
             given.fill_(value)
             replay()

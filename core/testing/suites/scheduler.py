@@ -1,11 +1,12 @@
 """What a scheduler has to do: every plan keeps its limits and the contract, and no request is lost or waits for ever.
 
-Plans are judged one by one on fuzzed views, and together in a small engine with too few blocks. Everything is drawn from
-fixed seeds, so a failure repeats.
+Plans are judged one by one on fuzzed views, and together in a small engine with too few blocks. Everything is drawn
+from fixed seeds, so a failure repeats.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ import pytest
 
 from drivetrain.contracts.scheduler import Candidate, Limits, RequestFacts, Scheduler, View
 from drivetrain.registry import Registry, load
-from drivetrain.testing.scheduler_oracle import Job, LazyWaiting, SmallEngine, broken_rules
+from drivetrain.testing.scheduler_oracle import Job, LazyWaiting, OnView, SmallEngine, broken_rules
 from drivetrain.testing.suite import Suite
 
 SMALL_LIMITS = ((1, 1), (8, 3), (30, 8))
@@ -131,7 +132,7 @@ class SchedulerSuite(Suite):
             keys = [scheduler.key(one) for one in facts]
             assert all(isinstance(key, tuple) for key in keys)
             ordered = sorted(keys)
-            assert all(a < b for a, b in zip(ordered, ordered[1:], strict=False)), "two requests have equal keys"
+            assert all(a < b for a, b in itertools.pairwise(ordered)), "two requests have equal keys"
 
     def test_a_key_depends_on_the_request_alone(self) -> None:
         """Asked again, in another order, or of a fresh scheduler, a request's key is the same."""
@@ -184,6 +185,10 @@ class SchedulerSuite(Suite):
         """Grants name requests that run or wait."""
         self._expect_rule("unknown", "a request is granted that is not in the view")
 
+    def test_running_requests_are_granted_before_waiting_ones(self) -> None:
+        """Who holds blocks goes first: a newcomer that takes the last ones would push out a running request."""
+        self._expect_rule("first", "a waiting request is granted before a running one")
+
     def test_waiting_requests_start_in_key_order(self) -> None:
         """Of those that wait, the first by key are granted, without a gap."""
         self._expect_rule("order", "a waiting request is passed over")
@@ -234,12 +239,16 @@ class SchedulerSuite(Suite):
             urgent: list[Job] = []
             job: Job | None = None
             while job is None or job.finished_step is None:
-                while len(engine.waiting) < limits.max_running + 2:
+                # As many new ones as keep the step full of those that go before it.
+                ahead = sum(job is None or other.key < job.key for other in engine.waiting.values())
+                for _ in range(limits.max_running + 2 - ahead):
                     urgent.append(engine.add(1 + len(urgent) % 3, 2, priority - 10))
                 engine.step()
                 if job is None:
                     job = engine.add(prompt, 3, priority)
-                assert engine.steps < PATIENCE_STEPS, f"{engine.now_seconds:g} s and {len(urgent)} others later, it waits"
+                assert engine.steps < PATIENCE_STEPS, (
+                    f"{engine.now_seconds:g} s and {len(urgent)} others later, it waits"
+                )
 
     def test_long_prompts_are_not_starved_by_decodes(self) -> None:
         """A prompt of many steps moves on although enough requests decode to fill the steps."""
@@ -252,7 +261,9 @@ class SchedulerSuite(Suite):
                 while len(engine.waiting) < limits.max_running:
                     engine.add(2, 20)
                 engine.step()
-                assert engine.steps < PATIENCE_STEPS, f"{job.num_computed} of {prompt} tokens after {engine.steps} steps"
+                assert engine.steps < PATIENCE_STEPS, (
+                    f"{job.num_computed} of {prompt} tokens after {engine.steps} steps"
+                )
 
     def test_a_fresh_scheduler_makes_the_same_plan(self) -> None:
         """A scheduler keeps nothing: at every step, one that was made a moment ago plans the same."""

@@ -42,7 +42,8 @@ class _Ears:
 def expect_local_work(what: str) -> Iterator[None]:
     """Fail the test if anything inside opens a connection or starts a process."""
     _Ears.hook()
-    _Ears.heard = heard = []
+    heard: list[str] = []
+    _Ears.heard = heard
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ class OpenAIConfig(PluginConfig):
     admin_token: SecretStr | None = Field(
         None,
         min_length=1,
-        description="Token for POST /v1/admin/swap, sent as `Authorization: Bearer TOKEN`. None: there is no such path.",
+        description="Token for POST /v1/admin/swap, sent as `Authorization: Bearer TOKEN`. None closes the path.",
     )
     served_names: tuple[str, ...] = Field((), description="Names that requests may use beside the model's own.")
     max_body_bytes: int = Field(4 * MIB, ge=1024, description="Largest request body; a larger one is answered 413.")

@@ -277,7 +277,10 @@ def test_a_value_that_is_no_yaml_is_refused_in_one_line(value: str) -> None:
         ("engine: {timeout_seconds: 'inf'}\n", "engine.timeout_seconds: Input should be a finite number"),
         ("engine: {kv_memory: 2XB}\n", "engine.kv_memory: '2XB' is no size; write a number with B"),
         ("engine: {1: 2}\n", "run.yaml:1: the keys of engine must be strings; found 1"),
-        ("plugins: all\n", "run.yaml:1: plugins takes a table; found 'all'; allowed: allow: [distribution, ...], lock: FILE"),
+        (
+            "plugins: all\n",
+            "run.yaml:1: plugins takes a table; found 'all'; allowed: allow: [distribution, ...], lock: FILE",
+        ),
         (
             "plugins:\n  alow: [a]\n",
             "run.yaml:2: plugins.alow: unknown setting 'alow'; allowed: allow, lock. Did you mean 'allow'?",

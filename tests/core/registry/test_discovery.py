@@ -302,8 +302,8 @@ class Outdated(fakes.PlainScheduler):
     contract_version = "2.0"
 
 
-class NumberedOutdated(fakes.PlainScheduler):
-    contract_version = 2.0  # type: ignore[assignment]
+class NumberedVersion(fakes.PlainScheduler):
+    contract_version = 1.0  # type: ignore[assignment]
 
 
 class NewerMinor(fakes.PlainScheduler):
@@ -383,7 +383,8 @@ def a_function() -> None:
     ("target", "message"),
     [
         (Outdated, "another version of the contract; found '2.0'; allowed: 1.x"),
-        (NumberedOutdated, "another version of the contract; found 2.0; allowed: 1.x"),
+        (NumberedVersion, "NumberedVersion.contract_version must be a string MAJOR.MINOR; found 1.0; allowed: 1.0"),
+        (NewerMinor, "it needs version 1.7 of the scheduler contract"),
         (OddConfig, "OddConfig.Config must be a subclass of PluginConfig"),
         (OddTier, "OddTier.tier must be a Tier; found 'tuned'"),
         (Unfinished, "Unfinished lacks key, plan"),
@@ -406,7 +407,7 @@ def test_what_breaks_the_contract_is_refused_with_both_sides(target: type, messa
     assert "scheduler/x (fakes 1.0)" in str(caught.value)
 
 
-@pytest.mark.parametrize("target", [NewerMinor, StaticProbe, ClassLimits, Generous, RenamedWithMore])
+@pytest.mark.parametrize("target", [StaticProbe, ClassLimits, Generous, RenamedWithMore])
 def test_whatever_can_be_called_as_the_contract_says_is_accepted(target: type) -> None:
     assert load(fakes.ref("scheduler", "x", target)) is target
 

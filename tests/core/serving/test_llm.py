@@ -228,3 +228,10 @@ def test_what_can_be_looked_at(llm: LLM) -> None:
     assert llm.stats()["output_tokens"] == 3
     assert llm.explain().selections == ()
     assert llm.selection_dict()["model"] == "fake"
+
+
+def test_the_default_length_fits_what_the_context_has_left(llm: LLM) -> None:
+    """Nobody who names no length is told that 256 tokens do not fit."""
+    prompt = [1] * (llm.max_model_len - 3)
+    assert len(llm.generate(prompt)[0].token_ids) <= 3
+    assert sum(len(chunk.token_ids) for chunk in llm.stream(prompt)) <= 3

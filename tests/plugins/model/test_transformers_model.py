@@ -176,5 +176,5 @@ def test_a_quantizer_gets_every_linear_layer_under_its_own_name(tmp_path: Path) 
     save_tiny("stablelm", tmp_path)
     quantizer = Recorder(Recorder.Config())
     build(FolderCheckpoint(tmp_path), quantizer)
-    assert {"lm_head", "layers.0.self_attn.q_proj", "layers.2.mlp.down_proj"} <= set(quantizer.names)
+    assert {"lm_head", "model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"} <= set(quantizer.names)
     assert len(quantizer.names) == 3 * 7 + 1

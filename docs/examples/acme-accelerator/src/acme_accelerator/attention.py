@@ -108,6 +108,7 @@ class AcmeStep:
 class AcmeAttention(AttentionBackend):
     """Attends over a paged cache whose heads lie before its tokens, kept on the card."""
 
+    contract_version = "1.0"
     tier = Tier.REFERENCE
 
     class Config(PluginConfig):

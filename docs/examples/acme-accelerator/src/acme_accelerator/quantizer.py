@@ -47,6 +47,7 @@ def _on_card(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class AcmeQuantizer(Quantizer):
     """Weights as int8 with one scale a row, kept on the card."""
 
+    contract_version = "1.0"
     tier = Tier.REFERENCE
 
     class Config(PluginConfig):

@@ -1,0 +1,294 @@
+"""What a quantizer has to do: the same call with the same form, an error that its bits explain, and no hidden memory.
+
+Shapes: N rows; I input features; O output features.
+
+A quantizer may claim ``batch_invariant``: a row's product is the same to the last bit whatever other rows there are.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import nn
+
+from drivetrain.contracts.quantizer import Quantizer
+from drivetrain.testing.measure import tensor_bytes
+from drivetrain.testing.places import DeviceSuite
+
+ERROR_BOUNDS: Mapping[int, float] = {16: 0.01, 8: 0.06, 6: 0.12, 5: 0.18, 4: 0.3, 3: 0.5, 2: 0.8, 1: 1.0}
+"""Bits of a weight, rounded down -> the most that a product of normally distributed weights and inputs may be off, as a
+share of its norm. Symmetric rounding with one scale a row of normal weights has about 2.3 / 2**bits; what is over
+allows for formats with an exponent and for quantized inputs."""
+
+NAME = "model.layers.0.mlp.up_proj"
+"""What the tested layer is called: a name that no quantizer has a reason to leave out."""
+
+NAMES = (NAME, "model.layers.0.self_attn.q_proj", "model.layers.17.mlp.down_proj", "lm_head")
+
+SHAPES = ((64, 48), (37, 23), (1, 1), (33, 256), (160, 1), (512, 512))
+"""I and O of the layers under test; none but the last is a multiple of what a kernel would like."""
+
+
+def error_bound(bits: float | None) -> float:
+    """The published bound on the relative error of a product; 0 when weights keep their dtype."""
+    if bits is None:
+        return 0.0
+    return next(bound for floor, bound in ERROR_BOUNDS.items() if bits >= floor or floor == 1)
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """What the dtype of the activations itself may add to a product's relative error."""
+    return 4 * torch.finfo(dtype).eps
+
+
+class QuantizerSuite(DeviceSuite):
+    """The examination of a quantizer."""
+
+    kind = "quantizer"
+
+    # --- what the tests use ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def linear(
+        cls, shape: tuple[int, int] = (64, 48), *, bias: bool = True, dtype: str = "float32", seed: int = 0
+    ) -> nn.Linear:
+        """A loaded layer on the device, normal weights with a variance of 1 / I; skips unless the dtype is claimed."""
+        torch_dtype = cls.require_dtype(dtype)
+        generator = torch.Generator().manual_seed(seed)
+        layer = nn.Linear(*shape, bias=bias)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(shape[0]))
+        return layer.to(cls.place().device, torch_dtype).eval()
+
+    @classmethod
+    def rows(cls, *shape: int, dtype: str = "float32", seed: int = 1) -> torch.Tensor:
+        """Normally distributed inputs on the device."""
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        return x.to(cls.place().device, getattr(torch, dtype))
+
+    @classmethod
+    def converted(cls, linear: nn.Linear, name: str = NAME) -> nn.Module:
+        """What the quantizer makes of ``linear``, whose values must stay for the comparison."""
+        quantizer: Quantizer = cls.make()
+        module = quantizer.convert(name, copy.deepcopy(linear))
+        assert isinstance(module, nn.Module), f"convert returned a {type(module).__name__}, not a module"
+        return module.eval()
+
+    @classmethod
+    def require_bits(cls) -> float:
+        """Bits of a weight; skips the test when weights keep their dtype."""
+        quantizer: Quantizer = cls.make()
+        bits = quantizer.bits_per_weight()
+        if bits is None:
+            pytest.skip("not claimed: bits_per_weight is None, weights keep their dtype")
+        return bits
+
+    @classmethod
+    def bound(cls, dtype: torch.dtype) -> float:
+        """Relative error allowed to a product in ``dtype``."""
+        quantizer: Quantizer = cls.make()
+        return error_bound(quantizer.bits_per_weight()) + rounding_of(dtype)
+
+    # --- what it says of itself --------------------------------------------------------------------------------------
+
+    def test_bits_are_told(self) -> None:
+        """``bits_per_weight`` is None or a number from 1 to 32, the same every time."""
+        quantizer: Quantizer = self.make()
+        bits = quantizer.bits_per_weight()
+        assert bits == quantizer.bits_per_weight() == self.make().bits_per_weight()
+        assert bits is None or (math.isfinite(bits) and 1 <= bits <= 32), f"{bits} bits a weight"
+
+    def test_none_bits_change_nothing(self) -> None:
+        """Where weights keep their dtype, products are equal to the last bit."""
+        if self.make().bits_per_weight() is not None:
+            pytest.skip("not claimed: weights are quantized")
+        for shape in SHAPES:
+            linear, x = self.linear(shape), self.rows(5, shape[0])
+            assert torch.equal(self.converted(linear)(x), linear(x))
+
+    def test_layers_are_quantized(self) -> None:
+        """With bits, an ordinary layer of ordinary size does not come back as it was."""
+        self.require_bits()
+        linear = self.linear((512, 512))
+        quantizer: Quantizer = self.make()
+        assert quantizer.convert(NAME, linear) is not linear, f"{NAME} of 512 x 512 is left as it is"
+
+    # --- the form of the call ----------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+    def test_the_call_keeps_its_form(self, shape: tuple[int, int], dtype: str) -> None:
+        """[..., I] to [..., O] in the input's dtype on its device, for no row, one row, many, and more dims."""
+        module = self.converted(self.linear(shape, dtype=dtype))
+        with torch.inference_mode():
+            for leading in ((), (1,), (0,), (7,), (2, 3), (2, 0), (1, 1, 1)):
+                x = self.rows(*leading, shape[0], dtype=dtype)
+                y = module(x)
+                assert y.shape == (*leading, shape[1]), f"{tuple(x.shape)} became {tuple(y.shape)}"
+                assert y.dtype == x.dtype, f"{x.dtype} became {y.dtype}"
+                assert y.device == x.device, f"from {x.device} to {y.device}"
+
+    def test_state_is_on_the_device(self) -> None:
+        """Everything the module keeps is where the layer was, and nothing is left on the meta device."""
+        linear = self.linear()
+        kept = self.converted(linear).state_dict().values()
+        places = {value.device for value in kept if isinstance(value, torch.Tensor)}
+        assert places <= {linear.weight.device}, f"state on {places}, the layer was on {linear.weight.device}"
+
+    def test_input_rows_may_be_a_view(self) -> None:
+        """Every other row of a wider tensor gives what its copy gives."""
+        module, wide = self.converted(self.linear()), self.rows(8, 100)
+        view = wide[::2, 20:84]
+        with torch.inference_mode():
+            found, wanted = module(view), module(view.contiguous())
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+    def test_inputs_are_left_alone(self) -> None:
+        """The call does not write to its input."""
+        module, x = self.converted(self.linear()), self.rows(5, 64)
+        before = x.clone()
+        with torch.inference_mode():
+            module(x)
+        assert torch.equal(x, before)
+
+    def test_training_mode_changes_nothing(self) -> None:
+        """The module gives the same in eval and train mode, with and without gradients being recorded."""
+        module, x = self.converted(self.linear()), self.rows(5, 64)
+        wanted = module(x).detach()
+        module.train()
+        assert torch.equal(module(x).detach(), wanted)
+        module.eval()
+        with torch.no_grad():
+            assert torch.equal(module(x), wanted)
+
+    # --- numbers -----------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+    def test_products_are_as_close_as_the_bits_allow(self, shape: tuple[int, int], dtype: str) -> None:
+        """The error of a product, as a share of its norm, is within the published bound; with and without a bias."""
+        for bias in (True, False):
+            linear, x = self.linear(shape, bias=bias, dtype=dtype), self.rows(64, shape[0], dtype=dtype)
+            with torch.inference_mode():
+                found, wanted = self.converted(linear)(x).double(), linear(x).double()
+            error = float((found - wanted).norm() / wanted.norm())
+            bound = self.bound(x.dtype)
+            assert error <= bound, f"off by {error:.3g} of the norm, allowed is {bound:.3g} (bias: {bias})"
+
+    def test_one_row_is_as_good_as_many(self) -> None:
+        """A single row, as in decoding, is multiplied as exactly as a batch."""
+        linear, x = self.linear((512, 512)), self.rows(16, 512)
+        module = self.converted(linear)
+        with torch.inference_mode():
+            found = torch.cat([module(row) for row in x.split(1)]).double()
+            wanted = linear(x).double()
+        error = float((found - wanted).norm() / wanted.norm())
+        assert error <= self.bound(x.dtype), f"row by row it is off by {error:.3g} of the norm"
+
+    def test_products_are_not_scaled(self) -> None:
+        """Rounding goes both ways: over many products, output by output, no factor of its own is left."""
+        linear, x = self.linear((512, 64), bias=False), self.rows(512, 512)
+        with torch.inference_mode():
+            found, wanted = self.converted(linear)(x).double(), linear(x).double()
+        factors_O = (found * wanted).sum(0) / wanted.square().sum(0)
+        # An unbiased error of e over N products leaves about e / sqrt(N); clipping shrinks by about e**2.
+        bound = self.bound(x.dtype)
+        allowed = bound**2 + 5 * bound / math.sqrt(x.shape[0])
+        worst = float((factors_O - 1).abs().max())
+        assert worst <= allowed, f"an output's factor is {worst:.3g} away from 1, allowed is {allowed:.3g}"
+
+    def test_the_bias_is_added(self) -> None:
+        """Without any input, what comes out is the bias."""
+        for shape in SHAPES:
+            linear, x = self.linear(shape), self.rows(3, shape[0]) * 0
+            with torch.inference_mode():
+                found = self.converted(linear)(x)
+            torch.testing.assert_close(found, linear.bias.expand(3, -1), rtol=1e-2, atol=1e-6)
+
+    def test_zero_weights_give_zero(self) -> None:
+        """A layer, or a row, of zeros has no scale to divide by, and still gives zeros."""
+        for rows in (slice(None), slice(0, 3)):
+            linear = self.linear(bias=False)
+            with torch.no_grad():
+                linear.weight[rows] = 0
+            with torch.inference_mode():
+                found = self.converted(linear)(self.rows(4, 64))
+            assert torch.isfinite(found).all(), "the output has an infinity or a NaN"
+            assert not found[:, rows].any(), "zero weights give something"
+
+    def test_an_outlier_stays_finite(self) -> None:
+        """One weight a thousand times larger than all others, and one such input, give finite products."""
+        linear, x = self.linear(), self.rows(4, 64)
+        with torch.no_grad():
+            linear.weight[5, 7] = 1000.0
+            x[1, 3] = 1000.0
+        with torch.inference_mode():
+            assert torch.isfinite(self.converted(linear)(x)).all(), "the output has an infinity or a NaN"
+
+    def test_the_same_layer_gives_the_same_bits(self) -> None:
+        """Converted twice, called twice: equal to the last bit."""
+        linear, x = self.linear((512, 512)), self.rows(9, 512)
+        first, second = self.converted(linear), self.converted(linear)
+        with torch.inference_mode():
+            wanted = first(x)
+            assert torch.equal(first(x), wanted), "called again, it gives other bits"
+            assert torch.equal(second(x), wanted), "converted again, it gives other bits"
+
+    def test_a_row_does_not_feel_the_others(self) -> None:
+        """Where batch invariance is claimed, a row alone and in company gives the same bits."""
+        self.require_claim("batch_invariant")
+        module, x = self.converted(self.linear((512, 512))), self.rows(33, 512)
+        with torch.inference_mode():
+            together = module(x)
+            for count in (1, 2, 16):
+                assert torch.equal(module(x[:count]), together[:count]), f"{count} rows alone give other bits"
+
+    # --- memory and manners of converting ----------------------------------------------------------------------------
+
+    def test_memory_is_what_the_bits_say(self) -> None:
+        """A converted layer keeps at most ``bits_per_weight`` bits a weight, its bias, and 5 percent."""
+        bits = self.require_bits()
+        linear = self.linear((1024, 768))
+        kept = tensor_bytes(self.converted(linear))
+        assert linear.bias is not None
+        allowed = linear.weight.numel() * bits / 8 * 1.05 + linear.bias.numel() * 4 + 4096
+        assert kept <= allowed, f"it keeps {8 * kept / linear.weight.numel():.2f} bits a weight and claims {bits}"
+
+    def test_values_of_the_layer_are_left_alone(self) -> None:
+        """Converting does not write to the weights it is given: somebody else may hold them too."""
+        for name in NAMES:
+            linear = self.linear()
+            weight, bias = linear.weight, linear.bias
+            before = weight.detach().clone(), bias.detach().clone()
+            quantizer: Quantizer = self.make()
+            quantizer.convert(name, linear)
+            assert torch.equal(weight, before[0]), f"{name}: the weights were written to"
+            assert torch.equal(bias, before[1]), f"{name}: the bias was written to"
+
+    def test_what_it_leaves_out_is_returned_itself(self) -> None:
+        """A layer comes back as the very module it was, untouched, or as another one: never as a changed self."""
+        x = self.rows(3, 64)
+        for name in NAMES:
+            linear = self.linear()
+            wanted = linear(x).detach()
+            quantizer: Quantizer = self.make()
+            if quantizer.convert(name, linear) is linear:
+                assert type(linear) is nn.Linear, f"{name}: the layer itself was given another class"
+                assert torch.equal(linear(x).detach(), wanted), f"{name}: the layer itself gives something else now"
+
+    def test_layers_do_not_share_state(self) -> None:
+        """One quantizer converts layer after layer; each keeps its own weights."""
+        quantizer: Quantizer = self.make()
+        layers = [self.linear(seed=seed) for seed in range(3)]
+        modules = [quantizer.convert(name, copy.deepcopy(x)) for name, x in zip(NAMES, layers, strict=False)]
+        x = self.rows(8, 64)
+        for index, (linear, module) in enumerate(zip(layers, modules, strict=True)):
+            with torch.inference_mode():
+                found, wanted = module.eval()(x).double(), linear(x).double()
+            error = float((found - wanted).norm() / wanted.norm())
+            assert error <= self.bound(x.dtype), f"layer {index} of 3 is off by {error:.3g} of the norm"

@@ -1,0 +1,191 @@
+"""Kernel providers with one fault each, and the test of the kit that must catch it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from drivetrain.contracts import kernels as contract
+from drivetrain.contracts.kernels import KernelSpec
+from drivetrain.contracts.plugin import Plugin, Probe, ProbeContext
+from drivetrain.kernels.reference import ReferenceKernels
+
+
+class _OneReplaced(ReferenceKernels):
+    """The reference, but for one operation."""
+
+    operation = ""
+
+    def make(self, spec: KernelSpec) -> Callable[..., Any]:
+        made = super().make(spec)
+        return self.replace(spec, made) if spec.operation == self.operation else made
+
+    def replace(self, spec: KernelSpec, made: Callable[..., Any]) -> Callable[..., Any]:
+        raise NotImplementedError
+
+
+class EpsOutsideTheRoot(_OneReplaced):
+    """Adds epsilon to the root instead of under it: right for everyday values, wrong for small ones."""
+
+    operation = "rms_norm"
+
+    def replace(self, spec: KernelSpec, made: Callable[..., Any]) -> Callable[..., Any]:
+        eps, offset = spec.params.get("eps", 1e-6), spec.params.get("weight_offset", 0.0)
+
+        def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            wide = x.float()
+            normed = wide / (wide.pow(2).mean(-1, keepdim=True).sqrt() + eps)
+            return (normed * (weight.float() + offset)).to(x.dtype)
+
+        return rms_norm
+
+
+class SquaresInHalf(_OneReplaced):
+    """Squares in the inputs' own format, which overflows in float16."""
+
+    operation = "rms_norm"
+
+    def replace(self, spec: KernelSpec, made: Callable[..., Any]) -> Callable[..., Any]:
+        eps, offset = spec.params.get("eps", 1e-6), spec.params.get("weight_offset", 0.0)
+
+        def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            scale = ((x * x).float().mean(-1, keepdim=True) + eps).rsqrt()
+            return (x.float() * scale * (weight.float() + offset)).to(x.dtype)
+
+        return rms_norm
+
+
+class NeighboursAsPairs(_OneReplaced):
+    """Rotates dims (2i, 2i + 1) instead of (i, i + R/2)."""
+
+    operation = "rope"
+
+    def replace(self, spec: KernelSpec, made: Callable[..., Any]) -> Callable[..., Any]:
+        def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+            size = cos.shape[-1]
+            even, odd = x[..., 0:size:2].to(cos.dtype), x[..., 1:size:2].to(cos.dtype)
+            cos, sin = cos[:, None, : size // 2], sin[:, None, : size // 2]
+            pairs = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+            return torch.cat((pairs.flatten(-2).to(x.dtype), x[..., size:]), dim=-1)
+
+        return lambda q, k, cos, sin: (rotate(q, cos, sin), rotate(k, cos, sin))
+
+
+class NeedsDenseMemory(_OneReplaced):
+    """Reads its input as if its elements lay side by side."""
+
+    operation = "silu_mul"
+
+    def replace(self, spec: KernelSpec, made: Callable[..., Any]) -> Callable[..., Any]:
+        def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+            dense = gate.as_strided(gate.shape, torch.empty(gate.shape).stride(), gate.storage_offset())
+            return functional.silu(dense) * up
+
+        return silu_mul
+
+
+class WrongGradient(_OneReplaced):
+    """Takes silu's slope for the sigmoid alone in its backward."""
+
+    operation = "silu_mul"
+
+    def replace(self, spec: KernelSpec, made: Callable[..., Any]) -> Callable[..., Any]:
+        class SiluMul(torch.autograd.Function):
+            @staticmethod
+            def forward(context: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+                context.save_for_backward(gate, up)
+                return functional.silu(gate) * up
+
+            @staticmethod
+            def backward(context: Any, gradient: torch.Tensor) -> Any:
+                gate, up = context.saved_tensors
+                return gradient * up * gate.sigmoid(), gradient * functional.silu(gate)
+
+        return SiluMul.apply
+
+
+class WritesInPlace(_OneReplaced):
+    """Uses its first input as its output buffer."""
+
+    operation = "gelu_tanh_mul"
+
+    def replace(self, spec: KernelSpec, made: Callable[..., Any]) -> Callable[..., Any]:
+        def gelu_tanh_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+            return gate.copy_(made(gate, up))
+
+        return gelu_tanh_mul
+
+
+class SharesItsConstants(_OneReplaced):
+    """Keeps the constants of whichever use was made last for all of them."""
+
+    operation = "rms_norm"
+    last: dict[str, Callable[..., Any]] = {}
+
+    def replace(self, spec: KernelSpec, made: Callable[..., Any]) -> Callable[..., Any]:
+        self.last["rms_norm"] = made
+        return lambda x, weight: self.last["rms_norm"](x, weight)
+
+
+class SaysYesToEverything(ReferenceKernels):
+    """Supports operations that it does not have."""
+
+    def supports(self, spec: KernelSpec) -> Probe:
+        return Probe.yes("why not")
+
+
+class LooksAtItsNeighbours(_OneReplaced):
+    """Claims batch invariance, and scales by the largest value of the whole batch on the way."""
+
+    operation = "linear"
+
+    @classmethod
+    def abilities(cls) -> frozenset[str]:
+        return frozenset({"batch_invariant"})
+
+    def replace(self, spec: KernelSpec, made: Callable[..., Any]) -> Callable[..., Any]:
+        def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            largest = x.abs().amax() + 1 if x.numel() else torch.ones(())
+            product = made((x.float() / largest.float()).to(x.dtype), weight, None) * largest
+            return (product if bias is None else product + bias).to(x.dtype)
+
+        return linear
+
+
+class CompilesInItsProbe(ReferenceKernels):
+    """Starts a compiler when it is probed."""
+
+    @classmethod
+    def probe(cls, context: ProbeContext) -> Probe:
+        subprocess.run([sys.executable, "--version"], capture_output=True, check=True)
+        return Probe.yes("compiled")
+
+
+class ReplacesTheCore(ReferenceKernels):
+    """Loosens the core's table of tolerances when it is probed."""
+
+    @classmethod
+    def probe(cls, context: ProbeContext) -> Probe:
+        contract.OPERATIONS["linear"] = contract.Operation("linear", "", "", {"float32": (1.0, 1.0)})
+        return Probe.yes("passes everything")
+
+
+ZOO: dict[type[Plugin], str] = {
+    EpsOutsideTheRoot: "test_parity",
+    SquaresInHalf: "test_parity",
+    NeighboursAsPairs: "test_parity",
+    NeedsDenseMemory: "test_strided_inputs",
+    WrongGradient: "test_gradients",
+    WritesInPlace: "test_inputs_are_left_unchanged",
+    SharesItsConstants: "test_a_made_callable_needs_no_provider",
+    SaysYesToEverything: "test_what_it_has_not_is_refused",
+    LooksAtItsNeighbours: "test_rows_do_not_depend_on_each_other",
+    CompilesInItsProbe: "test_import_and_probe_start_no_process",
+    ReplacesTheCore: "test_import_and_probe_leave_drivetrain",
+}
+"""Faulty kernel provider -> the test that must fail for it."""
