@@ -271,7 +271,7 @@ def _create(plugin: type[Plugin], ref: PluginRef, request: PartRequest) -> Plugi
         return plugin(make_config(plugin, ref, request))
     except DrivetrainError:
         raise
-    except Exception as error:  # a third party's code; mapped here so that callers meet one tree of errors
+    except (Exception, SystemExit) as error:  # a third party's code; callers meet one tree of errors
         raise PluginError(f"creating it failed with {type(error).__name__}: {error}", where=str(ref)) from error
 
 

@@ -45,8 +45,8 @@ class LocalSource(Source):
                 where=str(path),
                 hint="Check the path; a model on the Hugging Face hub is named org/name, without ./ or .gguf",
             )
-        if path.is_file():
-            if path.suffix != ".gguf":
+        if not path.is_dir():
+            if not path.is_file() or path.suffix != ".gguf":
                 raise SourceError(
                     "this file is no model",
                     where=str(path),

@@ -86,3 +86,8 @@ def test_a_file_of_another_kind_is_no_model(local: LocalSource) -> None:
     Path("notes.txt").write_text("")
     with pytest.raises(SourceError, match=r"notes\.txt.*no model.*\.gguf"):
         local.locate("./notes.txt")
+
+
+def test_a_device_file_is_no_model() -> None:
+    with pytest.raises(SourceError, match="this file is no model"):
+        LocalSource(LocalSource.Config()).locate("/dev/null")
