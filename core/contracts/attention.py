@@ -17,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from drivetrain.contracts.plugin import Plugin
 
@@ -147,9 +147,9 @@ KVCache = Any
 class AttentionBackend(Plugin):
     """Keeps keys and values, and attends over them. Stateless between steps but for the cache it was asked to make.
 
-    Optional abilities: ``training`` (``begin`` works with ``cache=None``), ``windows``, ``soft_cap``, and
-    ``batch_invariant`` (a sequence's result does not depend on what else is in the batch, to the last bit). A backend
-    that does not claim one of the first three refuses, in its probe, a model that needs it.
+    Optional abilities: ``training`` (``begin`` works with ``cache=None``), ``windows``, ``soft_cap``, ``converts``
+    (:class:`ConvertsCache`), and ``batch_invariant`` (a sequence's result does not depend on what else is in the batch,
+    to the last bit). A backend that does not claim one of the first three refuses, in its probe, a model that needs it.
     """
 
     kind = "attention"
@@ -178,3 +178,24 @@ class AttentionBackend(Plugin):
     def clear_blocks(self, cache: KVCache, group: KVGroup, blocks: Sequence[int]) -> None:
         """Set whole blocks to zero in every layer of ``group``: what was written there may not be finite, and a slot
         that a later request masks still takes part in its products."""
+
+
+@runtime_checkable
+class ConvertsCache(Protocol):
+    """Ability ``converts``: a swap to this backend takes over a cache of another layout, with blocks of equal size."""
+
+    def converts_from(self, theirs: KVContract) -> bool:
+        """Whether :meth:`convert` knows that layout and dtype. Pure."""
+
+    def convert(
+        self,
+        spec: AttentionSpec,
+        theirs: KVContract,
+        cache: KVCache,
+        num_blocks: Sequence[int],
+        live_blocks: Sequence[Sequence[int]],
+        device: torch.device,
+    ) -> KVCache:
+        """A cache of this backend with ``num_blocks[g]`` blocks for each KV group, where the ``live_blocks`` of each
+        hold what ``cache`` holds and the others are zero; ``cache`` stays as it is. The step loop waits meanwhile.
+        """

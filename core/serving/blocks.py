@@ -48,6 +48,10 @@ class BlockPool:
         """Blocks whose content can be found by its hash, whether used or free."""
         return len(self._block_of)
 
+    def live_blocks(self) -> list[int]:
+        """Blocks whose content may be read again: used ones, and free ones that hold an indexed prefix. O(total)."""
+        return [*(block for block, count in enumerate(self._references) if count > 0), *self._cached]
+
     def references(self, block: int) -> int:
         return self._references[block]
 

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from drivetrain.contracts.attention import AttentionBatch, AttentionSpec, AttentionStep, KVCache, KVContract
+from drivetrain.contracts.attention import (
+    PAGED_BNGD,
+    AttentionBatch,
+    AttentionSpec,
+    AttentionStep,
+    KVCache,
+    KVContract,
+    PagedCache,
+)
 from drivetrain.contracts.plugin import PluginConfig
 from drivetrain.contracts.quantizer import Quantizer
 from drivetrain.contracts.scheduler import OrderKey, RequestFacts, StepPlan, View
@@ -27,6 +35,40 @@ class OtherLayoutAttention(SdpaAttention):
 
     def kv_contract(self, spec: AttentionSpec) -> KVContract:
         return KVContract("other-BNGD/1", self.config.block_size, spec.dtype)
+
+
+class ConvertingAttention(OtherLayoutAttention):
+    """The other layout, in a backend that takes over a cache of the plain one."""
+
+    @classmethod
+    def abilities(cls) -> frozenset[str]:
+        return super().abilities() | {"converts"}
+
+    def converts_from(self, theirs: KVContract) -> bool:
+        return theirs.layout == PAGED_BNGD
+
+    def convert(
+        self,
+        spec: AttentionSpec,
+        theirs: KVContract,
+        cache: PagedCache,
+        num_blocks: Sequence[int],
+        live_blocks: Sequence[Sequence[int]],
+        device: torch.device,
+    ) -> PagedCache:
+        made: PagedCache = self.allocate(spec, num_blocks, device)
+        for group, blocks in zip(spec.groups, live_blocks, strict=True):
+            for layer in group.layers:
+                for old, new in ((cache.keys, made.keys), (cache.values, made.values)):
+                    new[layer][list(blocks)] = old[layer][list(blocks)]
+        return made
+
+
+class FaultyConverter(ConvertingAttention):
+    """Fails when it converts."""
+
+    def convert(self, *_: object) -> PagedCache:
+        raise InjectedError("attention was told to fail in commit")
 
 
 class SameLayoutAttention(SdpaAttention):
@@ -151,6 +193,8 @@ PARTS: dict[str, Sequence[tuple[str, Callable[..., Any]]]] = {
     "attention": (
         ("other-layout", OtherLayoutAttention),
         ("same-layout", SameLayoutAttention),
+        ("converting", ConvertingAttention),
+        ("faulty-converter", FaultyConverter),
         ("faulty", FaultyAttention),
     ),
     "quantizer": (("exact", ExactQuantizer), ("faulty", FaultyQuantizer)),

@@ -119,6 +119,19 @@ def test_there_and_back_under_load(llm: LLM, there: Any, back: Any, cache: str, 
     assert_whole(llm)
 
 
+def test_a_cache_that_can_be_converted_is_kept(llm: LLM) -> None:
+    """Running requests and cached prefixes go on with what was computed."""
+    with Traffic(llm) as traffic:
+        report = llm.swap(probation_steps=2, attention={"name": "converting", "block_size": 4})
+        assert (report.outcome, report.cache.value) == (SwapOutcome.FINALIZED, "convert")
+        assert report.requests_recomputed == 0
+    before = llm.stats()["prefix_hit_tokens"]
+    assert traffic._run() == traffic.expected
+    assert llm.stats()["prefix_hit_tokens"] > before
+    assert llm.swap(dry_run=True, attention={"name": "sdpa", "block_size": 4}).cache.value == "recompute"
+    assert_whole(llm)
+
+
 def test_chunks_carry_the_epoch_that_made_them(llm: LLM) -> None:
     stream = llm.stream(PROMPTS[0], GREEDY)
     epochs = [next(stream).epoch]
@@ -136,6 +149,7 @@ FAULTS = [
     ({"quantizer": {"name": "faulty", "phase": "prepare"}}, "told to fail in prepare"),
     ({"scheduler": {"name": "faulty", "phase": "prepare"}}, "told to fail in prepare"),
     ({"scheduler": {"name": "faulty", "phase": "commit"}}, "commit failed and was undone"),
+    ({"attention": {"name": "faulty-converter", "block_size": 4}}, "commit failed and was undone"),
 ]
 
 
