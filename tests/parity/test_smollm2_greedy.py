@@ -109,11 +109,11 @@ def test_greedy_tokens_equal_transformers(llm: LLM, prompts: list[list[int]], ex
 def test_greedy_tokens_in_small_chunks(smollm2: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:
     """A token budget far below the prompts, and a cache so small that requests are preempted."""
     options = {"name": "fcfs", "max_batched_tokens": 48, "max_running": 16}
-    engine = {"max_model_len": 512, "kv_memory": "40MiB"}
+    engine = {"max_model_len": 256, "kv_memory": "20MiB"}
     with LLM(smollm2, scheduler=options, engine=engine) as llm:
-        found = [list(result.token_ids) for result in llm.generate(prompts, GREEDY)]
+        found = [list(result.token_ids) for result in llm.generate(prompts[:10], GREEDY)]
         assert llm.stats()["preemptions"] > 0
-    assert found == expected
+    assert found == expected[:10]
 
 
 def test_every_token_is_the_likeliest_by_transformers(llm: LLM, theirs: Any) -> None:

@@ -93,6 +93,16 @@ def describe(value: Any) -> dict[str, Any]:
     return described | ({"deprecated": dataclasses.asdict(notice)} if notice else {})
 
 
+def own_annotations(cls: type) -> dict[str, Any]:
+    """What the class itself declares. A class without annotations may come to show those of its base, depending on who
+    asked before; what a base declares in the same words is therefore left to the base."""
+    inherited: dict[str, Any] = {}
+    for base in reversed(cls.__mro__[1:]):
+        inherited |= vars(base).get("__annotations__", {})
+    own = vars(cls).get("__annotations__", {})
+    return {name: annotation for name, annotation in own.items() if inherited.get(name) != annotation}
+
+
 def describe_class(cls: type) -> dict[str, Any]:
     is_generated = dataclasses.is_dataclass(cls) or getattr(cls, "_is_protocol", False)
     described: dict[str, Any] = {"bases": [base.__name__ for base in cls.__bases__]}
@@ -101,7 +111,7 @@ def describe_class(cls: type) -> dict[str, Any]:
         described["order"] = ", ".join(described["fields"])
         described["frozen"] = cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
     members = {}
-    own = {**dict.fromkeys(getattr(cls, "__annotations__", {})), **vars(cls)}
+    own = {**dict.fromkeys(own_annotations(cls)), **vars(cls)}
     for name in sorted(own):
         is_field = name in described.get("fields", {})
         if is_field or (name.startswith("_") and (name not in _CALLS or (name == "__init__" and is_generated))):
@@ -114,7 +124,7 @@ def describe_class(cls: type) -> dict[str, Any]:
 
 
 def describe_member(cls: type, name: str) -> str:
-    annotation = getattr(cls, "__annotations__", {}).get(name)
+    annotation = own_annotations(cls).get(name)
     declared = f"attribute: {annotation}" if annotation else "attribute"
     if name not in vars(cls):
         return declared
