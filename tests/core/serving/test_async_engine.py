@@ -172,7 +172,7 @@ def test_whoever_leaves_while_a_long_text_is_still_read_leaves_nothing_behind(
     monkeypatch.setattr("drivetrain.serving.async_engine._LONG_TEXT", 3)
 
     async def run() -> None:
-        with held_model(engine.stack) as model:
+        with held_model(engine.stack):
             with engine.loop._wake:  # the thread that submits has to wait for this
                 submitting = asyncio.create_task(engine.submit(GenerationRequest("hello", greedy(None))))
                 await asyncio.sleep(0.05)
@@ -180,13 +180,13 @@ def test_whoever_leaves_while_a_long_text_is_still_read_leaves_nothing_behind(
                 with pytest.raises(asyncio.CancelledError):
                     await submitting
                 assert engine.loop.is_empty
-            assert await asyncio.to_thread(model.faults.entered.wait, 10)
-            while not engine.loop._inbox:  # the cancellation, which the loop reads after its step
-                await asyncio.sleep(0.002)
+            await asyncio.to_thread(wait_until, lambda: engine.stats()["requests"] == 1, "taken")
+            # The loop reads the cancellation together with the request, or after its first step: both are right.
+            await asyncio.to_thread(wait_until, lambda: engine.loop._inbox or engine.loop.is_empty, "cancelled")
 
     asyncio.run(run())
     assert_freed(engine)
-    assert engine.stats()["output_tokens"] == 1  # of the 59 that were asked for
+    assert engine.stats()["output_tokens"] <= 1  # of the 59 that were asked for
 
 
 def test_draining_waits_for_what_is_under_way(make: Any) -> None:
