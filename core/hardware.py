@@ -314,10 +314,14 @@ def parse_torch_build(text: str) -> TorchBuild:
 # --- small readers -------------------------------------------------------------------------------------------------
 
 
-def read_text(path: Path) -> str | None:
-    """Text of a file of the kernel; None when it is not there or not ours to read, which both mean "not known"."""
+def read_text(path: Path, limit_bytes: int = -1) -> str | None:
+    """Text of a file of the kernel; None when it is not there or not ours to read, which both mean "not known".
+
+    limit_bytes: read no more than the file's head; the kernel writes such files while they are read, part by part.
+    """
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        with path.open("rb") as file:
+            return file.read(limit_bytes).decode("utf-8", errors="replace")
     except OSError:
         return None
 
