@@ -3,12 +3,14 @@
 A logical operation is a signature, a meaning (the reference provider, in plain torch) and a tolerance. A model asks for
 it once, when it is built, and keeps the plain callable that it gets: nothing is looked up while a step runs.
 
-Shapes: ``...`` any leading dims; E features; T tokens; H query heads; G key/value heads; D head size; R rotary
-dims (R <= D).
+Shapes: ``...`` any leading dims; E features; I, O features of a linear layer; T tokens; S sequences; V vocabulary; H
+query heads; G key/value heads; D head size; R rotary dims (R <= D); B blocks of the cache; N tokens in a block. Where a
+signature names no dtype, it is that of the activations.
 """
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,9 +23,14 @@ from drivetrain.contracts.plugin import Plugin, Probe
 class Operation:
     """One logical operation.
 
-    signature: how the bound callable is called, as Python would print it.
-    meaning:   what it computes.
-    tolerance: torch dtype name -> (relative, absolute) distance from the reference that still passes.
+    signature:      how the bound callable is called, as Python would print it.
+    meaning:        what it computes.
+    tolerance:      torch dtype name of the activations -> (relative, absolute) distance from the reference that still
+                    passes.
+    differentiable: whether gradients flow through it at all.
+    constants:      arguments of a differentiable operation that need no gradient.
+    writes:         arguments that are written to.
+    result_dtype:   torch dtype name of the result where it is not that of the activations.
     """
 
     name: str
@@ -32,7 +39,19 @@ class Operation:
     tolerance: Mapping[str, tuple[float, float]] = field(
         default_factory=lambda: {"float32": (1e-5, 1e-5), "bfloat16": (1.6e-2, 1e-2), "float16": (2e-3, 1e-3)}
     )
+    differentiable: bool = True
+    constants: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    result_dtype: str | None = None
 
+    @property
+    def arguments(self) -> Mapping[str, str]:
+        """Name -> shape of each argument, as the signature has them."""
+        return dict(re.findall(r"(\w+): (?:\w+ )?\[([^\]]*)\]", self.signature.partition("->")[0]))
+
+
+_PRODUCTS = {"float32": (1e-5, 1e-4), "bfloat16": (1.6e-2, 5e-2), "float16": (2e-3, 1e-2)}
+"""Tolerance of what multiplies products with each other, or rounds a weight to the dtype of the activations."""
 
 _OPERATIONS = (
     Operation(
@@ -43,11 +62,80 @@ _OPERATIONS = (
     Operation(
         "rope",
         "(q: [T, H, D], k: [T, G, D], cos: [T, R], sin: [T, R]) -> (q, k)",
-        "rotary embedding of the first R dims, halves paired as (i, i + R/2); the rest passes unchanged",
+        "rotary embedding of the first R dims, halves paired as (i, i + R/2); the rest passes unchanged; cos and sin "
+        "are of any floating dtype",
+        constants=("cos", "sin"),
     ),
     Operation("silu_mul", "(gate: [..., E], up: [..., E]) -> [..., E]", "silu(gate) * up"),
     Operation("gelu_tanh_mul", "(gate: [..., E], up: [..., E]) -> [..., E]", "gelu(gate, tanh approximation) * up"),
     Operation("linear", "(x: [..., I], weight: [O, I], bias: [O] | None) -> [..., O]", "x @ weight.T + bias"),
+    Operation(
+        "add_rms_norm",
+        "(x: [..., E], residual: [..., E], weight: [E]) -> (normed: [..., E], summed: [..., E])",
+        "summed = residual + x, rounded once; normed = rms_norm(summed, weight); spec params: eps, weight_offset",
+    ),
+    Operation(
+        "rope_write",
+        "(q: [T, H, D], k: [T, G, D], v: [T, G, D], cos: [T, R], sin: [T, R], keys: [B, N, G, D], "
+        "values: [B, N, G, D], slots: int64 [T]) -> q",
+        "rope of q and k; k and v are written into the paged cache at slots (block * N + offset, no two alike) in its "
+        "dtype. keys and values have any strides, but for a dense last dim",
+        differentiable=False,
+        writes=("keys", "values"),
+    ),
+    Operation(
+        "gated_linear",
+        "(x: [..., I], gate: [O, I], up: [O, I]) -> [..., O]",
+        "act(x @ gate.T) * (x @ up.T); spec params: activation, 0 for silu and 1 for gelu (tanh approximation)",
+        tolerance=_PRODUCTS,
+    ),
+    Operation(
+        "linear_cross_entropy",
+        "(x: [T, E], weight: [V, E], targets: int64 [T]) -> float32 [T]",
+        "logsumexp(logits) - logits[target] for logits = x @ weight.T, in float32 or wider and without a reduction; a "
+        "target of -100 gives 0 and no gradient; spec params: soft_cap, for logits = cap * tanh(logits / cap), 0 for "
+        "none. A fused implementation never holds all logits",
+        tolerance=_PRODUCTS,
+        constants=("targets",),
+        result_dtype="float32",
+    ),
+    Operation(
+        "sample",
+        "(logits: [S, V], temperature: float32 [S], top_k: int64 [S], top_p: float32 [S], min_p: float32 [S], "
+        "draws: float64 [S]) -> int64 [S]",
+        "the most likely token (the first of equals) where temperature <= 0; elsewhere softmax(logits / temperature), "
+        "cut to the top_k most likely tokens and those as likely as the last of them (0: off), then to the most likely "
+        "up to the one that brings their sum to top_p (1: off; of equals the first), then to those at least min_p as "
+        "likely as the best (0: off), each time renormalized; its cumulative sum over the vocabulary is inverted at "
+        "draws, in [0, 1). A row without a finite logit gives any token. Tolerance: how near a draw or top_p may be to "
+        "a cumulative probability for the token on the other side to pass too",
+        tolerance=dict.fromkeys(("float32", "bfloat16", "float16"), (0.0, 1e-5)),
+        differentiable=False,
+        result_dtype="int64",
+    ),
+    Operation(
+        "linear_int8",
+        "(x: [..., I], weight: int8 [O, I], scales: [O], bias: [O] | None) -> [..., O]",
+        "x @ (weight * scales[:, None]).T + bias; scales are of any floating dtype",
+        tolerance=_PRODUCTS,
+        constants=("weight", "scales", "bias"),
+    ),
+    Operation(
+        "linear_int4",
+        "(x: [..., I], weight: uint8 [O, I / 2], scales: [O, I / group], mins: [O, I / group], bias: [O] | None) "
+        "-> [..., O]",
+        "x @ w.T + bias, where w = nibble * scale + min of its group of inputs; input 2k is in the low nibble of byte "
+        "k, 2k + 1 in the high one; scales and mins are of any floating dtype; spec params: group",
+        tolerance=_PRODUCTS,
+        constants=("weight", "scales", "mins", "bias"),
+    ),
+    Operation(
+        "linear_fp8",
+        "(x: [..., I], weight: float8_e4m3fn [O, I], scales: [O], bias: [O] | None) -> [..., O]",
+        "x @ (weight * scales[:, None]).T + bias; scales are of any floating dtype",
+        tolerance=_PRODUCTS,
+        constants=("weight", "scales", "bias"),
+    ),
 )
 
 OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in _OPERATIONS}
@@ -90,4 +178,5 @@ class KernelProvider(Plugin):
 
     @abstractmethod
     def make(self, spec: KernelSpec) -> Callable[..., Any]:
-        """The callable for this use, with the operation's signature. May compile. Differentiable in its tensors."""
+        """The callable for this use, with the operation's signature. May compile. Differentiable where the operation
+        is."""

@@ -69,7 +69,12 @@ _ORDERED = (
     ),
     Kind("quantizer", "drivetrain.contracts.quantizer:Quantizer", "the formats of weights", default="none"),
     Kind("attention", "drivetrain.contracts.attention:AttentionBackend", "KV layout, and attention over it"),
-    Kind("kernels", "drivetrain.contracts.kernels:KernelProvider", "the implementation of each logical operation"),
+    Kind(
+        "kernels",
+        "drivetrain.contracts.kernels:KernelProvider",
+        "the implementation of each logical operation",
+        minor=1,
+    ),
     Kind(
         "scheduler",
         "drivetrain.contracts.scheduler:Scheduler",

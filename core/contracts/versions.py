@@ -153,6 +153,13 @@ def _lift(kind: str, plugin: type[Plugin], minor: int, where: str, spoken: Contr
     return lifted
 
 
+@adapter("kernels", from_minor=0)
+def _more_operations(plugin: type[Plugin]) -> type[Plugin]:
+    """1.1 brought operations, which nobody has to have, and more fields of :class:`Operation`."""
+    content = {"contract_version": "1.1", "__doc__": plugin.__doc__, "__module__": plugin.__module__}
+    return type(plugin.__name__, (plugin,), content)
+
+
 # --- deprecations --------------------------------------------------------------------------------------------------
 
 

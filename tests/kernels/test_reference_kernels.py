@@ -11,6 +11,8 @@ import torch
 from drivetrain.contracts.kernels import OPERATIONS, KernelSpec
 from drivetrain.errors import ConfigError
 from drivetrain.kernels.reference import ReferenceKernels
+from drivetrain.serving.sampler import distributions
+from drivetrain.serving.types import SamplingParams
 
 torch.set_num_threads(1)
 
@@ -103,7 +105,114 @@ def test_linear_is_the_product(has_bias: bool) -> None:
     check("linear", "float32", bind("linear")(x, weight, bias), expected)
 
 
-@pytest.mark.parametrize("operation", sorted(OPERATIONS))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_rms_norm_is_the_sum_and_its_norm(dtype: str) -> None:
+    torch.manual_seed(5)
+    x, residual = torch.randn(2, 4, 12, dtype=getattr(torch, dtype))
+    weight = torch.randn(12, dtype=getattr(torch, dtype))
+    normed, summed = bind("add_rms_norm", dtype, eps=1e-5, weight_offset=1.0)(x, residual, weight)
+    assert torch.equal(summed, x + residual)
+    assert torch.equal(normed, bind("rms_norm", dtype, eps=1e-5, weight_offset=1.0)(x + residual, weight))
+
+
+def test_rope_write_leaves_every_other_slot_alone() -> None:
+    torch.manual_seed(6)
+    q, k, v, cos, sin = torch.randn(3, 4, 8), *torch.randn(2, 3, 2, 8), *torch.randn(2, 3, 8)
+    keys, values = torch.randn(2, 5, 4, 2, 8)
+    slots = torch.tensor([19, 0, 6])
+    before = keys.clone(), values.clone()
+    turned_q, turned_k = bind("rope")(q, k, cos, sin)
+    assert torch.equal(bind("rope_write")(q, k, v, cos, sin, keys, values, slots), turned_q)
+    for cache, old, new in ((keys, before[0], turned_k), (values, before[1], v)):
+        assert torch.equal(cache.flatten(0, 1)[slots], new)
+        others = [slot for slot in range(20) if slot not in slots.tolist()]
+        assert torch.equal(cache.flatten(0, 1)[others], old.flatten(0, 1)[others])
+
+
+@pytest.mark.parametrize(("activation", "name"), [(0.0, "silu_mul"), (1.0, "gelu_tanh_mul")])
+def test_gated_linear_is_two_products_and_the_activation(activation: float, name: str) -> None:
+    torch.manual_seed(7)
+    x, gate, up = torch.randn(2, 3, 5), *torch.randn(2, 7, 5)
+    found = bind("gated_linear", activation=activation)(x, gate, up)
+    assert torch.equal(found, bind(name)(x @ gate.T, x @ up.T))
+
+
+def test_gated_linear_with_an_unknown_activation_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"gated_linear.*2\.0"):
+        bind("gated_linear", activation=2.0)
+
+
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_the_cross_entropy_of_a_masked_target_is_nothing(cap: float) -> None:
+    torch.manual_seed(8)
+    x, weight = torch.randn(4, 6, requires_grad=True), torch.randn(9, 6, requires_grad=True)
+    targets = torch.tensor([3, -100, 8, 0])
+    losses = bind("linear_cross_entropy", soft_cap=cap)(x, weight, targets)
+    logits = x @ weight.T
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    expected = -logits.log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0] * (targets >= 0)
+    torch.testing.assert_close(losses, expected)
+    losses.sum().backward()
+    assert x.grad is not None
+    assert x.grad[1].count_nonzero() == 0
+    assert x.grad[0].count_nonzero() == 6
+
+
+def test_the_losses_of_bfloat16_are_float32() -> None:
+    x, weight = torch.randn(2, 4).bfloat16(), torch.randn(5, 4).bfloat16()
+    assert bind("linear_cross_entropy", "bfloat16")(x, weight, torch.tensor([0, 1])).dtype == torch.float32
+
+
+def test_quantized_weights_get_no_gradient_and_inputs_do() -> None:
+    x = torch.randn(2, 8, requires_grad=True)
+    weight = torch.randint(-128, 128, (3, 8), dtype=torch.int8)
+    scales = torch.rand(3, requires_grad=True)
+    bind("linear_int8")(x, weight, scales, None).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, (weight * scales[:, None]).sum(0).detach().expand(2, 8))
+    assert scales.grad is None
+
+
+def settings(rows: int, vocab: int) -> list[SamplingParams]:
+    """All filters in all combinations, in a fixed order."""
+    torch.manual_seed(9)
+    chosen = torch.rand(rows, 4)
+    return [
+        SamplingParams(
+            temperature=0.0 if row % 7 == 3 else 0.2 + float(chosen[row, 0]),
+            top_k=int(chosen[row, 1] * vocab) if row % 2 else 0,
+            top_p=float(chosen[row, 2]) if row % 3 else 1.0,
+            min_p=float(chosen[row, 3]) * 0.2 if row % 5 else 0.0,
+        )
+        for row in range(rows)
+    ]
+
+
+@pytest.mark.parametrize("vocab", [5, 400])
+def test_sample_draws_what_the_servers_sampler_draws(vocab: int) -> None:
+    rows = 200
+    params, logits = settings(rows, vocab), torch.randn(rows, vocab) * 2
+    draws = torch.rand(rows, dtype=torch.float64)
+    cumulative = distributions(logits, params).double().cumsum(dim=-1)
+    wanted = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    wanted = torch.where(torch.tensor([p.is_greedy for p in params]), logits.argmax(-1), wanted)
+    columns = [[p.temperature for p in params], [p.top_k for p in params]]
+    columns += [[p.top_p for p in params], [p.min_p for p in params]]
+    found = bind("sample")(logits, *(torch.tensor(column) for column in columns), draws)
+    assert found.dtype == torch.int64
+    assert torch.equal(found, wanted)
+
+
+def test_a_row_without_a_number_still_gives_a_token_of_the_vocabulary() -> None:
+    logits = torch.full((4, 6), math.nan)
+    logits[1:3] = -math.inf
+    one = torch.ones(4)
+    top_k = torch.tensor([0, 2, 0, 2])
+    found = bind("sample")(logits, torch.tensor([1.0, 1.0, 0.0, 0.0]), top_k, one * 0.9, one * 0.1, one.double() / 2)
+    assert ((found >= 0) & (found < 6)).all()
+
+
+@pytest.mark.parametrize("operation", sorted(name for name in OPERATIONS if OPERATIONS[name].differentiable))
 def test_gradients_are_right(operation: str) -> None:
     torch.manual_seed(4)
 
@@ -116,6 +225,12 @@ def test_gradients_are_right(operation: str) -> None:
         "silu_mul": (leaf(3, 5), leaf(3, 5)),
         "gelu_tanh_mul": (leaf(3, 5), leaf(3, 5)),
         "linear": (leaf(3, 5), leaf(4, 5), leaf(4)),
+        "add_rms_norm": (leaf(3, 6), leaf(3, 6), leaf(6)),
+        "gated_linear": (leaf(3, 5), leaf(4, 5), leaf(4, 5)),
+        "linear_cross_entropy": (leaf(3, 5), leaf(4, 5), torch.tensor([2, -100, 0])),
+        "linear_int8": (leaf(3, 5), torch.randint(-128, 128, (4, 5), dtype=torch.int8), torch.rand(4), None),
+        "linear_int4": (leaf(3, 8), torch.randint(0, 256, (4, 4), dtype=torch.uint8), *torch.rand(2, 4, 2), None),
+        "linear_fp8": (leaf(3, 5), torch.randn(4, 5).to(torch.float8_e4m3fn), torch.rand(4), torch.rand(4)),
     }[operation]
     assert torch.autograd.gradcheck(bind(operation, "float64", eps=1e-5), inputs)
     if operation == "rms_norm":

@@ -132,6 +132,58 @@ class SharesItsConstants(_OneReplaced):
         return lambda x, weight: self.last["rms_norm"](x, weight)
 
 
+class WritesBesideTheSlot(_OneReplaced):
+    """Takes the cache's blocks for one token shorter than they are."""
+
+    operation = "rope_write"
+
+    def replace(self, spec: KernelSpec, made: Callable[..., Any]) -> Callable[..., Any]:
+        def rope_write(*arguments: torch.Tensor) -> torch.Tensor:
+            *others, keys, values, slots = arguments
+            return made(*others, keys, values, slots - (slots % keys.shape[1] == keys.shape[1] - 1).long())
+
+        return rope_write
+
+
+class HighNibbleFirst(_OneReplaced):
+    """Takes the nibbles of a byte the other way round."""
+
+    operation = "linear_int4"
+
+    def replace(self, spec: KernelSpec, made: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x, weight, *others: made(x, (weight << 4) | (weight >> 4), *others)
+
+
+class TopPBeforeTopK(_OneReplaced):
+    """Sums up to p over the whole vocabulary, not over what top-k has left."""
+
+    operation = "sample"
+
+    def replace(self, spec: KernelSpec, made: Callable[..., Any]) -> Callable[..., Any]:
+        def sample(logits: torch.Tensor, heat: torch.Tensor, top_k: torch.Tensor, *others: torch.Tensor) -> Any:
+            top_p, min_p, draws = others
+            order = (logits.float() / heat.clamp(min=1e-6)[:, None]).softmax(-1).sort(descending=True)
+            outside = (order.values.cumsum(-1) - order.values >= top_p[:, None]) & (top_p < 1)[:, None]
+            outside[:, :1] = False
+            logits = logits.masked_fill(outside.gather(1, order.indices.argsort()), -float("inf"))
+            return made(logits, heat, top_k, torch.ones_like(top_p), min_p, draws)
+
+        return sample
+
+
+class ForgetsMaskedTargets(_OneReplaced):
+    """Lets positions without a target add to the gradient."""
+
+    operation = "linear_cross_entropy"
+
+    def replace(self, spec: KernelSpec, made: Callable[..., Any]) -> Callable[..., Any]:
+        def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            losses = made(x, weight, targets.clamp(min=0))
+            return losses - (losses * (targets < 0)).detach()
+
+        return linear_cross_entropy
+
+
 class SaysYesToEverything(ReferenceKernels):
     """Supports operations that it does not have."""
 
@@ -182,6 +234,10 @@ ZOO: dict[type[Plugin], str] = {
     NeedsDenseMemory: "test_strided_inputs",
     WrongGradient: "test_gradients",
     WritesInPlace: "test_inputs_are_left_unchanged",
+    WritesBesideTheSlot: "test_parity",
+    HighNibbleFirst: "test_parity",
+    TopPBeforeTopK: "test_parity",
+    ForgetsMaskedTargets: "test_gradients",
     SharesItsConstants: "test_a_made_callable_needs_no_provider",
     SaysYesToEverything: "test_what_it_has_not_is_refused",
     LooksAtItsNeighbours: "test_rows_do_not_depend_on_each_other",

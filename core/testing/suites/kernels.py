@@ -1,14 +1,9 @@
-"""What every kernel provider has to do: each operation it has, against an oracle in float64.
-
-Shapes: T tokens; H query heads; G key/value heads; D head size; R rotary dims; E, I, O features.
-"""
+"""What every kernel provider has to do: each operation it has, against an oracle in float64."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import pytest
@@ -17,167 +12,66 @@ import torch
 from drivetrain.contracts.kernels import OPERATIONS, KernelProvider, KernelSpec
 from drivetrain.contracts.plugin import Probe
 from drivetrain.errors import DrivetrainError
+from drivetrain.testing.kernel_oracle import ORACLES, Arguments, Case, cases
 from drivetrain.testing.suite import Suite, about, not_run
 
-Arguments = tuple[torch.Tensor | None, ...]
+__all__ = ["ORACLES", "Case", "KernelsSuite", "cases"]
+
 Results = tuple[torch.Tensor, ...]
 
-_ROWS = (0, 1, 3, 17)
 _GRADIENT_FACTOR = 10.0
 """A gradient is a longer sum than its forward; it may be this much farther from the oracle."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One use of an operation: the spec that ``make`` is given, but for dtype and device, and shapes of the inputs.
-
-    shapes: of each tensor argument; None for an argument that is left out.
-    scale:  standard deviation of the first input; large values show sums that overflow a narrow format.
-    """
-
-    operation: str
-    shapes: tuple[tuple[int, ...] | None, ...]
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    params: Mapping[str, float] = field(default_factory=dict)
-    scale: float = 1.0
-
-    def spec(self, device_type: str, dtype: str) -> KernelSpec:
-        return KernelSpec(self.operation, device_type, dtype, self.sizes, self.params)
-
-    def inputs(self, dtype: torch.dtype, device: str, seed: int = 0) -> Arguments:
-        """Random inputs; the angles of rope are cosines and sines, and come in float32 or wider."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def draw(shape: tuple[int, ...], scale: float) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-
-        values = [
-            None if shape is None else draw(shape, self.scale if index == 0 else 1.0)
-            for index, shape in enumerate(self.shapes)
-        ]
-        if self.operation == "rope":
-            angle = cast(torch.Tensor, values[2])[..., : self.shapes[2][-1] // 2]  # type: ignore[index]
-            wide = torch.promote_types(dtype, torch.float32)
-            angles = [torch.cat((part, part), dim=-1).to(device, wide) for part in (angle.cos(), angle.sin())]
-            return (*(cast(torch.Tensor, value).to(device, dtype) for value in values[:2]), *angles)
-        return tuple(None if value is None else value.to(device, dtype) for value in values)
-
-
-# --- what the operations mean, in float64 and without any of torch's fused functions ---------------------------------
-
-
-def _rms_norm(params: Mapping[str, float], x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    mean = (x * x).sum(dim=-1, keepdim=True) / x.shape[-1]
-    return x / (mean + params.get("eps", 1e-6)).sqrt() * (weight + params.get("weight_offset", 0.0))
-
-
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    half = cos.shape[-1] // 2
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    cos, sin = cos[:, None, :half], sin[:, None, :half]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
-
-
-def _rope(params: Mapping[str, float], q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
-    return _rotated(q, cos, sin), _rotated(k, cos, sin)
-
-
-def _silu_mul(params: Mapping[str, float], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return gate / (1 + torch.exp(-gate)) * up
-
-
-def _gelu_tanh_mul(params: Mapping[str, float], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
-    return 0.5 * gate * (1 + torch.tanh(inner)) * up
-
-
-def _linear(
-    params: Mapping[str, float], x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    product = (x[..., None, :] * weight).sum(dim=-1)
-    return product if bias is None else product + bias
-
-
-ORACLES: Mapping[str, Callable[..., Any]] = {
-    "rms_norm": _rms_norm,
-    "rope": _rope,
-    "silu_mul": _silu_mul,
-    "gelu_tanh_mul": _gelu_tanh_mul,
-    "linear": _linear,
-}
-"""Operation -> its meaning: called with the spec's params and float64 inputs."""
-
-
-# --- the grid --------------------------------------------------------------------------------------------------------
-
-
-def _rms_norm_cases() -> Iterator[Case]:
-    for rows in _ROWS:
-        for size in (8, 33, 576):
-            yield Case("rms_norm", ((rows, size), (size,)), {"E": size}, {"eps": 1e-5})
-    yield Case("rms_norm", ((2, 3, 64), (64,)), {"E": 64}, {"eps": 1e-6})
-    yield Case("rms_norm", ((3, 64), (64,)), {"E": 64}, {"eps": 1e-6, "weight_offset": 1.0})
-    yield Case("rms_norm", ((3, 64), (64,)), {"E": 64}, {"eps": 1e-2}, scale=0.05)
-    yield Case("rms_norm", ((3, 64), (64,)), {"E": 64}, {"eps": 1e-6}, scale=500.0)
-
-
-def _rope_cases() -> Iterator[Case]:
-    for rows in _ROWS:
-        for heads, kv_heads in ((1, 1), (6, 2), (9, 3)):
-            yield _rope_case(rows, heads, kv_heads, 16, 16)
-    yield _rope_case(5, 4, 4, 64, 64)
-    yield _rope_case(5, 4, 2, 32, 8)
-    yield _rope_case(1, 3, 1, 10, 6)
-
-
-def _rope_case(rows: int, heads: int, kv_heads: int, size: int, rotary: int) -> Case:
-    shapes = ((rows, heads, size), (rows, kv_heads, size), (rows, rotary), (rows, rotary))
-    return Case("rope", shapes, {"H": heads, "G": kv_heads, "D": size, "R": rotary})
-
-
-def _gated_cases(operation: str) -> Iterator[Case]:
-    for rows in _ROWS:
-        for size in (8, 33, 96):
-            yield Case(operation, ((rows, size), (rows, size)), {"E": size})
-    yield Case(operation, ((2, 3, 40), (2, 3, 40)), {"E": 40})
-    yield Case(operation, ((4, 40), (4, 40)), {"E": 40}, scale=20.0)
-
-
-def _linear_cases() -> Iterator[Case]:
-    for rows in _ROWS:
-        for inner, outer in ((8, 8), (33, 17), (96, 1)):
-            for bias in (None, (outer,)):
-                yield Case("linear", ((rows, inner), (outer, inner), bias), {"I": inner, "O": outer})
-    yield Case("linear", ((2, 3, 40), (24, 40), (24,)), {"I": 40, "O": 24})
-
-
-def cases(operation: str) -> list[Case]:
-    """Every case of one operation: odd sizes, no row, one row, more leading dims, large and small values."""
-    grids: Mapping[str, Callable[[], Iterator[Case]]] = {
-        "rms_norm": _rms_norm_cases,
-        "rope": _rope_cases,
-        "silu_mul": lambda: _gated_cases("silu_mul"),
-        "gelu_tanh_mul": lambda: _gated_cases("gelu_tanh_mul"),
-        "linear": _linear_cases,
-    }
-    return list(grids[operation]())
 
 
 def _tensors(result: Any) -> Results:
     return tuple(result) if isinstance(result, tuple | list) else (result,)
 
 
+def _call(operation: str, kernel: Callable[..., Any], arguments: Arguments) -> Results:
+    """What the kernel returns, and after it what it wrote to."""
+    results = _tensors(kernel(*arguments))
+    named = zip(OPERATIONS[operation].arguments, arguments, strict=True)
+    return (*results, *(cast(torch.Tensor, a) for name, a in named if name in OPERATIONS[operation].writes))
+
+
+def _copies(arguments: Arguments) -> Arguments:
+    """Copies in the same form, gaps included."""
+    return tuple(
+        None
+        if value is None
+        else torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(value)
+        for value in arguments
+    )
+
+
 def _wide(arguments: Arguments) -> Arguments:
-    return tuple(None if value is None else value.detach().cpu().double() for value in arguments)
+    """In main memory and float64; integers stay as they are."""
+
+    def widened(value: torch.Tensor) -> torch.Tensor:
+        value = value.detach().cpu()
+        return value.double() if value.is_floating_point() else value
+
+    return tuple(None if value is None else widened(value) for value in arguments)
 
 
-def _strided(value: torch.Tensor | None) -> torch.Tensor | None:
-    """The same values in memory with gaps between them."""
+def _strided(value: torch.Tensor | None, *, dense: bool = False) -> torch.Tensor | None:
+    """The same values in memory with gaps between them; between rows only, where the last dim has to be ``dense``."""
     if value is None:
         return None
-    roomy = torch.zeros((*value.shape[:-1], value.shape[-1] * 2), dtype=value.dtype, device=value.device)
-    roomy[..., ::2] = value
-    return roomy[..., ::2]
+    *lead, last = value.shape
+    if dense:
+        shape: tuple[int, ...] = (*lead[:-1], lead[-1] * 2, last)
+        gaps: tuple[Any, ...] = (..., slice(None, None, 2), slice(None))
+    else:
+        shape, gaps = (*lead, last * 2), (..., slice(None, None, 2))
+    roomy = torch.zeros(shape, dtype=value.dtype, device=value.device)
+    roomy[gaps] = value
+    return roomy[gaps]
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Bit by bit."""
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 class KernelsSuite(Suite):
@@ -206,6 +100,12 @@ class KernelsSuite(Suite):
             pytest.skip(f"not claimed: operation {operation}")
 
     @classmethod
+    def require_gradients(cls, operation: str) -> None:
+        cls.require_operation(operation)
+        if not OPERATIONS[operation].differentiable:
+            pytest.skip(f"not claimed: {operation} is not differentiable")
+
+    @classmethod
     def covered(cls, operation: str, *dtypes: str) -> list[tuple[Case, str, str]]:
         """Case, device and dtype of everything that ``supports`` says yes to; ends the test where it is nothing."""
         cls.require_operation(operation)
@@ -222,14 +122,20 @@ class KernelsSuite(Suite):
             not_run(f"no case of {operation} is supported here: {provider.supports(case.spec(device, dtype)).reason}")
         return found
 
-    def compare(self, case: Case, dtype: str, arguments: Arguments, result: Any) -> None:
-        """Hold a result against the oracle on the same, already rounded inputs."""
+    def compare(self, case: Case, dtype: str, arguments: Arguments, results: Results) -> None:
+        """Hold results against the oracle on the same, already rounded inputs."""
         wanted = _tensors(ORACLES[case.operation](case.params, *_wide(arguments)))
-        relative, absolute = OPERATIONS[case.operation].tolerance[dtype]
-        for found, right in zip(_tensors(result), wanted, strict=True):
-            assert found.dtype == getattr(torch, dtype), f"{case}: the result is {found.dtype} for inputs in {dtype}"
+        operation = OPERATIONS[case.operation]
+        relative, absolute = operation.tolerance[dtype]
+        right_dtype = operation.result_dtype or dtype
+        for found, right in zip(results, wanted, strict=True):
+            assert found.dtype == getattr(torch, right_dtype), f"{case}: the result is {found.dtype} for {dtype}"
+            found = found.detach().cpu()
+            if right.dtype == torch.bool:
+                _expect_allowed(f"{case} {dtype}", found, right)
+                continue
             torch.testing.assert_close(
-                found.detach().cpu().double(), right, rtol=relative, atol=absolute, msg=about(f"{case} {dtype}")
+                found.double(), right, rtol=relative, atol=absolute, msg=about(f"{case} {dtype}")
             )
 
     # --- what the provider says --------------------------------------------------------------------------------------
@@ -273,31 +179,35 @@ class KernelsSuite(Suite):
         provider = self.provider()
         for case, device, dtype in self.covered(operation):
             arguments = case.inputs(getattr(torch, dtype), device)
-            result = provider.make(case.spec(device, dtype))(*arguments)
-            self.compare(case, dtype, arguments, result)
+            kernel = provider.make(case.spec(device, dtype))
+            self.compare(case, dtype, arguments, _call(operation, kernel, _copies(arguments)))
 
     @pytest.mark.parametrize("operation", sorted(ORACLES))
     def test_strided_inputs(self, operation: str) -> None:
         """Inputs whose elements do not lie side by side in memory give the same results."""
         provider = self.provider()
         for case, device, dtype in self.covered(operation, self.dtypes[0]):
-            arguments = tuple(_strided(value) for value in case.inputs(getattr(torch, dtype), device))
-            self.compare(case, dtype, arguments, provider.make(case.spec(device, dtype))(*arguments))
+            named = zip(OPERATIONS[operation].arguments, case.inputs(getattr(torch, dtype), device), strict=True)
+            arguments = tuple(_strided(value, dense=name in OPERATIONS[operation].writes) for name, value in named)
+            kernel = provider.make(case.spec(device, dtype))
+            self.compare(case, dtype, arguments, _call(operation, kernel, _copies(arguments)))
 
     @pytest.mark.parametrize("operation", sorted(ORACLES))
     def test_inputs_are_left_unchanged(self, operation: str) -> None:
-        """No input is written to."""
+        """No input is written to, but for those that the operation is there to write to."""
         provider = self.provider()
         for case, device, dtype in self.covered(operation):
             arguments = case.inputs(getattr(torch, dtype), device)
-            before = [None if value is None else value.clone() for value in arguments]
+            before = _copies(arguments)
             provider.make(case.spec(device, dtype))(*arguments)
-            for index, (value, copy) in enumerate(zip(arguments, before, strict=True)):
-                assert value is None or torch.equal(value, cast(torch.Tensor, copy)), f"{case}: wrote to input {index}"
+            for name, value, copy in zip(OPERATIONS[operation].arguments, arguments, before, strict=True):
+                if value is not None and name not in OPERATIONS[operation].writes:
+                    assert _same(value, cast(torch.Tensor, copy)), f"{case}: wrote to {name}"
 
     @pytest.mark.parametrize("operation", sorted(ORACLES))
     def test_gradients(self, operation: str) -> None:
-        """Gradients of every input equal the oracle's, in float32."""
+        """Gradients of every input that is no constant equal the oracle's, in float32."""
+        self.require_gradients(operation)
         provider = self.provider()
         relative, absolute = OPERATIONS[operation].tolerance["float32"]
         for case, device, dtype in self.covered(operation, "float32"):
@@ -318,7 +228,7 @@ class KernelsSuite(Suite):
     @pytest.mark.parametrize("operation", sorted(ORACLES))
     def test_gradcheck(self, operation: str) -> None:
         """Where float64 is supported, gradients equal finite differences."""
-        self.require_operation(operation)
+        self.require_gradients(operation)
         provider = self.provider()
         small = min((c for c in cases(operation) if c.shapes[0] and c.shapes[0][0] == 3), key=lambda c: str(c.shapes))
         spec = small.spec("cpu", "float64")
@@ -342,7 +252,8 @@ class KernelsSuite(Suite):
         for case, device, dtype in self.covered(operation):
             kernel = provider.make(case.spec(device, dtype))
             arguments = case.inputs(getattr(torch, dtype), device)
-            for one, other in zip(_tensors(kernel(*arguments)), _tensors(kernel(*arguments)), strict=True):
+            first, second = (_call(operation, kernel, _copies(arguments)) for _ in range(2))
+            for one, other in zip(first, second, strict=True):
                 assert torch.equal(one, other), f"{case} {dtype}"
 
     @pytest.mark.parametrize("operation", sorted(ORACLES))
@@ -356,8 +267,8 @@ class KernelsSuite(Suite):
                 continue
             arguments = case.inputs(getattr(torch, dtype), device)
             kernel = provider.make(case.spec(device, dtype))
-            alone = kernel(*(_first_row(value, rows) for value in arguments))
-            for together, one in zip(_tensors(kernel(*arguments)), _tensors(alone), strict=True):
+            alone = kernel(*_first_row(arguments, operation))
+            for together, one in zip(_tensors(kernel(*_copies(arguments))), _tensors(alone), strict=True):
                 assert torch.equal(together[:1], one), f"{case} {dtype}: the first row changes with those behind it"
 
     def test_dtypes_of_the_grid_have_a_tolerance(self) -> None:
@@ -376,15 +287,25 @@ class KernelsSuite(Suite):
         made = [(case, provider.make(case.spec("cpu", "float32"))) for case in (base, other)]
         for case, kernel in made:
             arguments = case.inputs(torch.float32, "cpu")
-            self.compare(case, "float32", arguments, kernel(*arguments))
+            self.compare(case, "float32", arguments, _tensors(kernel(*arguments)))
+
+
+def _expect_allowed(what: str, found: torch.Tensor, allowed: torch.Tensor) -> None:
+    """Each row's token is one of those that pass."""
+    assert found.shape == allowed.shape[:1], f"{what}: {tuple(found.shape)} tokens for {allowed.shape[0]} rows"
+    for row, token in enumerate(found.tolist()):
+        assert 0 <= token < allowed.shape[1], f"{what}: row {row} gave {token}, which is no token"
+        assert allowed[row, token], (
+            f"{what}: row {row} gave token {token}, right is {allowed[row].nonzero().flatten().tolist()}"
+        )
 
 
 def _asking(arguments: Arguments, operation: str) -> Arguments:
-    """Copies that ask for gradients; the angles of rope are constants."""
-    count = 2 if operation == "rope" else len(arguments)
+    """Copies that ask for gradients, but for constants."""
+    named = zip(OPERATIONS[operation].arguments, arguments, strict=True)
     return tuple(
-        value if value is None or index >= count else value.detach().clone().requires_grad_()
-        for index, value in enumerate(arguments)
+        value if value is None or name in OPERATIONS[operation].constants else value.detach().clone().requires_grad_()
+        for name, value in named
     )
 
 
@@ -399,6 +320,10 @@ def _gradients(result: Any, arguments: Arguments) -> list[torch.Tensor]:
     return [torch.zeros_like(a) if g is None else g for a, g in zip(asking, found, strict=True)]
 
 
-def _first_row(value: torch.Tensor | None, rows: int) -> torch.Tensor | None:
-    """The first row of an input that has ``rows`` rows; weights stay whole."""
-    return value[:1] if value is not None and value.dim() > 1 and value.shape[0] == rows else value
+def _first_row(arguments: Arguments, operation: str) -> Arguments:
+    """Copies of the inputs with the first row only; weights and caches stay whole."""
+    shapes = OPERATIONS[operation].arguments.values()
+    return tuple(
+        value[:1] if value is not None and shape.split(",")[0] in ("...", "T", "S") else value
+        for value, shape in zip(_copies(arguments), shapes, strict=True)
+    )

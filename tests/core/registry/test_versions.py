@@ -7,6 +7,7 @@ import dataclasses
 import json
 import warnings
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import pytest
 
 from drivetrain import __version__
 from drivetrain.contracts import versions
+from drivetrain.contracts.kernels import KernelProvider, KernelSpec
 from drivetrain.contracts.kinds import KINDS
+from drivetrain.contracts.plugin import Probe
 from drivetrain.contracts.versions import (
     ContractVersion,
     ContractVersionError,
@@ -97,6 +100,27 @@ def lift_to_1_1(cls: Any) -> Any:
             return 1
 
     return Lifted
+
+
+def test_a_kernel_provider_of_1_0_is_carried_over_to_1_1() -> None:
+    class Few(KernelProvider):
+        """One operation."""
+
+        def operations(self) -> frozenset[str]:
+            return frozenset({"rms_norm"})
+
+        def supports(self, spec: KernelSpec) -> Probe:
+            return Probe.yes()
+
+        def make(self, spec: KernelSpec) -> Callable[..., Any]:
+            return lambda x, weight: x
+
+    lifted = fit("kernels", Few, where="few")
+    assert issubclass(lifted, Few)
+    assert (lifted.contract_version, lifted.__name__, lifted.__doc__) == ("1.1", "Few", "One operation.")
+    made = lifted(lifted.Config())
+    assert isinstance(made, KernelProvider)
+    assert made.operations() == {"rms_norm"}
 
 
 @pytest.mark.usefixtures("moved_on")
