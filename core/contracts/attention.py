@@ -140,6 +140,27 @@ class AttentionStep(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class PagedView:
+    """What a coarse kernel needs to write into the cache and attend over it by itself."""
+
+    spec: AttentionSpec
+    batch: AttentionBatch
+    cache: PagedCache
+    block_size: int
+
+
+@runtime_checkable
+class OpensPages(Protocol):
+    """An attention step whose backend claims ``opens_pages``: a kernel that runs whole layers may do their attention
+    too, over the pages that the step would use. A backend opens them only where any correct attention may stand in for
+    its own."""
+
+    @property
+    def pages(self) -> PagedView:
+        """The pages of this step."""
+
+
 KVCache = Any
 """A backend's own store of keys and values; the core only passes it back to the backend that made it."""
 
@@ -148,8 +169,9 @@ class AttentionBackend(Plugin):
     """Keeps keys and values, and attends over them. Stateless between steps but for the cache it was asked to make.
 
     Optional abilities: ``training`` (``begin`` works with ``cache=None``), ``windows``, ``soft_cap``, ``converts``
-    (:class:`ConvertsCache`), and ``batch_invariant`` (a sequence's result does not depend on what else is in the batch,
-    to the last bit). A backend that does not claim one of the first three refuses, in its probe, a model that needs it.
+    (:class:`ConvertsCache`), ``opens_pages`` (its steps are :class:`OpensPages`), and ``batch_invariant`` (a sequence's
+    result does not depend on what else is in the batch, to the last bit). A backend that does not claim one of the
+    first three refuses, in its probe, a model that needs it.
     """
 
     kind = "attention"

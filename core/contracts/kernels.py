@@ -14,9 +14,14 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from drivetrain.contracts.plugin import Plugin, Probe
+
+if TYPE_CHECKING:
+    import torch
+
+    from drivetrain.contracts.attention import AttentionStep
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,17 @@ _OPERATIONS = (
         tolerance=_PRODUCTS,
         constants=("weight", "scales", "bias"),
     ),
+    Operation(
+        "decoder_layers",
+        "(layers: DecoderLayer each, x: [T, E], angles: (cos, sin) each, ropes: int | None each, step: AttentionStep) "
+        "-> [T, E]",
+        "x through every layer, each called with the angles that ropes names: a whole step between embedding and last "
+        "norm. A coarse implementation reads the layers' parts and runs their attention over the step's open pages "
+        "where no gradient is asked for, and calls the layers where it can't; spec sizes: E, I, H, G, D, R; spec "
+        "params: eps, weight_offset, residual_scale, activation (as gated_linear), norms_heads (1 where q_norm and "
+        "k_norm are of single heads)",
+        tolerance={"float32": (1e-4, 1e-4), "bfloat16": (5e-2, 5e-2), "float16": (1e-2, 1e-2)},
+    ),
 )
 
 OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in _OPERATIONS}
@@ -157,6 +173,55 @@ class KernelSpec:
     dtype: str
     sizes: Mapping[str, int] = field(default_factory=dict)
     params: Mapping[str, float] = field(default_factory=dict)
+
+
+Angles = tuple["torch.Tensor", "torch.Tensor"]
+"""cos and sin of a step's positions, each [T, R]."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Outputs ``first`` .. ``first + rows - 1`` of a linear layer, or of what a quantizer has put in its place.
+
+    rows: None for all, where it holds nothing else.
+    """
+
+    module: torch.nn.Module
+    first: int = 0
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class DecoderLayerParts:
+    """What a coarse kernel needs to run a decoder layer by itself. A norm's weight is None where the layer has none.
+
+    The layer is ``x += scale * after_attention(o(attend(q, k, v)))`` with q, k, v of ``before_attention(x)``, and then
+    ``x += scale * after_mlp(down(act(gate) * up))`` of ``before_mlp(x)``.
+    """
+
+    before_attention: torch.Tensor | None
+    after_attention: torch.Tensor | None
+    before_mlp: torch.Tensor | None
+    after_mlp: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    q: Projection
+    k: Projection
+    v: Projection
+    o: Projection
+    gate: Projection
+    up: Projection
+    down: Projection
+
+
+class DecoderLayer(Protocol):
+    """A layer that can be called, and that opens itself to coarse kernels."""
+
+    def __call__(self, x_TE: torch.Tensor, angles: Angles | None, step: AttentionStep) -> torch.Tensor:
+        """The residual stream behind this layer, [T, E]."""
+
+    def parts(self) -> DecoderLayerParts:
+        """Its weights as they are now."""
 
 
 class KernelProvider(Plugin):

@@ -395,6 +395,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 class SdpaAttention(AttentionBackend):
     """Paged attention in plain torch, on any device: the reference that other backends are tested against."""
 
+    contract_version = "1.1"
     tier = Tier.REFERENCE
     Config = SdpaConfig
     config: SdpaConfig
