@@ -21,13 +21,22 @@ def swap(
     ],
     admin_token: Annotated[str | None, typer.Option(help="The server's admin token.", show_default=False)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; change nothing.")] = False,
+    timeout_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, help="Time limit; by default the server's engine.swap_timeout_seconds.", show_default=False
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Exchange parts of a running server; requests in flight go on. Exits with 1 when it was rolled back.
 
     Example: drivetrain swap http://127.0.0.1:8000 scheduler=priority --admin-token secret
     """
-    report = _post(url.rstrip("/"), parse_parts(parts) | ({"dry_run": True} if dry_run else {}), admin_token)
+    body = parse_parts(parts) | ({"dry_run": True} if dry_run else {})
+    if timeout_seconds is not None:
+        body["timeout_seconds"] = timeout_seconds
+    report = _post(url.rstrip("/"), body, admin_token)
     if as_json:
         print_json(report)
     else:

@@ -51,8 +51,13 @@ class EngineSettings(BaseModel):
     stall_seconds: float = Field(
         default=60.0, gt=0, description="a step that takes longer counts as stalled in /health"
     )
+    swap_timeout_seconds: float = Field(
+        default=300.0, gt=0, description="time limit of a swap, from preparing to the end of its probation"
+    )
 
-    @field_validator("max_model_len", "max_waiting", "timeout_seconds", "stall_seconds", mode="before")
+    @field_validator(
+        "max_model_len", "max_waiting", "timeout_seconds", "stall_seconds", "swap_timeout_seconds", mode="before"
+    )
     @classmethod
     def _refuse_bool(cls, value: Any) -> Any:
         # YAML reads yes and on as true, which pydantic would take for the number 1.
