@@ -71,6 +71,14 @@ def _post(url: str, body: dict[str, Any], token: str | None) -> dict[str, Any]:
     return dict(answer)
 
 
+def _origin(weights: dict[str, Any]) -> str:
+    """``reload of the files, dequantized from 5.0 bits a weight``."""
+    kept = format_number(weights["resident_bytes"], "bytes")
+    text = "reload of the files" if weights["source"] == "reload" else f"resident copy of {kept}"
+    bits = weights["dequantized_from_bits"]
+    return text if bits is None else f"{text}, dequantized from {bits:.1f} bits a weight"
+
+
 def _show(report: dict[str, Any]) -> None:
     rows = [(kind, f"{old} -> {new}") for kind, (old, new) in report["changes"].items()]
     rows += [
@@ -81,6 +89,8 @@ def _show(report: dict[str, Any]) -> None:
         ("extra memory", format_number(report["extra_memory_bytes"], "bytes")),
         ("requests kept, recomputed", f"{report['requests_kept']}, {report['requests_recomputed']}"),
     ]
+    if report["weights"]:
+        rows.append(("weights from", _origin(report["weights"])))
     if report["reason"]:
         rows.append(("reason", report["reason"]))
     print_table(("swap", "result"), rows)

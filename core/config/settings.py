@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -53,6 +53,12 @@ class EngineSettings(BaseModel):
     )
     swap_timeout_seconds: float = Field(
         default=300.0, gt=0, description="time limit of a swap, from preparing to the end of its probation"
+    )
+
+    master_copy: Literal["none", "resident"] = Field(
+        default="none",
+        description="resident: keep the weights, unquantized, in host memory, for quantizer swaps to start from; "
+        "none: those read the files again",
     )
 
     @field_validator(

@@ -389,6 +389,7 @@ def _estimate(prepared: PreparedSwap, epoch: int) -> SwapReport:
         prepared.extra_memory_bytes,
         prepared.expected_pause_seconds,
         prepare_seconds=prepared.prepare_seconds,
+        weights=prepared.weights,
     )
 
 

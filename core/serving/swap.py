@@ -35,6 +35,7 @@ from drivetrain.errors import DrivetrainError, SwapError
 from drivetrain.registry import PartRequest, Plan, Selection, SelectionReport, Selector
 from drivetrain.serving.blocks import KVManager
 from drivetrain.serving.engine import Engine, Probation
+from drivetrain.serving.master_copy import Weights
 from drivetrain.serving.types import FinishReason, GenerationRequest, SamplingParams
 from drivetrain.serving.vote import Ballot, Voter, ask_all
 
@@ -73,6 +74,7 @@ class SwapReport:
     pause_seconds:        how long the step loop stood still at commit; for a dry run, what is expected.
     requests_kept:        requests in flight that went on with their keys and values.
     requests_recomputed:  requests in flight whose keys and values are computed anew.
+    weights:              what the new model was built from; None where the model stays.
     reason:               why it was rolled back.
     """
 
@@ -85,6 +87,7 @@ class SwapReport:
     requests_kept: int = 0
     requests_recomputed: int = 0
     prepare_seconds: float = 0.0
+    weights: Weights | None = None
     reason: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,6 +165,7 @@ class PreparedSwap:
     extra_memory_bytes: int
     expected_pause_seconds: float
     converter: ConvertsCache | None = None
+    weights: Weights | None = None
     prepare_seconds: float = 0.0
     done: threading.Event = field(default_factory=threading.Event)
     outcome: SwapReport | None = None
@@ -214,7 +218,10 @@ def prepare(stack: ServingStack, requests: Mapping[str, PartRequest], *, dry_run
     if "attention" in chosen:
         new.attention = cast(AttentionBackend, chosen["attention"])
     fate, extra = _settle_cache(stack, live, new, dry_run)
+    weights = None
     if "kernels" in chosen or "quantizer" in chosen:
+        assert stack.parts.checkpoint is not None
+        weights = Weights.of(stack.parts.checkpoint)
         extra += _settle_model(stack, live, new, dry_run)
     _check_limits(stack, new)
     prepared = PreparedSwap(
@@ -225,6 +232,7 @@ def prepare(stack: ServingStack, requests: Mapping[str, PartRequest], *, dry_run
         drops_prefixes="quantizer" in chosen,
         extra_memory_bytes=extra,
         expected_pause_seconds=_expected_pause(stack.engine, fate),
+        weights=weights,
     )
     if fate is CacheFate.CONVERT:
         prepared.converter = cast(ConvertsCache, new.attention)
@@ -288,7 +296,7 @@ def _convert(stack: ServingStack, converter: ConvertsCache) -> KVCache:
 
 
 def _settle_model(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run: bool) -> int:
-    """A second model beside the first, from the files: nothing that is quantized is ever quantized again."""
+    """A second model beside the first, from the checkpoint: what a quantizer has made is never quantized again."""
     import torch
 
     quantizer = cast(Quantizer, new.plugins["quantizer"])
@@ -450,6 +458,7 @@ def commit(
             running - lost,
             lost,
             prepared.prepare_seconds,
+            prepared.weights,
             reason,
         )
         if prepared.move(Phase.SETTLED, Phase.COMMITTED) is None and prepared.is_withdrawn:
