@@ -9,6 +9,7 @@ from drivetrain.testing import SUITES
 from drivetrain.testing.run import Outcome, Report, Target, run_suites, suite_class
 from drivetrain.testing.suite import Suite
 from drivetrain.testing.suites.partitioner import PartitionerSuite
+from drivetrain.testing.suites.store import StoreSuite
 
 OWN_SUITES = {
     f"source/{name}": f"conformance.suites_of_builtins:{suite}"
@@ -22,7 +23,9 @@ OWN_SUITES = {
 """KIND/NAME -> the suite that is used in place of the kind's own."""
 
 MANNERS = frozenset(name for name in vars(Suite) if name.startswith(("test_import_and_probe_", "test_works_in_a_")))
-LENGTHY = MANNERS | {name for name in vars(PartitionerSuite) if name.startswith("test_ranks_")}
+LENGTHY = MANNERS | {
+    name for name in (*vars(PartitionerSuite), *vars(StoreSuite)) if name.startswith(("test_ranks_", "test_a_kill_"))
+}
 LENGTHY |= {"test_facts_open_no_device"}
 """Tests that start processes of their own."""
 
