@@ -307,11 +307,11 @@ def _settle_model(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run:
     if not dry_run:
         new.model, new.binder = build_model(stack.parts, cast(KernelProvider, new.plugins["kernels"]), quantizer)
         if quantizer is live.plugins["quantizer"]:
-            return _share_parameters(live.model, new.model)
+            return share_parameters(live.model, new.model)
     return int(size)
 
 
-def _share_parameters(old: CausalLM, new: CausalLM) -> int:
+def share_parameters(old: CausalLM, new: CausalLM) -> int:
     """Let a model with the same weights use the old one's memory; returns the bytes that it still has of its own."""
     theirs = dict(cast(Any, old).state_dict(keep_vars=True))
     own = 0

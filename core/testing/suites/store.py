@@ -7,6 +7,7 @@ import multiprocessing
 import time
 import zipfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -220,10 +221,10 @@ class StoreSuite(Suite):
         """Loading, describing and deleting what is not there raise StateNotFoundError, before the first save too."""
         for store in (self.store(folder), self.saved(folder)):
             calls: tuple[Callable[[], object], ...] = (
-                lambda store=store: store.load(6, {"a": torch.zeros(1)}),
-                lambda store=store: store.metadata(6),
-                lambda store=store: store.tensors(6),
-                lambda store=store: store.delete(6),
+                partial(store.load, 6, {"a": torch.zeros(1)}),
+                partial(store.metadata, 6),
+                partial(store.tensors, 6),
+                partial(store.delete, 6),
             )
             for call in calls:
                 with pytest.raises(StateNotFoundError, match="6"):
