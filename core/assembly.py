@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from drivetrain.binding import KernelBinder
     from drivetrain.serving.blocks import KVManager
     from drivetrain.serving.engine import Engine
+    from drivetrain.serving.master_copy import MasterCopy
     from drivetrain.serving.tokenizer import Tokenizer
 
 _KV_SHARE = {"cpu": 0.25}
@@ -291,6 +292,7 @@ class ServingStack:
 def build_engine(parts: Parts, *, observers: Observers | None = None, progress: Progress = silent) -> ServingStack:
     """Load the weights and make everything a step needs. Raises LoaderError, MemoryBudgetError, ..."""
     from drivetrain.serving.engine import Engine, EngineLimits
+    from drivetrain.serving.master_copy import check_kept
     from drivetrain.serving.metrics import EngineMetrics
     from drivetrain.serving.runner import ModelRunner
     from drivetrain.serving.tokenizer import Detokenizer, Tokenizer
@@ -300,7 +302,11 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
     parts.platform.activate()
     device = parts.platform.device()
     tokenizer = Tokenizer(parts.checkpoint.tokenizer())
+    master = _keep_master_copy(parts)
     model, binder = build_model(parts, parts.kernels, parts.quantizer, progress)
+    if master is not None:
+        check_kept(master, parts.report["model"].chosen.name)
+        parts.notes.append(f"a master copy of the weights takes {master.num_bytes / 2**20:.1f} MiB of host memory")
     limits = parts.scheduler.limits()
     max_model_len, num_blocks = _size_cache(parts, parts.spec, limits)
     kv = make_kv(parts, parts.attention, num_blocks, limits, max_model_len)
@@ -322,6 +328,22 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
         if parts.checkpoint.generation_config.get(name) is not None
     }
     return ServingStack(engine, parts, tokenizer, binder, max_model_len, defaults)
+
+
+def _keep_master_copy(parts: Parts) -> MasterCopy | None:
+    """Have every tensor stay in memory that is read from here on, where the settings ask for it."""
+    if parts.settings.engine.master_copy == "none":
+        return None
+    import torch
+
+    from drivetrain.serving.master_copy import MasterCopy, check_room
+
+    assert parts.checkpoint is not None
+    assert parts.spec is not None
+    dtype = getattr(torch, parts.precision.dtypes().param)
+    check_room(parts.spec.num_parameters, dtype)
+    parts.checkpoint = master = MasterCopy(parts.checkpoint, dtype)
+    return master
 
 
 def build_model(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -51,8 +51,19 @@ class EngineSettings(BaseModel):
     stall_seconds: float = Field(
         default=60.0, gt=0, description="a step that takes longer counts as stalled in /health"
     )
+    swap_timeout_seconds: float = Field(
+        default=300.0, gt=0, description="time limit of a swap, from preparing to the end of its probation"
+    )
 
-    @field_validator("max_model_len", "max_waiting", "timeout_seconds", "stall_seconds", mode="before")
+    master_copy: Literal["none", "resident"] = Field(
+        default="none",
+        description="resident: keep the weights, unquantized, in host memory, for quantizer swaps to start from; "
+        "none: those read the files again",
+    )
+
+    @field_validator(
+        "max_model_len", "max_waiting", "timeout_seconds", "stall_seconds", "swap_timeout_seconds", mode="before"
+    )
     @classmethod
     def _refuse_bool(cls, value: Any) -> Any:
         # YAML reads yes and on as true, which pydantic would take for the number 1.

@@ -56,13 +56,17 @@ class EngineLimits:
 class Probation:
     """Parts that were exchanged a moment ago, while the next steps show whether they work.
 
-    roll_back: puts the old parts back.
-    finish:    told how it ended: None for well, otherwise why it was rolled back.
+    roll_back:    puts the old parts back.
+    finish:       told how it ended: None for well, otherwise why it was rolled back.
+    is_withdrawn: whether the swap has been given up by whoever asked for it.
+    keep:         the last question: may the new parts stay? From a yes on it can't be given up any more.
     """
 
     steps_left: int
     roll_back: Callable[[], None]
     finish: Callable[[str | None], None]
+    is_withdrawn: Callable[[], bool]
+    keep: Callable[[], bool]
 
 
 class Engine:
@@ -592,17 +596,21 @@ class Engine:
         self.preempt_all()
 
     def end_probation(self) -> None:
-        """What was exchanged stays."""
+        """What was exchanged stays, unless the swap has been given up."""
+        if self.probation is None:
+            return
+        if not self.probation.keep():
+            self._roll_back("it was given up")
+            return
         probation, self.probation = self.probation, None
-        if probation is not None:
-            probation.finish(None)
+        probation.finish(None)
 
     def _watch(self, seconds: float) -> None:
         assert self.probation is not None
         self.probation.steps_left -= 1
         if seconds > self.settings.stall_seconds:
             self._roll_back(f"a step took {seconds:.1f} s, over stall_seconds {self.settings.stall_seconds:g}")
-        elif self.probation.steps_left <= 0:
+        elif self.probation.steps_left <= 0 or self.probation.is_withdrawn():
             self.end_probation()
 
     def _roll_back(self, reason: str) -> None:
