@@ -142,6 +142,12 @@ def need_compiler(name: str, language: str, wanted: str | Path | None, names: Se
     )
 
 
+def with_host(compiler: Compiler) -> tuple[Compiler, ...]:
+    """The compiler, and the one of C++ that a compiler of CUDA hands the host's half of a source to."""
+    host = find_compiler("c++") if compiler.language == "cuda" else None
+    return (compiler,) if host is None else (compiler, host)
+
+
 def plain_environment() -> dict[str, str]:
     """The environment with messages in English, which is how errors are found among them."""
     return {**os.environ, "LC_ALL": "C", "LANGUAGE": ""}

@@ -501,6 +501,22 @@ def test_a_cuda_source_is_built_by_nvcc_for_the_named_architectures(tmp_path: Pa
 
 
 @pytest.mark.skipif(find_compiler("cuda", names=("nvcc",)) is None, reason="no nvcc")
+def test_the_compiler_of_the_host_s_half_is_part_of_the_key_of_a_cuda_source(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.mkdir()
+    (tmp_path / "add.cu").write_text(KERNEL)
+    build = SourceBuild("add", (tmp_path / "add.cu",), language="cuda", architectures=("sm_90",))
+    before = build.recipe(None, cache).key
+    other = tmp_path / "bin" / "g++"
+    other.parent.mkdir()
+    other.write_text("#!/bin/sh\necho g++ 99.1\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{other.parent}{os.pathsep}{os.environ['PATH']}")
+    assert build.recipe(None, cache).key != before
+
+
+@pytest.mark.skipif(find_compiler("cuda", names=("nvcc",)) is None, reason="no nvcc")
 def test_a_cuda_source_that_does_not_compile_says_which_line(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "bad.cu").write_text("__global__ void f() {\n  undeclared_name = 1;\n}\n")
     with pytest.raises(KernelBuildError, match=r"bad\.cu\(2\): error: .*undeclared_name"):
