@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -73,8 +73,7 @@ class KernelBinder:
                 hint=f"Did you mean {close!r}?" if close else None,
             )
         refusals = {name: self._refusal(name, spec) for name in self._providers}
-        able = [name for name, refusal in refusals.items() if refusal is None]
-        order, reason = self._record.order(spec, able) if self._is_auto else (able, "")
+        order, reason = self._order(spec, refusals)
         for name in order:
             implementation = self._try_make(name, spec, refusals)
             if implementation is not None:
@@ -82,6 +81,16 @@ class KernelBinder:
                 return implementation
         said = "; ".join(f"{name}: {refusal}" for name, refusal in refusals.items())
         raise NoCandidateError(f"no kernel provider implements {spec.operation} here ({said})")
+
+    def provider_of(self, spec: KernelSpec) -> str | None:
+        """Name of the provider that :meth:`bind` would ask first; None when nobody covers this use. Binds nothing."""
+        order, _ = self._order(spec, {name: self._refusal(name, spec) for name in self._providers})
+        return order[0] if order else None
+
+    def _order(self, spec: KernelSpec, refusals: Mapping[str, str | None]) -> tuple[list[str], str]:
+        """Those that do not refuse, in the order in which they are asked, and why it is not the providers' own order."""
+        able = [name for name, refusal in refusals.items() if refusal is None]
+        return self._record.order(spec, able) if self._is_auto else (able, "")
 
     def _refusal(self, name: str, spec: KernelSpec) -> str | None:
         """Why provider ``name`` does not serve this use; None when it says that it could."""

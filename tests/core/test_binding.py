@@ -76,6 +76,16 @@ def test_an_implementation_that_could_not_be_made_is_not_called_bound() -> None:
     assert binder.bindings == []
 
 
+def test_who_would_serve_a_use_is_told_without_binding_it() -> None:
+    providers = [("lacks", provider("cpu", "rope")), ("slow", provider()), ("fast", provider())]
+    figures = record(slow=2e-6, fast=1e-6)
+    assert KernelBinder(providers, record=figures).provider_of(SILU) == "slow"
+    binder = KernelBinder(providers, is_auto=True, record=figures)
+    assert binder.provider_of(SILU) == "fast"
+    assert binder.provider_of(KernelSpec("linear", "cpu", "float32")) is None
+    assert binder.bindings == []
+
+
 # --- an implementation that can't be made --------------------------------------------------------------------------
 
 
