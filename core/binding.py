@@ -88,7 +88,7 @@ class KernelBinder:
         return order[0] if order else None
 
     def _order(self, spec: KernelSpec, refusals: Mapping[str, str | None]) -> tuple[list[str], str]:
-        """Those that do not refuse, in the order in which they are asked, and why it is not the providers' own order."""
+        """Those that do not refuse, in the order in which they are asked, and why it is not their own order."""
         able = [name for name, refusal in refusals.items() if refusal is None]
         return self._record.order(spec, able) if self._is_auto else (able, "")
 
