@@ -69,7 +69,8 @@ class Compiler:
         if known is not None and {key: known.get(key) for key in identity} == identity:
             return str(known["version"])
         version = self._ask()
-        write_whole(note, json.dumps({**identity, "version": version}, indent=1) + "\n")
+        if os.access(notes, os.W_OK):  # libraries that somebody else has built are used from a folder that is not ours
+            write_whole(note, json.dumps({**identity, "version": version}, indent=1) + "\n")
         return version
 
     def _ask(self) -> str:

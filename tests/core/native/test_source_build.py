@@ -380,6 +380,10 @@ def test_an_unknown_language_and_a_missing_source_are_named(source: Path, cache:
         SourceBuild("twice", (source,), language="cude").build(cache=cache)
     with pytest.raises(KernelBuildError, match="a source file is missing"):
         SourceBuild("twice", (source.with_name("gone.cpp"),)).build(cache=cache)
+    with pytest.raises(
+        KernelBuildError, match="a source file can't be read: Input/output error; found '/proc/self/mem'"
+    ):
+        SourceBuild("twice", (source,), headers=(Path("/proc/self/mem"),)).build(cache=cache)
 
 
 # --- several processes ---------------------------------------------------------------------------------------------
