@@ -35,9 +35,11 @@ from drivetrain.errors import (
     UnknownArchitectureError,
     nearest,
 )
+from drivetrain.kernel_record import KernelRecord, read_record
 from drivetrain.observers import Observers
 from drivetrain.registry import Plan, Registry, SelectionReport, Selector, load
 from drivetrain.registry.lock import check_lock
+from drivetrain.registry.selection import AUTO
 
 if TYPE_CHECKING:
     from drivetrain.binding import KernelBinder
@@ -59,6 +61,7 @@ class Parts:
     path, checkpoint, spec: None while the model is not named or not on this machine.
     notes:                  decisions of the core itself that a user should see.
     context, registry:      what the last probe saw, and what could be chosen from; a later exchange asks them again.
+    kernel_record:          what was measured of kernels on this machine.
     """
 
     settings: Settings
@@ -71,6 +74,7 @@ class Parts:
     notes: list[str] = field(default_factory=list)
     context: ProbeContext = field(default_factory=ProbeContext)
     registry: Registry = field(default_factory=lambda: Registry(()))
+    kernel_record: KernelRecord = field(default_factory=KernelRecord)
 
     @property
     def plan(self) -> Plan:
@@ -231,11 +235,14 @@ class _Resolution:
     # --- what each choice tells the later ones ---------------------------------------------------------------------
 
     def _settle_platform(self, platform: Platform) -> None:
+        facts = platform.facts()
         self.selector.prefer(platform.preferences)
-        self.context = dataclasses.replace(self.context, platform=platform.facts())
+        self.context = dataclasses.replace(self.context, platform=facts)
+        self.parts.kernel_record = read_record(facts).current(self._registry.candidates("kernels"))
 
     def _settle_precision(self, precision: Precision) -> None:
         self.context = dataclasses.replace(self.context, dtype=precision.dtypes().param)
+        rank_kernels(self.selector, self.parts.kernel_record, self.context)
 
     def _settle_source(self, source: Source) -> None:
         name = self.context.model_name
@@ -256,6 +263,14 @@ class _Resolution:
         assert self.parts.checkpoint is not None
         self.parts.spec = model.describe(self.parts.checkpoint.config, self.context.dtype or "float32")
         self.context = dataclasses.replace(self.context, model=self.parts.spec)
+
+
+def rank_kernels(selector: Selector, record: KernelRecord, context: ProbeContext) -> None:
+    """Have kernel providers ranked by what was measured of them here, in the run's dtype."""
+    if context.platform is None:  # left out by the caller, and nothing was measured of no platform
+        return
+    device_type, dtype = context.platform.device_type, context.dtype
+    selector.rank_by("kernels", lambda ref: record.standing(ref.name, device_type, dtype), record.summary)
 
 
 # --- the engine ----------------------------------------------------------------------------------------------------
@@ -283,6 +298,7 @@ class ServingStack:
             "model": parts.settings.model,
             "plan_digest": parts.plan.digest,
             "bindings": self.binder.by_operation(),
+            "bound": self.binder.explained(),
             "epoch": self.engine.epoch,
             "notes": list(parts.notes),
             "sampling_defaults": dict(self.defaults),
@@ -307,6 +323,7 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
     if master is not None:
         check_kept(master, parts.report["model"].chosen.name)
         parts.notes.append(f"a master copy of the weights takes {master.num_bytes / 2**20:.1f} MiB of host memory")
+    parts.report = with_fallbacks(parts.report, binder)
     limits = parts.scheduler.limits()
     max_model_len, num_blocks = _size_cache(parts, parts.spec, limits)
     kv = make_kv(parts, parts.attention, num_blocks, limits, max_model_len)
@@ -347,18 +364,41 @@ def _keep_master_copy(parts: Parts) -> MasterCopy | None:
 
 
 def build_model(
-    parts: Parts, kernels: KernelProvider, quantizer: Quantizer, progress: Progress = silent
+    parts: Parts,
+    kernels: KernelProvider,
+    quantizer: Quantizer,
+    progress: Progress = silent,
+    report: SelectionReport | None = None,
 ) -> tuple[CausalLM, KernelBinder]:
-    """Build the model from its files with these kernels and this quantizer; also returns what was bound."""
+    """Build the model from its files with these kernels and this quantizer; also returns what was bound.
+
+    report: says who asked for ``kernels``; by default the parts' own.
+    """
     import torch
 
-    from drivetrain.binding import KernelBinder
+    from drivetrain.binding import KernelBinder, kernel_providers
 
     assert parts.checkpoint is not None
-    binder = KernelBinder(_providers(parts.registry, kernels))
+    selection = (report or parts.report)["kernels"]
+    binder = KernelBinder(
+        kernel_providers(parts.registry, kernels, selection),
+        is_auto=selection.requested == AUTO,
+        record=parts.kernel_record,
+        progress=progress,
+    )
     dtype = getattr(torch, parts.precision.dtypes().param)
     context = BuildContext(parts.platform.device(), dtype, binder.bind, quantizer, progress)
     return parts.model.build(parts.checkpoint, context), binder
+
+
+def with_fallbacks(report: SelectionReport, binder: KernelBinder) -> SelectionReport:
+    """The report with what kernel providers failed to make as a fallback of the choice of kernels."""
+    if not binder.fallbacks:
+        return report
+    kernels = report["kernels"]
+    fallback = "; ".join(filter(None, (kernels.fallback, *binder.fallbacks)))
+    new = dataclasses.replace(kernels, fallback=fallback)
+    return dataclasses.replace(report, selections=tuple(new if s.kind == "kernels" else s for s in report.selections))
 
 
 def make_kv(
@@ -378,19 +418,6 @@ def make_kv(
         prefix_cache=parts.settings.engine.prefix_cache,
         salt=repr(contract),
     )
-
-
-def _providers(registry: Registry, chosen: KernelProvider) -> list[tuple[str, KernelProvider]]:
-    """The chosen kernel provider, and after it the reference for operations it does not have."""
-    providers = [(type(chosen).__name__, chosen)]
-    for ref in registry.candidates("kernels"):
-        if load(ref) is type(chosen):
-            providers = [(ref.name, chosen)]
-            break
-    if providers[0][0] != "reference" and any(ref.name == "reference" for ref in registry.candidates("kernels")):
-        reference = load(registry.find("kernels", "reference"))
-        providers.append(("reference", cast(KernelProvider, reference(reference.Config()))))
-    return providers
 
 
 def _size_cache(parts: Parts, spec: ModelSpec, limits: Limits) -> tuple[int, list[int]]:

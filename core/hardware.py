@@ -225,6 +225,12 @@ def _core_identity(root: Path, core: int) -> tuple[int, int]:
     return (package or 0, number) if number is not None else (-1, core)
 
 
+def read_cache_bytes(root: Path = ROOT) -> int:
+    """Bytes of the largest cache that the first core sees; 0 where the kernel does not tell."""
+    sizes = [read_text(path) or "" for path in root.glob("sys/devices/system/cpu/cpu0/cache/index*/size")]
+    return max((int(match[1]) * 1024 for size in sizes if (match := re.match(r"(\d+)K", size))), default=0)
+
+
 # --- control groups ------------------------------------------------------------------------------------------------
 
 

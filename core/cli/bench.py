@@ -7,12 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+from drivetrain.cli.bench_kernels import kernels
 from drivetrain.cli.console import print_json, print_table, show_progress
 from drivetrain.cli.generate import open_llm
 from drivetrain.cli.options import with_settings
 from drivetrain.config import Settings
 
 app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True, rich_markup_mode=None)
+
+app.command("kernels")(kernels)
 
 _USUAL_VOCABULARY = 32_000
 """Taken for a server that does not tell its own; few have less."""

@@ -14,7 +14,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from drivetrain.contracts.plugin import Plugin, Probe
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from drivetrain.contracts.attention import AttentionStep
+    from drivetrain.contracts.source import Progress
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,8 @@ class KernelProvider(Plugin):
     """Implements some of the logical operations.
 
     Abilities: ``deterministic``, the same inputs give the same bits in every run; ``batch_invariant``, the bits of a
-    row do not depend on the rows beside it.
+    row do not depend on the rows beside it; ``operators``, autograd and torch.compile see each callable as an operator
+    of ``torch.library`` (``drivetrain.operators``).
     """
 
     kind = "kernels"
@@ -244,4 +246,17 @@ class KernelProvider(Plugin):
     @abstractmethod
     def make(self, spec: KernelSpec) -> Callable[..., Any]:
         """The callable for this use, with the operation's signature. May compile. Differentiable where the operation
-        is."""
+        is.
+
+        One callable serves any number of rows; what depends on it is decided inside. Raises KernelBuildError where what
+        ``supports`` promised can't be made after all: no compiler, a source that does not compile. Under ``auto``
+        another provider then serves the use, and the user is told.
+        """
+
+
+@runtime_checkable
+class BuildsAhead(Protocol):
+    """Compiles what its callables need before the first of them is made: all at once, and with progress."""
+
+    def build_ahead(self, progress: Progress) -> None:
+        """Called once, when a model is about to be bound to this provider. Raises KernelBuildError."""

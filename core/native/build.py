@@ -19,7 +19,7 @@ from pathlib import Path
 from drivetrain.caching import exclusive, user_cache, write_whole
 from drivetrain.contracts.source import Progress, silent
 from drivetrain.errors import ConfigError, KernelBuildError
-from drivetrain.native.compilers import Compiler, need_compiler
+from drivetrain.native.compilers import Compiler, need_compiler, with_host
 from drivetrain.native.jobs import run_recipes
 from drivetrain.native.recipe import (
     FORMAT,
@@ -151,7 +151,7 @@ class SourceBuild:
                 "flags": flags,
                 "defines": dict(self.defines),
                 "libraries": list(self.libraries),
-                "compiler": [found.path, found.version(cache)],
+                "compilers": [[compiler.path, compiler.version(cache)] for compiler in with_host(found)],
                 "machine": machine_identity([*flags, *(flag for unit in units for flag in unit.flags)]),
                 "variables": heard_variables(),
             }

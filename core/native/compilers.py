@@ -69,7 +69,8 @@ class Compiler:
         if known is not None and {key: known.get(key) for key in identity} == identity:
             return str(known["version"])
         version = self._ask()
-        write_whole(note, json.dumps({**identity, "version": version}, indent=1) + "\n")
+        if os.access(notes, os.W_OK):  # libraries that somebody else has built are used from a folder that is not ours
+            write_whole(note, json.dumps({**identity, "version": version}, indent=1) + "\n")
         return version
 
     def _ask(self) -> str:
@@ -140,6 +141,12 @@ def need_compiler(name: str, language: str, wanted: str | Path | None, names: Se
         allowed=probe.wanted,
         hint=f"Install {_PACKAGES[language]}, or name the compiler by its path.",
     )
+
+
+def with_host(compiler: Compiler) -> tuple[Compiler, ...]:
+    """The compiler, and the one of C++ that a compiler of CUDA hands the host's half of a source to."""
+    host = find_compiler("c++") if compiler.language == "cuda" else None
+    return (compiler,) if host is None else (compiler, host)
 
 
 def plain_environment() -> dict[str, str]:

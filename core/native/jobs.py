@@ -18,7 +18,7 @@ from drivetrain.hardware import read_processor
 from drivetrain.native.compilers import plain_environment
 from drivetrain.native.recipe import Recipe, Step
 
-_ERROR = re.compile(r"\b(fatal )?error\b|undefined reference|undefined symbol|cannot find -l", re.IGNORECASE)
+_ERROR = re.compile(r"\berror ?(#\d+)?:|undefined reference|undefined symbol|cannot find -l", re.IGNORECASE)
 _SHOWN_LINES = 3
 
 

@@ -66,7 +66,14 @@ def read_sources(files: Iterable[Path], folders: Sequence[Path], name: str) -> d
     base = os.path.commonpath([str(file.parent) for file in waiting]) if waiting else ""
     while waiting:
         file = waiting.pop()
-        content = file.read_bytes()
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise KernelBuildError(
+                f"a source file can't be read: {error.strerror or error}",
+                where=f"native library {name}",
+                found=str(file),
+            ) from error
         # Relative names: the same package in two virtual environments shares its libraries.
         found[os.path.relpath(file, base)] = hashlib.sha256(content).hexdigest()
         for included in _included(content, file.parent, folders):

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, cast
 
-from drivetrain.assembly import ServingStack, build_model, make_kv
+from drivetrain.assembly import ServingStack, build_model, make_kv, rank_kernels, with_fallbacks
 from drivetrain.config import EngineSettings
 from drivetrain.contracts.attention import AttentionBackend, ConvertsCache, KVCache, KVContract
 from drivetrain.contracts.kernels import KernelProvider
@@ -247,6 +247,7 @@ def _choose(stack: ServingStack, requests: Mapping[str, PartRequest]) -> tuple[d
     parts = stack.parts
     selector = Selector(parts.registry, dict(requests))
     selector.prefer(parts.platform.preferences)
+    rank_kernels(selector, parts.kernel_record, parts.context)
     names = parts.report.chosen_names
     context = dataclasses.replace(parts.context, chosen={k: v for k, v in names.items() if k not in requests})
     chosen = {kind: selector.choose(kind, context) for kind in names if kind in requests}
@@ -305,7 +306,9 @@ def _settle_model(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run:
     bits = quantizer.bits_per_weight()
     size = spec.num_parameters * (bits / 8 if bits is not None else getattr(torch, spec.attention.dtype).itemsize)
     if not dry_run:
-        new.model, new.binder = build_model(stack.parts, cast(KernelProvider, new.plugins["kernels"]), quantizer)
+        kernels = cast(KernelProvider, new.plugins["kernels"])
+        new.model, new.binder = build_model(stack.parts, kernels, quantizer, report=new.report)
+        new.report = with_fallbacks(new.report, new.binder)
         if quantizer is live.plugins["quantizer"]:
             return share_parameters(live.model, new.model)
     return int(size)

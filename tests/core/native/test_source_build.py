@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def test_opening_a_cached_library_takes_less_than_five_milliseconds(source: Path
     SourceBuild("twice", (source,)).build(cache=cache)
     code = f"""
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from drivetrain.native import SourceBuild
 started = time.perf_counter()
@@ -378,6 +380,10 @@ def test_an_unknown_language_and_a_missing_source_are_named(source: Path, cache:
         SourceBuild("twice", (source,), language="cude").build(cache=cache)
     with pytest.raises(KernelBuildError, match="a source file is missing"):
         SourceBuild("twice", (source.with_name("gone.cpp"),)).build(cache=cache)
+    with pytest.raises(
+        KernelBuildError, match="a source file can't be read: Input/output error; found '/proc/self/mem'"
+    ):
+        SourceBuild("twice", (source,), headers=(Path("/proc/self/mem"),)).build(cache=cache)
 
 
 # --- several processes ---------------------------------------------------------------------------------------------
@@ -417,6 +423,38 @@ def test_two_processes_that_build_at_once_compile_once(source: Path, cache: Path
     runs = (slow_compiler.parent / "runs").read_text().splitlines()
     assert sum(" -c " in run for run in runs) == 1
     assert sum("waiting for another process that builds twice 0" in lines for lines in told) == 1
+
+
+def test_builders_of_several_libraries_in_any_order_do_not_wait_for_each_other_for_ever(
+    tmp_path: Path, cache: Path, slow_compiler: Path
+) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.cpp").write_text(f'extern "C" int value() {{ return {ord(name)}; }}\n')
+    code = """
+import sys
+from pathlib import Path
+from drivetrain.native import SourceBuild, build_all
+folder, compiler, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+builds = [SourceBuild(name, (folder / f"{name}.cpp",)) for name in names]
+print(len(build_all(builds, compiler=compiler, cache=folder / "cache")))
+"""
+    commands = [
+        [sys.executable, "-c", code, str(tmp_path), str(slow_compiler), names] for names in ("abc", "cba", "bca")
+    ]
+    builders = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    assert [builder.communicate(timeout=60)[0].strip() for builder in builders] == ["3", "3", "3"]
+    runs = (slow_compiler.parent / "runs").read_text().splitlines()
+    assert sum(" -c " in run for run in runs) == 3
+
+
+def test_threads_that_build_at_once_compile_once(source: Path, cache: Path, slow_compiler: Path) -> None:
+    build = SourceBuild("twice", (source,))
+    with ThreadPoolExecutor(4) as pool:
+        libraries = list(pool.map(lambda _: build.library(compiler=slow_compiler, cache=cache), range(4)))
+    assert len({id(library) for library in libraries}) == 1
+    assert libraries[0].times(5) == 10
+    runs = (slow_compiler.parent / "runs").read_text().splitlines()
+    assert sum(" -c " in run for run in runs) == 1
 
 
 def test_a_killed_build_holds_nobody_up_and_leaves_nothing(source: Path, cache: Path, slow_compiler: Path) -> None:
@@ -464,6 +502,22 @@ def test_a_cuda_source_is_built_by_nvcc_for_the_named_architectures(tmp_path: Pa
     assert b"sm_80" in content
     assert b"sm_90" in content
     assert ctypes.CDLL(str(path)).add_one is not None
+
+
+@pytest.mark.skipif(find_compiler("cuda", names=("nvcc",)) is None, reason="no nvcc")
+def test_the_compiler_of_the_host_s_half_is_part_of_the_key_of_a_cuda_source(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.mkdir()
+    (tmp_path / "add.cu").write_text(KERNEL)
+    build = SourceBuild("add", (tmp_path / "add.cu",), language="cuda", architectures=("sm_90",))
+    before = build.recipe(None, cache).key
+    other = tmp_path / "bin" / "g++"
+    other.parent.mkdir()
+    other.write_text("#!/bin/sh\necho g++ 99.1\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{other.parent}{os.pathsep}{os.environ['PATH']}")
+    assert build.recipe(None, cache).key != before
 
 
 @pytest.mark.skipif(find_compiler("cuda", names=("nvcc",)) is None, reason="no nvcc")
