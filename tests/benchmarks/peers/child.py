@@ -35,6 +35,7 @@ class Child:
     def __init__(self, command: Sequence[str | Path], log: Path, env: Mapping[str, str] | None = None) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log
+        self._is_closed = False
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
@@ -75,6 +76,8 @@ class Child:
 
     def close(self) -> None:
         """End the group: asked first, killed if it does not. Safe to call twice, and after a failure."""
+        if self._is_closed:
+            return
         self.resume()
         if self._process.poll() is None:
             try:
@@ -82,8 +85,9 @@ class Child:
                 self._process.wait(timeout=_CLOSE_SECONDS)
             except (PeerError, subprocess.TimeoutExpired):
                 pass  # killed below; what it answered before stands
-        self._signal(signal.SIGKILL)
+        self._signal(signal.SIGKILL)  # what it started and left behind
         self._process.wait()
+        self._is_closed = True
         self._reader.join(timeout=_CLOSE_SECONDS)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:

