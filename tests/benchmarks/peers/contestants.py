@@ -11,7 +11,7 @@ from typing import Any
 from drivetrain.registry.discovery import discover
 
 from .floor import Geometry, Weights, gguf_weight_bytes
-from .install import Installer
+from .install import RECIPES, Installer
 from .models import MODEL, Models
 from .workloads import Workload
 
@@ -179,6 +179,7 @@ class Adapters:
         load = {
             **common,
             "model": str(self._models.gguf(contestant.options["format"])),
+            "source": RECIPES["llama.cpp"].source[0],
             "binaries": str(self._installer.binaries("llama.cpp")),
         }
         return Command(words, self._env(), load)

@@ -31,7 +31,7 @@ class Recipe:
     name: str
     packages: tuple[str, ...] = ()
     remove: tuple[str, ...] = ()
-    source: tuple[str, str] | None = None
+    source: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
 
@@ -103,12 +103,12 @@ class Installer:
         if not self.python(name).is_file():
             self._run(name, [sys.executable, "-m", "venv", self.folder(name) / "venv"])
         self._pip(recipe)
-        if recipe.source is not None:
+        if recipe.source:
             self._build(recipe, *recipe.source)
         stamp.write_text(recipe.stamp(), encoding="utf-8")
 
     def _pip(self, recipe: Recipe) -> None:
-        pip = [self.python(recipe.name), "-m", "pip", "--disable-pip-version-check"]
+        pip: list[str | Path] = [self.python(recipe.name), "-m", "pip", "--disable-pip-version-check"]
         self._run(recipe.name, [*pip, "install", *recipe.packages])
         if recipe.remove:
             self._run(recipe.name, [*pip, "uninstall", "--yes", *recipe.remove])
@@ -119,13 +119,8 @@ class Installer:
         distribution = requirement.partition("==")[0]
         if not (folder / "source" / inner).is_dir():
             shutil.rmtree(folder / "sdist", ignore_errors=True)
-            download = [
-                "download",
-                "--no-deps",
-                f"--no-binary={distribution}",
-                f"--dest={folder / 'sdist'}",
-                requirement,
-            ]
+            flags = ("--no-deps", f"--no-binary={distribution}", f"--dest={folder / 'sdist'}")
+            download = ("download", *flags, requirement)
             self._run(recipe.name, [python, "-m", "pip", *download])
             (archive,) = (folder / "sdist").glob("*.tar.gz")
             with tarfile.open(archive) as packed:
@@ -134,8 +129,9 @@ class Installer:
             unpacked.rename(folder / "source")
             (folder / "unpacked").rmdir()
         tools = python.parent
-        configure = [tools / "cmake", "-S", folder / "source" / inner, "-B", folder / "cmake", "-G", "Ninja"]
-        self._run(recipe.name, [*configure, f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}", *recipe.flags])
+        places: tuple[str | Path, ...] = ("-S", folder / "source" / inner, "-B", folder / "cmake")
+        generator = ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}")
+        self._run(recipe.name, [tools / "cmake", *places, *generator, *recipe.flags])
         self._run(recipe.name, [tools / "cmake", "--build", folder / "cmake", "--target", *recipe.targets])
 
     def _run(self, name: str, command: Sequence[str | Path]) -> None:

@@ -29,6 +29,7 @@ class LlamaServer:
         slots: int,
         max_model_len: int,
         flags: list[str],
+        source: str,
         **_: Any,
     ) -> dict[str, Any]:
         self.prefix_cache = prefix_cache
@@ -46,8 +47,8 @@ class LlamaServer:
         self.server = subprocess.Popen(command, stdout=2, preexec_fn=end_with_parent)
         self._wait_until_ready()
         said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
-        version = re.search(r"version: (.+)", said.stdout + said.stderr)
-        return {"versions": {"llama-server": version[1] if version else "unknown"}}
+        version = re.search(r"version: (\S+)", said.stdout + said.stderr)
+        return {"versions": {"llama-server": version[1] if version else "unknown", "source": source}}
 
     def one(self, *, prompt: list[int], max_tokens: int) -> dict[str, Any]:
         answer = self._complete(prompt, max_tokens)
