@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
 from collections.abc import Callable, Mapping
@@ -431,6 +432,36 @@ def test_a_failing_install_names_the_reason_and_is_tried_again(installer: Instal
     for _ in range(2):
         with pytest.raises(PeerError, match="No matching distribution found for peer==1"):
             installer.install("peer")
+
+
+def test_a_source_is_unpacked_and_patched_before_it_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake pip puts an archive where it was told to; the fake cmake notes its arguments."""
+    (tmp_path / "origin" / "engine-1" / "inner").mkdir(parents=True)
+    (tmp_path / "origin" / "engine-1" / "inner" / "a.cpp").write_text("first\nsecond\n")
+    archive = tmp_path / "engine-1.tar.gz"
+    with tarfile.open(archive, "w:gz") as packed:
+        packed.add(tmp_path / "origin" / "engine-1", "engine-1")
+    patches = (("a.cpp", "second", "SECOND"),)
+    recipe = Recipe("peer", source=("engine==1", "inner"), patches=patches, flags=("-DX=1",), targets=("server",))
+    monkeypatch.setattr(install, "RECIPES", {"peer": recipe})
+    installer = Installer(tmp_path, say=lambda line: None)
+    python = installer.python("peer")
+    python.parent.mkdir(parents=True)
+    place = tmp_path / "peer" / "sdist"
+    write_script(python, f'case "$*" in *download*) mkdir -p {place}; cp {archive} {place};; esac')
+    write_script(python.parent / "cmake", "exit 0")
+    installer.install("peer")
+    assert (tmp_path / "peer" / "source" / "inner" / "a.cpp").read_text() == "first\nSECOND\n"
+    calls = (python.parent / "calls").read_text()
+    assert "-DX=1" in calls
+    assert "--target server" in calls
+
+
+def test_a_patch_that_no_longer_fits_is_a_failure(tmp_path: Path) -> None:
+    file = tmp_path / "a.cpp"
+    file.write_text("another version")
+    with pytest.raises(PeerError, match="can't be patched"):
+        install._replace(file, "second", "SECOND")
 
 
 def test_flags_are_read_from_either_form_of_cpuinfo() -> None:

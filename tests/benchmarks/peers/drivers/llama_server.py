@@ -104,8 +104,8 @@ class LlamaServer:
             try:
                 if self._ask("GET", "/health")[0] == 200:
                     return
-            except ConnectionRefusedError:
-                pass  # not listening yet
+            except (OSError, http.client.HTTPException):
+                pass  # not listening yet, or not answering yet
             time.sleep(0.1)
         raise TimeoutError(f"llama-server was not ready within {_START_SECONDS:.0f} seconds")
 
