@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.peers import child as child_module
 from benchmarks.peers import install
 from benchmarks.peers.child import Child, PeerError
 from benchmarks.peers.command import chosen, left_out, parse_arguments
@@ -121,8 +122,9 @@ def test_a_failing_operation_is_reported_with_the_last_lines_of_standard_error(
     ids=["dies at once", "dies at work", "speaks something else", "says nothing"],
 )
 def test_a_driver_that_does_not_answer_is_a_clear_failure(
-    fake_driver: Callable[..., Path], methods: str, after: str, expected: str
+    fake_driver: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, methods: str, after: str, expected: str
 ) -> None:
+    monkeypatch.setattr(child_module, "_CLOSE_SECONDS", 0.5)
     seconds = 1 if "within" in expected else 60
     with start(fake_driver(methods or "pass", after)) as child, pytest.raises(PeerError, match=expected):
         child.ask("load", answer_seconds=seconds)

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 ANSWER_SECONDS = 1800.0
-_CLOSE_SECONDS = 30.0
+_CLOSE_SECONDS = 10.0
 _TAIL_LINES = 8
 
 
