@@ -339,7 +339,8 @@ def sample(decode: float, tokens: tuple[int, ...] = (7,) * 128) -> Sample:
 def entry(peer: str, label: str, *decode: float, token: int = 7) -> Entry:
     weights = Weights(32, 4 * SMALL.num_weights)
     samples = [sample(rate, (token,) * 128) for rate in decode]
-    return Entry(Contestant(peer, label, "float32"), weights, {"engine": "9.9"}, {}, samples)
+    parts = {"attention": "sdpa", "kernels": "reference", "scheduler": "fcfs"} if peer == OURS else {}
+    return Entry(Contestant(peer, label, "float32"), weights, {"engine": "9.9"}, parts, samples)
 
 
 def report_of(groups: list[Group]) -> Report:
@@ -383,6 +384,7 @@ def test_the_page_and_the_json_hold_machine_versions_and_command() -> None:
     page = report.page()
     for words in ("2026-01-02", "Some CPU, 2 cores", "avx2", "engine 9.9", "$ python bench", "0.0 GB/s", "a note"):
         assert words in page
+    assert "Drivetrain's parts: attention sdpa, kernels reference, scheduler fcfs." in page
     found = json.loads(json.dumps(report.to_dict()))
     peer, mine = found["results"]
     assert peer["rates"][DECODE]["ours_over_it"] == 1.8

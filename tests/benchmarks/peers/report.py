@@ -16,6 +16,7 @@ from .workloads import PROMPT, Workload, tokens_of
 _MIB = 2**20
 _QUIET_SHARE = 0.05
 _NO_VALUE = "-"
+_PARTS_THAT_MATTER = ("attention", "kernels", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Report:
     def _ceilings_line(self) -> str:
         ceilings = self.ceilings
         return (
-            f"Ceilings measured in this run, {self.threads} threads: reading memory"
+            f"Ceilings measured in this run on {self.threads} of the cores: reading memory"
             f" {ceilings.read_bytes_per_second / 1e9:.1f} GB/s, products in float32 {ceilings.float32_flops / 1e9:.0f}"
             f" GFLOP/s, in bfloat16 {ceilings.bfloat16_flops / 1e9:.0f} GFLOP/s."
         )
@@ -184,6 +185,12 @@ class Report:
         usual, most = median(self.others), max(self.others)
         line = f"Before each timed run, other processes used {usual:.0%} of the cores (median; at most {most:.0%})"
         return f"{line}: a quiet machine." if usual < _QUIET_SHARE else f"{line}: the machine was busy."
+
+    def _parts_words(self) -> str:
+        """What the rows do not tell of Drivetrain: which plugins did the work."""
+        entries = [entry for group in self.groups for entry in group.entries if entry.parts]
+        words = {", ".join(f"{kind} {entry.parts[kind]}" for kind in _PARTS_THAT_MATTER) for entry in entries}
+        return "; or ".join(sorted(words)) or "none took part"
 
     def _setting(self) -> str:
         machine = self.machine
@@ -198,7 +205,8 @@ class Report:
             f"- {self._ceilings_line()}",
             f"- {self._load_line()}",
             f"- Engines: {versions}. Python {machine.python}.",
-            f"- {self.threads} threads each; medians of {self.repeats}, with the lowest and highest in brackets.",
+            f"- Drivetrain's parts: {self._parts_words()}.",
+            f"- Threads of each engine: {self.threads}. Figures are medians of {self.repeats}, with the lowest and highest in brackets.",
         ]
         return "\n".join(lines) + f"\n\n```console other\n$ {self.command}\n```"
 
@@ -244,9 +252,9 @@ _MODEL_WORDS = "smollm2-135m (135 million parameters)"
 
 _HEAD = """# Benchmarks on a CPU
 
-Drivetrain beside other engines, in one run on one machine, written by `make bench-peers`. Model: {model}. Every engine
-gets the same token ids, starts from the same dequantized weights, decodes greedily and does not stop early. The same
-figures with every sample: [cpu.json](cpu.json)."""
+Drivetrain beside other engines, in one run on one machine, written by `make bench-peers`. Model: {model}.
+Every engine gets the same token ids, starts from the same dequantized weights, decodes greedily and does not stop early.
+The same figures with every sample: [cpu.json](cpu.json)."""
 
 _HOW_TO_READ = """## How to read it
 
