@@ -206,7 +206,7 @@ class Report:
             f"- {self._load_line()}",
             f"- Engines: {versions}. Python {machine.python}.",
             f"- Drivetrain's parts: {self._parts_words()}.",
-            f"- Threads of each engine: {self.threads}. Figures are medians of {self.repeats}, with the lowest and highest in brackets.",
+            f"- Threads of each engine: {self.threads}. Medians of {self.repeats}, with the lowest and highest in brackets.",
         ]
         return "\n".join(lines) + f"\n\n```console other\n$ {self.command}\n```"
 
@@ -253,8 +253,8 @@ _MODEL_WORDS = "smollm2-135m (135 million parameters)"
 _HEAD = """# Benchmarks on a CPU
 
 Drivetrain beside other engines, in one run on one machine, written by `make bench-peers`. Model: {model}.
-Every engine gets the same token ids, starts from the same dequantized weights, decodes greedily and does not stop early.
-The same figures with every sample: [cpu.json](cpu.json)."""
+Every engine gets the same token ids, starts from the same dequantized weights, decodes greedily and does not stop
+early. The same figures with every sample: [cpu.json](cpu.json)."""
 
 _HOW_TO_READ = """## How to read it
 
