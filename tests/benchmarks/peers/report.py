@@ -206,7 +206,7 @@ class Report:
             f"- {self._load_line()}",
             f"- Engines: {versions}. Python {machine.python}.",
             f"- Drivetrain's parts: {self._parts_words()}.",
-            f"- Threads of each engine: {self.threads}. Medians of {self.repeats}, with the lowest and highest in brackets.",
+            f"- Threads of each engine: {self.threads}. Medians of {self.repeats}, lowest and highest in brackets.",
         ]
         return "\n".join(lines) + f"\n\n```console other\n$ {self.command}\n```"
 
