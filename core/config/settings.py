@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -51,6 +51,16 @@ class EngineSettings(BaseModel):
     stall_seconds: float = Field(
         default=60.0, gt=0, description="a step that takes longer counts as stalled in /health"
     )
+
+    overlap: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="prepare the next step while one runs; auto: on devices that queue their work, not on a CPU",
+    )
+
+    @field_validator("overlap", mode="before")
+    @classmethod
+    def _read_switch(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
     @field_validator("max_model_len", "max_waiting", "timeout_seconds", "stall_seconds", mode="before")
     @classmethod

@@ -230,7 +230,7 @@ class EngineLoop:
             if refusal is not None:
                 raise SwapError(f"not every rank agrees: {refusal}")
             with self._wake:
-                self._post(lambda: commit(self.stack, prepared, probation_steps))
+                self._post(lambda: self._commit(prepared, probation_steps))
             report = wait_for(prepared, lambda: self._thread is not None and self._thread.is_alive())
         finally:
             self._swapping.release()
@@ -238,6 +238,10 @@ class EngineLoop:
             self.engine.metrics.swapped(kind, report.outcome.value, self.engine.epoch)
             self.engine.notify("swap_done", kind=kind, old=old, new=new, epoch=report.epoch)
         return report
+
+    def _commit(self, prepared: PreparedSwap, probation_steps: int) -> None:
+        self._deliver(self.engine.settle())
+        commit(self.stack, prepared, probation_steps)
 
     def _prepare(self, requests: Mapping[str, PartRequest], dry_run: bool) -> PreparedSwap:
         try:
@@ -329,6 +333,7 @@ class EngineLoop:
                 _log.critical("the engine could not end its requests", exc_info=fault)
                 error = error or f"the engine could not stop: {type(fault).__name__}: {fault}"
             self._give_up(error or "the engine was stopped")
+        self.engine.close()
 
     def _give_up(self, message: str) -> None:
         """End what still has no end, without touching the engine."""

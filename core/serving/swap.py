@@ -350,11 +350,12 @@ def vote(stack: ServingStack, prepared: PreparedSwap) -> str | None:
 
 
 def commit(stack: ServingStack, prepared: PreparedSwap, probation_steps: int) -> None:
-    """Install the prepared parts and put them on probation. Runs in the engine's thread, between two steps.
+    """Install the prepared parts and put them on probation. Runs in the engine's thread, with the engine settled.
 
     ``prepared.done`` is set once it is finalized or rolled back. Whatever is raised in between is undone first.
     """
     engine = stack.engine
+    assert engine.is_settled, "a step is under way"
     before = LiveParts.of(stack)
     started = time.perf_counter()
     running = engine.num_running
