@@ -57,7 +57,12 @@ class EngineSettings(BaseModel):
         description="prepare the next step while one runs; auto: on devices that queue their work, not on a CPU",
     )
 
-    @field_validator("overlap", mode="before")
+    graphs: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="replay captured decode steps; auto: where the platform and the attention backend can",
+    )
+
+    @field_validator("overlap", "graphs", mode="before")
     @classmethod
     def _read_switch(cls, value: Any) -> Any:
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value

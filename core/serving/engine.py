@@ -139,6 +139,7 @@ class Engine:
         self._in_order: list[Request] | None = None
         self._step_clock = StepClock()
         self._step_started = clock()
+        runner.on_fallback = self.metrics.fell_back
         runner.reserve(kv, scheduler.limits().max_batched_tokens, scheduler.limits().max_running)
         self._tells_states = self._observers.listens("request_changed_state")
         self._tells_steps = self._observers.listens("step_done")
@@ -701,6 +702,7 @@ class Engine:
         sequences = [sequence for siblings in self._sequences.values() for sequence in siblings]
         if scheduler is not self.scheduler:
             kv.make_rows(scheduler.limits().max_running)
+            self.runner.reserve(kv, scheduler.limits().max_batched_tokens, scheduler.limits().max_running)
             keys = [self._key(sequence, scheduler) for sequence in sequences]
             for sequence, key in zip(sequences, keys, strict=True):
                 sequence.key = key

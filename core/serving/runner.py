@@ -6,15 +6,20 @@ Shapes: N rows whose logits are wanted; V vocabulary.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 
 import torch
 
 from drivetrain.contracts.attention import AttentionBackend, KVCache
 from drivetrain.contracts.model import CausalLM
+from drivetrain.errors import GraphCaptureError
 from drivetrain.serving.blocks import KVManager
+from drivetrain.serving.graphs import Capture, DecodeGraphs, GraphLimits, why_no_graphs, with_scratch
 from drivetrain.serving.packing import Scheduled, StepBuffers, StepInputs, bytes_of_step, pack
 from drivetrain.serving.request import Request
+
+_log = logging.getLogger("drivetrain")
 
 Copies = Sequence[Sequence[Sequence[tuple[int, int]]]]
 """For each KV group the runs of (source, destination) that ``KVManager.take_copies`` gives."""
@@ -29,24 +34,53 @@ class ModelRunner:
         attention: AttentionBackend,
         num_blocks: Sequence[int],
         device: torch.device,
+        capture: Capture | None = None,
+        *,
+        must_capture: bool = False,
     ) -> None:
+        """capture: records device work for replay; None where the platform can't, or was told not to.
+        must_capture: a step that can't be recorded is an error, not run in the plain way with a warning.
+        """
         self.model = model
         self.attention = attention
         self.device = device
         self.spec = model.spec.attention
-        self.cache: KVCache = attention.allocate(self.spec, num_blocks, device)
+        self._capture = capture
+        self._must_capture = must_capture
+        self.on_fallback: Callable[[int], None] = lambda count: None
+        self.cache: KVCache = attention.allocate(self.spec, self.blocks_to_allocate(num_blocks), device)
         # Two sets: the next step is packed while one still runs.
         self._buffers = (StepBuffers(device), StepBuffers(device))
         self._next_buffers = itertools.cycle(self._buffers)
+        self._graph_limits: GraphLimits | None = None
+        self._graphs: DecodeGraphs | None = None
 
-    def exchange(self, model: CausalLM, attention: AttentionBackend, cache: KVCache) -> None:
-        """Use other parts from the next step on; ``cache`` is one that ``attention`` can read."""
+    def blocks_to_allocate(self, num_blocks: Sequence[int]) -> list[int]:
+        """How many blocks a cache needs for ``num_blocks`` that sequences may get: captured steps take one more."""
+        return with_scratch(num_blocks, self._capture)
+
+    def exchange(self, model: CausalLM, attention: AttentionBackend, cache: KVCache, kv: KVManager) -> None:
+        """Use other parts from the next step on; ``cache`` is one that ``attention`` can read, ``kv`` its books."""
+        kept = self.model is model and self.attention is attention and self.cache is cache
         self.model, self.attention, self.cache = model, attention, cache
+        if self._graph_limits is not None and not kept:
+            self._plan_graphs(kv, self._graph_limits.max_running)
+
+    def _plan_graphs(self, kv: KVManager, max_running: int) -> None:
+        """Capture decode steps anew, each when it first comes."""
+        self._graphs = None
+        scratch = tuple(pool.total for pool in kv.pools)
+        self._graph_limits = GraphLimits(max_running, kv.tables[0].shape[1], kv.block_size, scratch)
+        if self._capture is not None and why_no_graphs(self._capture, self.attention) is None:
+            self._graphs = DecodeGraphs(
+                self._capture, self.model, self.attention, self.spec, self.cache, self._graph_limits, self.device
+            )
 
     def reserve(self, kv: KVManager, max_batched_tokens: int, max_running: int) -> None:
         """Make the buffers for steps within these limits."""
         for buffers in self._buffers:
             buffers.reserve(bytes_of_step(kv, max_batched_tokens, max_running))
+        self._plan_graphs(kv, max_running)
 
     def clear_blocks(self, kv: KVManager, blocks: Sequence[Sequence[int]]) -> None:
         """Make these blocks of each KV group finite again."""
@@ -60,6 +94,15 @@ class ModelRunner:
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
         """Compute the step and return the wanted logits, [N, V]."""
+        if self._graphs is not None and self._graphs.takes(inputs):
+            try:
+                return self._graphs.run(inputs)
+            except GraphCaptureError as error:
+                if self._must_capture:
+                    raise
+                _log.warning("%s; decode steps are run without graphs", error)
+                self.on_fallback(1)
+                self._graphs = None
         step = self.attention.begin(self.spec, inputs.attention, self.cache)
         hidden_TE = self.model.forward(inputs.ids_T, inputs.positions_T, step)
         return self.model.logits(hidden_TE.index_select(0, inputs.rows_N))

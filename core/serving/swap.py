@@ -127,7 +127,7 @@ class LiveParts:
             lost = engine.preempt_all()
         elif drops_prefixes:
             engine.drop_prefixes()
-        engine.runner.exchange(self.model, self.attention, self.cache)
+        engine.runner.exchange(self.model, self.attention, self.cache, self.kv)
         engine.exchange(self.scheduler, self.kv)
         stack.binder = self.binder
         stack.parts.plugins = dict(self.plugins)
@@ -228,7 +228,8 @@ def _settle_cache(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run:
         return CacheFate.CONVERT, extra
     if not dry_run:
         new.kv = make_kv(stack.parts, new.attention, counts, new.scheduler.limits(), stack.max_model_len)
-        new.cache = new.attention.allocate(spec, counts, stack.engine.runner.device)
+        runner = stack.engine.runner
+        new.cache = new.attention.allocate(spec, runner.blocks_to_allocate(counts), runner.device)
     return CacheFate.RECOMPUTE, extra
 
 
@@ -245,7 +246,7 @@ def _convert(stack: ServingStack, converter: ConvertsCache) -> KVCache:
         runner.spec,
         runner.attention.kv_contract(runner.spec),
         runner.cache,
-        [pool.total for pool in pools],
+        runner.blocks_to_allocate([pool.total for pool in pools]),
         [pool.live_blocks() for pool in pools],
         runner.device,
     )
