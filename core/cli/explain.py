@@ -46,7 +46,13 @@ def explain(
     parts = resolve_parts(settings, fetch=False)
     answers = [answer for wanted in why_nots or () for answer in why_not(wanted, parts.report, parts.registry)]
     if as_json:
-        report = {**parts.report.to_dict(), "model": settings.model, "plan_digest": parts.plan.digest}
+        facts = parts.platform.facts()
+        report = {
+            **parts.report.to_dict(),
+            "model": settings.model,
+            "plan_digest": parts.plan.digest,
+            "device": {"name": facts.device_name, "architecture": facts.architecture, **facts.details},
+        }
         print_json({**report, "why_not": [dataclasses.asdict(answer) for answer in answers]} if why_nots else report)
         return
     print_report(parts.report)
