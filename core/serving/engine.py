@@ -299,7 +299,8 @@ class Engine:
         return self._flying is None
 
     def close(self) -> None:
-        """No step comes any more."""
+        """No step comes any more; what one that runs would give is dropped."""
+        self._flying = None
         self._lane.close()
 
     # --- the step --------------------------------------------------------------------------------------------------
@@ -342,7 +343,7 @@ class Engine:
         behind: the step that runs, if one does; the tokens that it will choose are counted as if they were there.
         """
         try:
-            scheduled = self._plan()
+            scheduled = self._plan(is_ahead=behind is not None)
         except Exception as error:  # a scheduler's code; fatal unless there is another to go back to
             if self.probation is None:
                 raise
@@ -432,8 +433,12 @@ class Engine:
                 chunks += self._end_all(request_id, FinishReason.TIMEOUT)
         return chunks
 
-    def _plan(self) -> list[Scheduled]:
-        """Ask the scheduler, then give blocks in its order."""
+    def _plan(self, *, is_ahead: bool = False) -> list[Scheduled]:
+        """Ask the scheduler, then give blocks in its order.
+
+        is_ahead: a step still runs. What it frees, and whom it ends, is not known yet, so nobody gives way: where
+                  blocks are short nothing is planned, and the plan is made again once that step is collected.
+        """
         if not self._running and not self._waiting:
             return []
         running = self._running_in_order()
@@ -443,10 +448,10 @@ class Engine:
             self._check_plan(plan)
             for name in plan.preempt:
                 self._preempt(self._running[name])
-            scheduled = self._give_blocks(plan.grants)
+            scheduled = self._give_blocks(plan.grants, is_ahead)
         finally:
             self._waiting.put_back()
-        if not scheduled and len(self._running) == len(running):
+        if not scheduled and not is_ahead and len(self._running) == len(running):
             # Nothing has changed, so the next plan would be the same, for ever.
             raise EngineError(
                 f"scheduler {type(self.scheduler).__name__} made a plan that computes nothing: it grants waiting "
@@ -491,7 +496,7 @@ class Engine:
         if problem:
             raise EngineError(f"scheduler {type(self.scheduler).__name__} made an impossible plan: {problem}")
 
-    def _give_blocks(self, grants: Sequence[Grant]) -> list[Scheduled]:
+    def _give_blocks(self, grants: Sequence[Grant], is_ahead: bool) -> list[Scheduled]:
         scheduled: dict[str, Scheduled] = {}
         was_running = set(self._running)
         is_admitting = True
@@ -500,6 +505,9 @@ class Engine:
             if request is not None:
                 num_running = len(self._running)
                 num_tokens = min(grant.num_tokens, request.pending_tokens)
+                assert request.blocks is not None
+                if is_ahead and not self.kv.extend(request.blocks, request.num_computed, num_tokens):
+                    return []
                 if self._make_room(request, num_tokens, scheduled):
                     scheduled[request.name] = Scheduled.of(request, num_tokens)
                 # Blocks that someone gave up are not for a newcomer: it would be the next to give them up.

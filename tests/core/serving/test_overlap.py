@@ -244,6 +244,28 @@ def test_a_sequence_that_ends_by_a_stop_has_one_step_computed_in_vain_and_no_tok
     assert len(fake_lm(engine).tokens_per_step) == length + 1
 
 
+def test_a_cache_that_one_request_fills_is_enough(lane: str) -> None:
+    """A window frees its blocks when a step is collected: planning ahead of it must not take them for missing."""
+    for windows in ((None, 5), (6,), (None,)):
+        tight = {"windows": windows, "num_blocks": [16 if window is None else 7 for window in windows]}
+        runs = []
+        for engine in (overlapped(lane, **tight), make_engine(**tight)):
+            add(engine, "a", [1, 2, 3], greedy(61))
+            add(engine, "b", [4, 5, 6], greedy(30))
+            runs.append(finish(engine, max_steps=400))
+        assert_equal_but_for_times(*runs)
+
+
+def test_a_closed_engine_has_no_work_left(lane: str) -> None:
+    engine = overlapped(lane)
+    add(engine, "a", next(prompts(1)), greedy(10))
+    engine.step()
+    assert ahead(engine)
+    engine.cancel_all()
+    engine.close()
+    assert not engine.has_work
+
+
 def test_the_setting_says_what_overlaps() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     assert [overlaps(setting, cpu) for setting in ("auto", "on", "off")] == [False, True, False]
