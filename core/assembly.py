@@ -19,7 +19,7 @@ from drivetrain.contracts.kernels import KernelProvider
 from drivetrain.contracts.kinds import KINDS
 from drivetrain.contracts.loader import Checkpoint, Loader
 from drivetrain.contracts.model import BuildContext, CausalLM, Model, ModelSpec
-from drivetrain.contracts.platform import Platform
+from drivetrain.contracts.platform import Platform, SupportsGraphs
 from drivetrain.contracts.plugin import Plugin, ProbeContext, Purpose
 from drivetrain.contracts.precision import Precision
 from drivetrain.contracts.quantizer import Quantizer
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from drivetrain.binding import KernelBinder
     from drivetrain.serving.blocks import KVManager
     from drivetrain.serving.engine import Engine
+    from drivetrain.serving.graphs import Capture
     from drivetrain.serving.master_copy import MasterCopy
     from drivetrain.serving.tokenizer import Tokenizer
 
@@ -330,7 +331,14 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
     metrics = EngineMetrics()
     metrics.fell_back(len(parts.report.fallbacks))
     engine = Engine(
-        ModelRunner(model, parts.attention, num_blocks, device),
+        ModelRunner(
+            model,
+            parts.attention,
+            num_blocks,
+            device,
+            _capture(parts),
+            must_capture=parts.settings.engine.graphs == "on",
+        ),
         kv,
         parts.scheduler,
         EngineLimits(max_model_len, parts.spec.vocab_size, frozenset(parts.checkpoint.eos_token_ids)),
@@ -399,6 +407,18 @@ def with_fallbacks(report: SelectionReport, binder: KernelBinder) -> SelectionRe
     fallback = "; ".join(filter(None, (kernels.fallback, *binder.fallbacks)))
     new = dataclasses.replace(kernels, fallback=fallback)
     return dataclasses.replace(report, selections=tuple(new if s.kind == "kernels" else s for s in report.selections))
+
+
+def _capture(parts: Parts) -> Capture | None:
+    """What records decode steps, if they are to be captured. Raises ConfigError when they must be and can't."""
+    from drivetrain.serving.graphs import why_no_graphs
+
+    setting = parts.settings.engine.graphs
+    capture = parts.platform.capture if isinstance(parts.platform, SupportsGraphs) and setting != "off" else None
+    reason = why_no_graphs(capture, parts.attention)
+    if setting == "on" and reason is not None:
+        raise ConfigError("decode steps can't be captured", where="engine.graphs", found=reason, allowed="auto or off")
+    return capture
 
 
 def make_kv(

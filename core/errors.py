@@ -246,6 +246,10 @@ class EngineError(DrivetrainError):
     """The serving loop can't go on."""
 
 
+class GraphCaptureError(EngineError):
+    """A decode step could not be recorded for replay."""
+
+
 class IllegalTransitionError(EngineError):
     """A request was moved between two states that no edge joins. Always a bug."""
 

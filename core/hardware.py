@@ -207,6 +207,35 @@ def read_processor(root: Path = ROOT, affinity: Collection[int] | None = None) -
     )
 
 
+@dataclass(frozen=True)
+class Core:
+    """One logical core. physical: (package, core), shared by logical cores that are threads of one. node: of memory."""
+
+    number: int
+    physical: tuple[int, int]
+    node: int
+
+
+def read_cores(root: Path = ROOT, affinity: Collection[int] | None = None) -> tuple[Core, ...]:
+    """The logical cores that this process may run on, from the topology in /sys."""
+    numbers = sorted(_affinity(read_text(root / "proc/cpuinfo") or "") if affinity is None else affinity)
+    nodes: dict[int, int] = {}
+    for folder in sorted((root / "sys/devices/system/node").glob("node[0-9]*")):
+        for number in _parse_cores(read_text(folder / "cpulist") or ""):
+            nodes[number] = int(folder.name.removeprefix("node"))
+    return tuple(Core(number, _core_identity(root, number), nodes.get(number, 0)) for number in numbers)
+
+
+def _parse_cores(text: str) -> list[int]:
+    """``0-2,5`` as 0, 1, 2, 5: the kernel's form of a list of cores."""
+    numbers: list[int] = []
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        if first.isdigit():
+            numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
 def _cpuinfo_field(text: str, name: str) -> str | None:
     match = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
     return match[1].strip() if match else None

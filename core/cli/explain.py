@@ -49,7 +49,13 @@ def explain(
     answers = [answer for wanted in why_nots or () for answer in why_not(wanted, parts.report, parts.registry)]
     operations = _operations(parts)
     if as_json:
-        report = {**parts.report.to_dict(), "model": settings.model, "plan_digest": parts.plan.digest}
+        facts = parts.platform.facts()
+        report = {
+            **parts.report.to_dict(),
+            "model": settings.model,
+            "plan_digest": parts.plan.digest,
+            "device": {"name": facts.device_name, "architecture": facts.architecture, **facts.details},
+        }
         report["operations"] = [dict(zip(("operation", "provider", "reason"), row, strict=True)) for row in operations]
         print_json({**report, "why_not": [dataclasses.asdict(answer) for answer in answers]} if why_nots else report)
         return

@@ -61,6 +61,21 @@ class EngineSettings(BaseModel):
         "none: those read the files again",
     )
 
+    overlap: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="prepare the next step while one runs; auto: on devices that queue their work, not on a CPU",
+    )
+
+    graphs: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="replay captured decode steps; auto: where the platform and the attention backend can",
+    )
+
+    @field_validator("overlap", "graphs", mode="before")
+    @classmethod
+    def _read_switch(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
     @field_validator(
         "max_model_len", "max_waiting", "timeout_seconds", "stall_seconds", "swap_timeout_seconds", mode="before"
     )

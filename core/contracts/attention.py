@@ -169,8 +169,11 @@ class AttentionBackend(Plugin):
     """Keeps keys and values, and attends over them. Stateless between steps but for the cache it was asked to make.
 
     Optional abilities: ``training`` (``begin`` works with ``cache=None``), ``windows``, ``soft_cap``, ``converts``
-    (:class:`ConvertsCache`), ``opens_pages`` (its steps are :class:`OpensPages`), and ``batch_invariant`` (a sequence's
-    result does not depend on what else is in the batch, to the last bit). A backend that does not claim one of the
+    (:class:`ConvertsCache`), ``opens_pages`` (its steps are :class:`OpensPages`), ``batch_invariant`` (a sequence's
+    result does not depend on what else is in the batch, to the last bit), and ``graph_safe``: of a decode step,
+    ``begin`` and ``attend`` read the number of sequences and the device tensors only, launch the same work whatever
+    these hold, and wait for nothing, so that a platform may record the step and replay it with other values at the same
+    addresses. A backend that does not claim one of the
     first three refuses, in its probe, a model that needs it.
     """
 

@@ -241,7 +241,7 @@ class EngineLoop:
                 return _estimate(prepared, self.engine.epoch)
             put_to_the_vote(self.stack, prepared, self.peers, deadline)
             with self._wake:
-                self._post(lambda: commit(self.stack, prepared, probation_steps, self._tell))
+                self._post(lambda: self._commit(prepared, probation_steps))
             report = wait_for(prepared, lambda: self._thread is not None and self._thread.is_alive(), deadline)
         finally:
             self._swapping.release()
@@ -252,6 +252,10 @@ class EngineLoop:
         for kind, (old, new) in report.changes.items():
             self.engine.metrics.swapped(kind, report.outcome.value, self.engine.epoch)
             self.engine.notify("swap_done", kind=kind, old=old, new=new, epoch=report.epoch)
+
+    def _commit(self, prepared: PreparedSwap, probation_steps: int) -> None:
+        self._deliver(self.engine.settle())
+        commit(self.stack, prepared, probation_steps, self._tell)
 
     def _prepare(
         self, requests: Mapping[str, PartRequest], dry_run: bool, limit_seconds: float, deadline_seconds: float
@@ -355,6 +359,7 @@ class EngineLoop:
                 _log.critical("the engine could not end its requests", exc_info=fault)
                 error = error or f"the engine could not stop: {type(fault).__name__}: {fault}"
             self._give_up(error or "the engine was stopped")
+        self.engine.close()
 
     def _give_up(self, message: str) -> None:
         """End what still has no end, without touching the engine."""

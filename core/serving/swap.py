@@ -132,7 +132,7 @@ class LiveParts:
             lost = engine.preempt_all()
         elif drops_prefixes:
             engine.drop_prefixes()
-        engine.runner.exchange(self.model, self.attention, self.cache)
+        engine.runner.exchange(self.model, self.attention, self.cache, self.kv)
         engine.exchange(self.scheduler, self.kv)
         stack.binder = self.binder
         stack.parts.plugins = dict(self.plugins)
@@ -273,7 +273,8 @@ def _settle_cache(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run:
         return CacheFate.CONVERT, extra
     if not dry_run:
         new.kv = make_kv(stack.parts, new.attention, counts, new.scheduler.limits(), stack.max_model_len)
-        new.cache = new.attention.allocate(spec, counts, stack.engine.runner.device)
+        runner = stack.engine.runner
+        new.cache = new.attention.allocate(spec, runner.blocks_to_allocate(counts), runner.device)
     return CacheFate.RECOMPUTE, extra
 
 
@@ -290,7 +291,7 @@ def _convert(stack: ServingStack, converter: ConvertsCache) -> KVCache:
         runner.spec,
         runner.attention.kv_contract(runner.spec),
         runner.cache,
-        [pool.total for pool in pools],
+        runner.blocks_to_allocate([pool.total for pool in pools]),
         [pool.live_blocks() for pool in pools],
         runner.device,
     )
@@ -417,7 +418,7 @@ def put_to_the_vote(
 def commit(
     stack: ServingStack, prepared: PreparedSwap, probation_steps: int, tell: Callable[[SwapReport], None]
 ) -> None:
-    """Install the prepared parts and put them on probation. Runs in the engine's thread, between two steps.
+    """Install the prepared parts and put them on probation. Runs in the engine's thread, with the engine settled.
 
     ``prepared.done`` is set once it is finalized or rolled back. Whatever is raised in between is undone first.
 
@@ -429,6 +430,7 @@ def commit(
     if engine.epoch != prepared.epoch:
         _fail(prepared, SwapError("the parts have been exchanged since these were prepared", hint="Try again."))
         return
+    assert engine.is_settled, "a step is under way"
     before = LiveParts.of(stack)
     started = time.perf_counter()
     running = engine.num_running

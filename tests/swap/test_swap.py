@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,23 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-@pytest.fixture
-def llm(folder: Path) -> Iterator[LLM]:
-    options: dict[str, Any] = {"platform": {"name": "cpu", "threads": 1}, "engine": {"max_model_len": 96}}
+@contextmanager
+def serving(folder: Path, **engine: Any) -> Iterator[LLM]:
+    options: dict[str, Any] = {"platform": {"name": "cpu", "threads": 1}, "engine": {"max_model_len": 96, **engine}}
     with LLM(folder, attention={"name": "sdpa", "block_size": 4}, **options) as llm:
         llm._stack.parts.registry = Registry(refs_with_swap_parts())
+        yield llm
+
+
+@pytest.fixture
+def llm(folder: Path) -> Iterator[LLM]:
+    with serving(folder) as llm:
+        yield llm
+
+
+@pytest.fixture
+def overlapping(folder: Path) -> Iterator[LLM]:
+    with serving(folder, overlap="on") as llm:
         yield llm
 
 
@@ -120,6 +133,19 @@ def test_there_and_back_under_load(llm: LLM, there: Any, back: Any, cache: str, 
     assert traffic._run() == traffic.expected
     assert llm._loop.engine.epoch == 2
     assert_whole(llm)
+
+
+@pytest.mark.parametrize("place", [1, 4, 7])
+def test_the_overlapped_loop_is_settled_before_a_swap(overlapping: LLM, place: int) -> None:
+    """No step is under way when parts are exchanged, and all outputs stay as they were."""
+    there, back, cache = THERE_AND_BACK[place]
+    with Traffic(overlapping) as traffic:
+        for parts in (there, back):
+            report = overlapping.swap(probation_steps=2, **parts)
+            assert report.outcome is SwapOutcome.FINALIZED
+            assert report.cache.value == cache
+    assert traffic._run() == traffic.expected
+    assert_whole(overlapping)
 
 
 def test_a_cache_that_can_be_converted_is_kept(llm: LLM) -> None:
