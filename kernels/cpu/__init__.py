@@ -62,7 +62,7 @@ class CpuKernels(KernelProvider):
 
     @classmethod
     def abilities(cls) -> frozenset[str]:
-        return frozenset({"deterministic"})
+        return frozenset({"deterministic", "operators"})
 
     def operations(self) -> frozenset[str]:
         return frozenset(_makers())

@@ -94,6 +94,7 @@ def open_library(variant: str = "auto") -> ctypes.CDLL:
 @functools.cache
 def _opened(variant: str) -> ctypes.CDLL:
     library = source_build(variant).library()
+    library.variant = variant  # type: ignore[attr-defined]
     for name, (result, *arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

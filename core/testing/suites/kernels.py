@@ -358,6 +358,7 @@ class KernelsSuite(Suite):
         """torch.compile takes the callable whole, and results and gradients are those of eager mode."""
         for case, device, dtype, kernel in self.visible(operation):
             inputs = case.inputs(getattr(torch, dtype), device)
+            torch.compiler.reset()  # it counts how often one piece of code was compiled, and gives up after a few
             compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager")
             with torch.no_grad():
                 self.compare(case, dtype, inputs, _call(operation, compiled, _copies(inputs)))
