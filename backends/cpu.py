@@ -48,7 +48,7 @@ class CpuPlatform(Platform):
     """The processor and main memory of this machine."""
 
     tier = Tier.PORTABLE
-    preferences = {"precision": ("fp32",), "attention": ("paged-cpu", "sdpa"), "kernels": ("cpu", "reference")}
+    preferences = {"precision": ("fp32",), "attention": ("paged-cpu", "sdpa"), "kernels": ("cpu",)}
 
     class Config(PluginConfig):
         threads: int | None = Field(

@@ -308,6 +308,7 @@ class ServingStack:
 
 def build_engine(parts: Parts, *, observers: Observers | None = None, progress: Progress = silent) -> ServingStack:
     """Load the weights and make everything a step needs. Raises LoaderError, MemoryBudgetError, ..."""
+    from drivetrain.binding import bind_sample
     from drivetrain.serving.engine import Engine, EngineLimits
     from drivetrain.serving.master_copy import check_kept
     from drivetrain.serving.metrics import EngineMetrics
@@ -346,6 +347,7 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
         lambda prompt, skip_special: Detokenizer(tokenizer, prompt, skip_special),
         observers,
         metrics,
+        draw=bind_sample(binder, device.type, parts.spec.vocab_size),
     )
     defaults = {
         name: parts.checkpoint.generation_config[name]

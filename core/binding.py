@@ -246,3 +246,10 @@ def served_operations(
             mine = [spec for spec, first in zip(uses, firsts, strict=True) if first == name] if is_auto else uses
             cited = "; ".join(dict.fromkeys(filter(None, (record.cite(spec, name) for spec in mine))))
             yield operation, name, "; ".join(filter(None, (why, cited))) or "the first in order that has it"
+
+
+def bind_sample(binder: KernelBinder, device_type: str, vocab_size: int) -> Callable[..., Any] | None:
+    """The bound operation ``sample`` for float32 scores; None where only the reference has it, which sorts whole
+    vocabularies: the sampler's own way is faster then."""
+    spec = KernelSpec("sample", device_type, "float32", {"V": vocab_size})
+    return None if binder.provider_of(spec) in (None, "reference") else binder.bind(spec)

@@ -97,7 +97,7 @@ class Offer:
 
 def usual_specs(device_type: str, dtype: str, operations: Iterable[str] = ()) -> list[KernelSpec]:
     """The uses that smollm2-135m has."""
-    chosen = check_operations(operations) or list(OPERATIONS)
+    chosen = check_operations(operations) or [name for name in OPERATIONS if not OPERATIONS[name].takes_modules]
     return [
         KernelSpec(operation, device_type, dtype, sizes, params)
         for operation in chosen
@@ -133,7 +133,11 @@ def model_specs(parts: Parts, operations: Iterable[str] = (), progress: Progress
     chosen = check_operations(operations)
     _, binder = build_model(parts, parts.kernels, parts.quantizer, progress)
     specs = {use_of(binding.spec): binding.spec for binding in binder.bindings}
-    return [spec for spec in specs.values() if not chosen or spec.operation in chosen]
+    return [
+        spec
+        for spec in specs.values()
+        if (not chosen or spec.operation in chosen) and not OPERATIONS[spec.operation].takes_modules
+    ]
 
 
 def parse_sizes(text: str) -> dict[str, int]:
@@ -159,6 +163,12 @@ def check_operations(names: Iterable[str]) -> list[str]:
                 found=name,
                 allowed=sorted(OPERATIONS),
                 hint=f"Did you mean {close!r}?" if close else None,
+            )
+        if OPERATIONS[name].takes_modules:
+            raise ConfigError(
+                f"{name} works on a whole model's layers, which are not measured alone",
+                where="--operation",
+                hint="Run: drivetrain bench latency --model NAME",
             )
     return chosen
 

@@ -37,6 +37,7 @@ class Operation:
     constants:      arguments of a differentiable operation that need no gradient.
     writes:         arguments that are written to.
     result_dtype:   torch dtype name of the result where it is not that of the activations.
+    takes_modules:  whether it works on modules: it can only be tried and measured with a whole model.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Operation:
     constants: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     result_dtype: str | None = None
+    takes_modules: bool = False
 
     @property
     def arguments(self) -> Mapping[str, str]:
@@ -152,6 +154,7 @@ _OPERATIONS = (
         "params: eps, weight_offset, residual_scale, activation (as gated_linear), norms_heads (1 where q_norm and "
         "k_norm are of single heads)",
         tolerance={"float32": (1e-4, 1e-4), "bfloat16": (5e-2, 5e-2), "float16": (1e-2, 1e-2)},
+        takes_modules=True,
     ),
 )
 

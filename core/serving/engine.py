@@ -117,6 +117,7 @@ class Engine:
         observers: Observers | None = None,
         metrics: EngineMetrics | None = None,
         clock: Callable[[], float] = time.monotonic,
+        draw: Callable[..., torch.Tensor] | None = None,
     ) -> None:
         self.runner = runner
         self.kv = kv
@@ -127,7 +128,7 @@ class Engine:
         self._make_decoder = make_decoder
         self._observers = observers or Observers(installed=False)
         self._clock = clock
-        self._sampler = Sampler(limits.vocab_size, runner.device)
+        self._sampler = Sampler(limits.vocab_size, runner.device, draw)
         self._waiting = WaitingQueue()
         self._running: dict[str, Request] = {}
         self._sequences: dict[str, list[Request]] = {}
@@ -727,6 +728,15 @@ class Engine:
             self.kv = kv
             for sequence in sequences:
                 sequence.hashes = []  # names of blocks of another size or contract
+
+    @property
+    def draw(self) -> Callable[..., torch.Tensor] | None:
+        """The kernel that draws tokens; None for torch's own operations. Settable between two steps."""
+        return self._sampler.kernel
+
+    @draw.setter
+    def draw(self, kernel: Callable[..., torch.Tensor] | None) -> None:
+        self._sampler.kernel = kernel
 
     def notify(self, hook: str, **arguments: object) -> None:
         """Tell the observers of something that happened around the engine."""

@@ -9,7 +9,7 @@ Shapes: S sequences; V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,9 +113,15 @@ def sequence_seed(seed: int, index: int) -> int:
 
 
 class Sampler:
-    """Chooses tokens. Keeps, for sequences with penalties, how often each token has appeared."""
+    """Chooses tokens. Keeps, for sequences with penalties, how often each token has appeared.
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    kernel: the logical operation ``sample`` of a kernel provider; None draws with torch's operations.
+    """
+
+    def __init__(
+        self, vocab_size: int, device: torch.device, kernel: Callable[..., torch.Tensor] | None = None
+    ) -> None:
+        self.kernel = kernel
         self._vocab_size = vocab_size
         self._device = device
         self._counts: dict[str, _TokenCounts] = {}
@@ -210,6 +216,10 @@ class Sampler:
 
     def _draw(self, scores_SV: torch.Tensor, requests: Sequence[Request], draws: Sequence[float]) -> torch.Tensor:
         """Draw from each row's distribution, rows with a small top-k from their best tokens only."""
+        if self.kernel is not None:
+            return self.kernel(
+                scores_SV, *self._settings([request.params for request in requests]), self._doubles(draws)
+            )
         widths = [_width(request.params, scores_SV.shape[-1]) for request in requests]
         groups = {width: [row for row, own in enumerate(widths) if own == width] for width in dict.fromkeys(widths)}
         if len(groups) == 1:
@@ -221,6 +231,17 @@ class Sampler:
             tokens = self._draw_from_best(scores_SV[index], width, params, [draws[row] for row in rows])
             token_S.index_copy_(0, index, tokens)
         return token_S
+
+    def _settings(self, params: Sequence[SamplingParams]) -> tuple[torch.Tensor, ...]:
+        """Temperature, top-k, top-p and min-p of each row, as the operation ``sample`` takes them."""
+        # A temperature of 0 with draws wanted means 1, as in distributions().
+        floats = [[max(p.temperature or 1.0, _LEAST_TEMPERATURE), p.top_p, p.min_p] for p in params]
+        temperature_S, top_p_S, min_p_S = torch.tensor(floats, dtype=torch.float32, device=self._device).unbind(1)
+        top_k_S = torch.tensor([max(p.top_k, 0) for p in params], device=self._device)
+        return temperature_S, top_k_S, top_p_S, min_p_S
+
+    def _doubles(self, draws: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(draws, dtype=torch.float64, device=self._device)
 
     def _draw_from_best(
         self, scores_SV: torch.Tensor, width: int, params: Sequence[SamplingParams], draws: Sequence[float]
@@ -237,7 +258,7 @@ class Sampler:
 
     def _invert(self, probs_SK: torch.Tensor, draws: Sequence[float]) -> torch.Tensor:
         cumulative_SK = probs_SK.double().cumsum(dim=-1)
-        points_S1 = torch.tensor(draws, dtype=torch.float64, device=self._device).unsqueeze(1) * cumulative_SK[:, -1:]
+        points_S1 = self._doubles(draws).unsqueeze(1) * cumulative_SK[:, -1:]
         return torch.searchsorted(cumulative_SK, points_S1, right=True).squeeze(1).clamp_(max=probs_SK.shape[-1] - 1)
 
     # --- log-probabilities -----------------------------------------------------------------------------------------

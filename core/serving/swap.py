@@ -24,6 +24,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, cast
 
 from drivetrain.assembly import ServingStack, build_model, make_kv, rank_kernels, with_fallbacks
+from drivetrain.binding import bind_sample
 from drivetrain.config import EngineSettings
 from drivetrain.contracts.attention import AttentionBackend, ConvertsCache, KVCache, KVContract
 from drivetrain.contracts.kernels import KernelProvider
@@ -104,6 +105,7 @@ class LiveParts:
     kv: KVManager
     model: CausalLM
     binder: KernelBinder
+    draw: Callable[..., Any] | None
     plugins: dict[str, Plugin]
     report: SelectionReport
 
@@ -117,6 +119,7 @@ class LiveParts:
             engine.kv,
             engine.runner.model,
             stack.binder,
+            engine.draw,
             dict(stack.parts.plugins),
             stack.parts.report,
         )
@@ -134,6 +137,7 @@ class LiveParts:
             engine.drop_prefixes()
         engine.runner.exchange(self.model, self.attention, self.cache, self.kv)
         engine.exchange(self.scheduler, self.kv)
+        engine.draw = self.draw
         stack.binder = self.binder
         stack.parts.plugins = dict(self.plugins)
         stack.parts.report = self.report
@@ -309,6 +313,7 @@ def _settle_model(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run:
     if not dry_run:
         kernels = cast(KernelProvider, new.plugins["kernels"])
         new.model, new.binder = build_model(stack.parts, kernels, quantizer, report=new.report)
+        new.draw = bind_sample(new.binder, stack.engine.runner.device.type, spec.vocab_size)
         new.report = with_fallbacks(new.report, new.binder)
         if quantizer is live.plugins["quantizer"]:
             return share_parameters(live.model, new.model)

@@ -31,6 +31,7 @@ def _makers() -> Mapping[str, Maker]:
         "gelu_tanh_mul": operations.make_gated,
         "linear": operations.make_linear,
         "gated_linear": operations.make_gated_linear,
+        "sample": operations.make_sample,
         "decoder_layers": CoarseDecoder,
     }
 

@@ -44,6 +44,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "dt_rotate": (None, *[_POINTER] * 3, *[_INT] * 5, _POINTER),
     "dt_linear": (_INT, _POINTER, _INT, _POINTER, _INT, _POINTER),
     "dt_gated_linear": (_INT, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER),
+    "dt_sample": (None, _POINTER, _INT, _INT, *[_POINTER] * 6),
     "dt_attend": (
         _INT,
         *[_POINTER] * 5,

@@ -165,6 +165,35 @@ class Rows:
             check(status)
         return out
 
+    def sample(
+        self,
+        logits_SV: Tensor,
+        temperature_S: Tensor,
+        top_k_S: Tensor,
+        top_p_S: Tensor,
+        min_p_S: Tensor,
+        draws_S: Tensor,
+    ) -> Tensor:
+        scores_SV = self._dense(logits_SV, (None, None)).float()
+        rows, size = scores_SV.shape
+        settings = [
+            dense(setting.to(dtype))
+            for setting, dtype in (
+                (temperature_S, torch.float32),
+                (top_k_S, torch.int64),
+                (top_p_S, torch.float32),
+                (min_p_S, torch.float32),
+                (draws_S, torch.float64),
+            )
+        ]
+        if any(setting.shape != (rows,) for setting in settings):
+            raise _fail("a setting has the wrong shape", [tuple(s.shape) for s in settings], (rows,))
+        token_S = torch.empty(rows, dtype=torch.int64)
+        if rows:
+            places = (setting.data_ptr() for setting in settings)
+            self._library.dt_sample(scores_SV.data_ptr(), rows, size, *places, token_S.data_ptr())
+        return token_S
+
 
 def matrix_fields(weight_OI: Tensor, bias_O: Tensor | None = None) -> MatrixFields:
     """Pointers to a dense weight and to a float32 bias, which the caller keeps alive."""
@@ -336,3 +365,16 @@ def make_gated_linear(spec: KernelSpec, library: ctypes.CDLL) -> Kernel:
         backward,
     )
     return visible(lambda x, gate, up: rows.gated_linear(x, gate, up, kind), Operator(operator, (kind,)))
+
+
+def make_sample(spec: KernelSpec, library: ctypes.CDLL) -> Kernel:
+    """``(logits [S, V], temperature [S], top_k [S], top_p [S], min_p [S], draws [S]) -> int64 [S]``."""
+    rows = _rows(spec, library)
+
+    operator = define(
+        f"{rows.namespace}::sample",
+        "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor draws) -> Tensor",
+        rows.sample,
+        fake=lambda logits, *settings: logits.new_empty((logits.shape[0],), dtype=torch.int64),
+    )
+    return visible(rows.sample, Operator(operator))

@@ -49,7 +49,7 @@ def parts_with(*plugins: type, kernels: str = "auto") -> Parts:
 # --- what a call needs -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operation", sorted(OPERATIONS))
+@pytest.mark.parametrize("operation", sorted(name for name in OPERATIONS if not OPERATIONS[name].takes_modules))
 def test_every_operation_can_be_measured_and_its_bytes_are_those_of_its_tensors(operation: str) -> None:
     """A new operation needs its usual sizes here; the rest is read off its signature."""
     for spec in bench.usual_specs("cpu", "float32", [operation])[:1]:
