@@ -117,6 +117,22 @@ class PlatformError(DrivetrainError):
     """A device can't be described or opened: its driver is missing or does not answer."""
 
 
+# --- kernels -------------------------------------------------------------------------------------------------------
+
+
+class KernelBuildError(DrivetrainError):
+    """An implementation of an operation could not be made: no compiler, a source that does not compile, no place.
+
+    command: the compiler's command line, when one was run.
+    output:  all that it said.
+    """
+
+    def __init__(self, what: str, *, command: Iterable[str] = (), output: str = "", **parts: Any) -> None:
+        super().__init__(what, **parts)
+        self.command = tuple(command)
+        self.output = output
+
+
 # --- models, sources and loaders -----------------------------------------------------------------------------------
 
 

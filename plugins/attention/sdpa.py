@@ -291,8 +291,8 @@ class SdpaStep:
         keys = values = None
         if self._cache is not None:
             keys, values = self._cache.keys[layer], self._cache.values[layer]
-            _write(keys, plan.slots, k_TGD)
-            _write(values, plan.slots, v_TGD)
+            write_tokens(keys, plan.slots, k_TGD)
+            write_tokens(values, plan.slots, v_TGD)
         if plan.prefills and not plan.decodes:
             parts = [self._prefill(attention, part, q_THD, k_TGD, v_TGD, keys, values) for part in plan.prefills]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -370,7 +370,7 @@ class SdpaStep:
         return o_GRtD.permute(2, 0, 1, 3).reshape(t, layer.num_heads, size)
 
 
-def _write(store_BNGD: torch.Tensor, slots_T: torch.Tensor | None, new_TGD: torch.Tensor) -> None:
+def write_tokens(store_BNGD: torch.Tensor, slots_T: torch.Tensor | None, new_TGD: torch.Tensor) -> None:
     assert slots_T is not None
     store_BNGD.flatten(0, 1).index_copy_(0, slots_T, new_TGD.to(store_BNGD.dtype))
 
