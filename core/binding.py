@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from drivetrain.contracts.kernels import OPERATIONS, KernelProvider, KernelSpec
 from drivetrain.errors import NoCandidateError, nearest
+
+if TYPE_CHECKING:
+    from drivetrain.fusion.report import FusionReport
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,16 @@ class Binding:
 
 
 class KernelBinder:
-    """``bind(spec)`` asks the providers in order. Used at build time only: a step calls the bound callables."""
+    """``bind(spec)`` asks the providers in order. Used at build time only: a step calls the bound callables.
+
+    fusion: what became of the model that was built with it; None when it was not fused.
+    """
 
     def __init__(self, providers: Sequence[tuple[str, KernelProvider]]) -> None:
         self._providers = tuple(providers)
         self.bindings: list[Binding] = []
         self.num_lookups = 0
+        self.fusion: FusionReport | None = None
 
     def bind(self, spec: KernelSpec) -> Callable[..., Any]:
         """The callable for this use. Raises NoCandidateError that tells what each provider said."""
@@ -49,6 +56,13 @@ class KernelBinder:
                 return implementation
             refused.append(f"{name}: {probe.reason}")
         raise NoCandidateError(f"no kernel provider implements {spec.operation} here ({'; '.join(refused)})")
+
+    def provider_of(self, spec: KernelSpec) -> str | None:
+        """Name of the provider that :meth:`bind` would use; None when nobody implements this use. Binds nothing."""
+        for name, provider in self._providers:
+            if spec.operation in provider.operations() and provider.supports(spec).ok:
+                return name
+        return None
 
     def by_operation(self) -> dict[str, dict[str, int]]:
         """operation -> provider -> number of uses."""

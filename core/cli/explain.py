@@ -52,6 +52,9 @@ def explain(
     print_report(parts.report)
     for answer in answers:
         print(f"\n{_told(answer)}")
+    if settings.model is not None:
+        wanted = {True: "on", False: "off"}.get(settings.engine.fuse, settings.engine.fuse)  # type: ignore[call-overload]
+        print(f"\nfusion {wanted}  (what it did is known once the model is built: selection report, under fusion)")
     print(f"\nplan {parts.plan.digest[:16]}  (drivetrain explain --json prints all of it)")
 
 

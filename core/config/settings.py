@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -47,6 +47,11 @@ class EngineSettings(BaseModel):
     max_waiting: int = Field(default=1024, ge=1, description="requests that may wait; one more is refused")
     timeout_seconds: float | None = Field(
         default=None, gt=0, description="time limit of every request; a shorter one of its own wins"
+    )
+    fuse: bool | Literal["auto"] = Field(
+        default="auto",
+        description="replace operations of the model by fewer bound ones: true, false, or auto, which goes on without "
+        "where the fused model's outputs are not the same",
     )
     stall_seconds: float = Field(
         default=60.0, gt=0, description="a step that takes longer counts as stalled in /health"

@@ -140,6 +140,30 @@ class AttentionStep(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Pages:
+    """Where one layer's keys and values of this step belong.
+
+    keys, values: [B, N, G, D], of any strides but for a dense last dim.
+    slots:        int64 [T], block * N + offset.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    slots: torch.Tensor
+
+
+@runtime_checkable
+class TakesWritten(Protocol):
+    """Ability of a step: the model may write keys and values itself, by an operation that rotates them on the way."""
+
+    def pages(self, layer: int) -> Pages | None:
+        """Where to write; None when this step needs keys and values in :meth:`AttentionStep.attend`."""
+
+    def attend_written(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:
+        """As ``attend``, after everything of this step has been written to ``pages(layer)``."""
+
+
 KVCache = Any
 """A backend's own store of keys and values; the core only passes it back to the backend that made it."""
 
@@ -148,8 +172,9 @@ class AttentionBackend(Plugin):
     """Keeps keys and values, and attends over them. Stateless between steps but for the cache it was asked to make.
 
     Optional abilities: ``training`` (``begin`` works with ``cache=None``), ``windows``, ``soft_cap``, ``converts``
-    (:class:`ConvertsCache`), and ``batch_invariant`` (a sequence's result does not depend on what else is in the batch,
-    to the last bit). A backend that does not claim one of the first three refuses, in its probe, a model that needs it.
+    (:class:`ConvertsCache`), ``pages`` (its steps are :class:`TakesWritten`), and ``batch_invariant`` (a sequence's
+    result does not depend on what else is in the batch, to the last bit). A backend that does not claim one of the
+    first three refuses, in its probe, a model that needs it.
     """
 
     kind = "attention"

@@ -160,6 +160,13 @@ def _more_operations(plugin: type[Plugin]) -> type[Plugin]:
     return type(plugin.__name__, (plugin,), content)
 
 
+@adapter("attention", from_minor=0)
+def _steps_that_take_written(plugin: type[Plugin]) -> type[Plugin]:
+    """1.1 brought the ability ``pages``, which nobody has to have."""
+    content = {"contract_version": "1.1", "__doc__": plugin.__doc__, "__module__": plugin.__module__}
+    return type(plugin.__name__, (plugin,), content)
+
+
 # --- deprecations --------------------------------------------------------------------------------------------------
 
 

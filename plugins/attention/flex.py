@@ -34,6 +34,7 @@ from drivetrain.contracts.attention import (
     KVGroup,
     LayerAttention,
     PagedCache,
+    Pages,
 )
 from drivetrain.contracts.plugin import PluginConfig, Probe, ProbeContext, Purpose, Tier
 from drivetrain.errors import ConfigError, EngineError, KernelBuildError
@@ -91,7 +92,7 @@ def _find_mask(name: str) -> Sees:
         raise ConfigError(f"the mask can't be imported: {error}", where="attention.mask", found=name) from error
     if not callable(found):
         raise ConfigError("the mask is no function", where="attention.mask", found=name)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 # --- the compiled programs -----------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def _attend(
     v_1GLD: torch.Tensor,
     score: Callable[..., torch.Tensor],
     mask: BlockMask,
-    options: dict[str, Any] | None,
+    options: Any,
 ) -> Any:
     is_grouped = q_1HTD.shape[1] != k_1GLD.shape[1]
     return flex_attention(q_1HTD, k_1GLD, v_1GLD, score, mask, 1.0, is_grouped, kernel_options=options)
@@ -354,19 +355,31 @@ class FlexStep:
         self._options = None if self._device.type == "cpu" else {"BLOCK_N": min(64, piece)}
 
     def attend(self, layer: int, q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> torch.Tensor:
-        attention, group = self._layers[layer], self._group_of_layer[layer]
         if self._cache is None:
             self._refuse_gradients(q_THD, k_TGD, v_TGD)
-            k_1GLD, v_1GLD = _as_batch(k_TGD), _as_batch(v_TGD)
-        else:
-            keys, values = self._cache.keys[layer], self._cache.values[layer]
-            write_tokens(keys, self._slots[group], k_TGD)
-            write_tokens(values, self._slots[group], v_TGD)
-            k_1GLD, v_1GLD = (_varying(x.flatten(0, 1).transpose(0, 1).unsqueeze(0), 2) for x in (keys, values))
+            return self._run(layer, q_THD, _as_batch(k_TGD), _as_batch(v_TGD))
+        slots = self._slots[self._group_of_layer[layer]]
+        write_tokens(self._cache.keys[layer], slots, k_TGD)
+        write_tokens(self._cache.values[layer], slots, v_TGD)
+        return self.attend_written(layer, q_THD)
+
+    def pages(self, layer: int) -> Pages | None:
+        if self._cache is None:
+            return None
+        return Pages(self._cache.keys[layer], self._cache.values[layer], self._slots[self._group_of_layer[layer]])
+
+    def attend_written(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:
+        assert self._cache is not None
+        stores = (self._cache.keys[layer], self._cache.values[layer])
+        k_1GLD, v_1GLD = (_varying(x.flatten(0, 1).transpose(0, 1).unsqueeze(0), 2) for x in stores)
+        return self._run(layer, q_THD, k_1GLD, v_1GLD)
+
+    def _run(self, layer: int, q_THD: torch.Tensor, k_1GLD: torch.Tensor, v_1GLD: torch.Tensor) -> torch.Tensor:
         block_size = None if self._cache is None else self._config.block_size
-        run = _compiled(_Program.of(attention, q_THD, block_size, self._config))
+        run = _compiled(_Program.of(self._layers[layer], q_THD, block_size, self._config))
+        mask = self._masks[self._group_of_layer[layer]]
         try:
-            o_1HTD = run(_as_batch(q_THD), k_1GLD, v_1GLD, self._scores[layer], self._masks[group], self._options)
+            o_1HTD = run(_as_batch(q_THD), k_1GLD, v_1GLD, self._scores[layer], mask, self._options)
         except RuntimeError as error:
             if _is_build_error(error):
                 raise _build_error(error) from error
@@ -389,7 +402,7 @@ class FlexAttention(SdpaAttention):
     """torch's FlexAttention over the paged cache of sdpa, compiled on first use: chunks and masks of one's own."""
 
     tier = Tier.PORTABLE
-    Config = FlexConfig
+    Config = FlexConfig  # type: ignore[assignment]
     config: FlexConfig  # type: ignore[assignment]
 
     @classmethod
@@ -428,7 +441,7 @@ class FlexAttention(SdpaAttention):
         return Probe.yes("torch compiles it on first use")
 
     def __init__(self, config: FlexConfig) -> None:
-        super().__init__(config)  # type: ignore[arg-type]
+        super().__init__(config)
         self._sees = None if config.mask is None else _find_mask(config.mask)
 
     def kv_contract(self, spec: AttentionSpec) -> KVContract:

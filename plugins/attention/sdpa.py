@@ -29,6 +29,7 @@ from drivetrain.contracts.attention import (
     KVGroup,
     LayerAttention,
     PagedCache,
+    Pages,
 )
 from drivetrain.contracts.plugin import PluginConfig, Probe, ProbeContext, Tier
 from drivetrain.errors import EngineError
@@ -296,9 +297,27 @@ class SdpaStep:
         if plan.prefills and not plan.decodes:
             parts = [self._prefill(attention, part, q_THD, k_TGD, v_TGD, keys, values) for part in plan.prefills]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if not plan.prefills:
+            return self.attend_written(layer, q_THD)
         o_THD = torch.empty_like(q_THD)
         for part in plan.prefills:
             o_THD[part.rows] = self._prefill(attention, part, q_THD, k_TGD, v_TGD, keys, values)
+        for bucket in plan.decodes:
+            o_THD.index_copy_(0, bucket.rows_s, self._decode(attention, bucket, q_THD, keys, values))
+        return o_THD
+
+    def pages(self, layer: int) -> Pages | None:
+        """Only a step of decodes: a prompt with nothing before it attends without its pages."""
+        plan = self._plan_of_layer[layer]
+        if self._cache is None or plan.prefills or plan.slots is None:
+            return None
+        return Pages(self._cache.keys[layer], self._cache.values[layer], plan.slots)
+
+    def attend_written(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:
+        assert self._cache is not None
+        plan, attention = self._plan_of_layer[layer], self._layers[layer]
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        o_THD = torch.empty_like(q_THD)
         for bucket in plan.decodes:
             o_THD.index_copy_(0, bucket.rows_s, self._decode(attention, bucket, q_THD, keys, values))
         return o_THD
@@ -395,6 +414,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 class SdpaAttention(AttentionBackend):
     """Paged attention in plain torch, on any device: the reference that other backends are tested against."""
 
+    contract_version = "1.1"
     tier = Tier.REFERENCE
     Config = SdpaConfig
     config: SdpaConfig
@@ -405,7 +425,7 @@ class SdpaAttention(AttentionBackend):
 
     @classmethod
     def abilities(cls) -> frozenset[str]:
-        return frozenset({"training", "windows", "soft_cap"})
+        return frozenset({"training", "windows", "soft_cap", "pages"})
 
     def kv_contract(self, spec: AttentionSpec) -> KVContract:
         return KVContract(PAGED_BNGD, self.config.block_size, spec.dtype)

@@ -1,0 +1,66 @@
+"""Greedy tokens of a fused model, served, equal those of the same model unfused; also after a swap of its kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from drivetrain import LLM, SamplingParams
+from drivetrain.errors import ConfigError
+from support.tiny_models import VOCAB_SIZE, save_tiny
+
+torch.set_num_threads(1)
+
+PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+NAMES = ["llama", "llama-bias", "qwen3", "gemma3", "phi3", "olmo2", "granite", "gpt-neox", "stablelm", "qwen3-moe"]
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(2, VOCAB_SIZE, (n,), generator=generator).tolist() for n in (1, 9, 26)]
+
+
+def opened(folder: Path, fuse: object, **options: Any) -> LLM:
+    settings = {"max_model_len": 64, "fuse": fuse}
+    return LLM(folder, engine=settings, platform={"name": "cpu", "threads": 1}, **options)
+
+
+def tokens(llm: LLM) -> list[list[int]]:
+    return [list(result.token_ids) for result in llm.generate(prompts(), PARAMS)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_are_the_same(name: str, tmp_path: Path) -> None:
+    save_tiny(name, tmp_path / name)
+    with opened(tmp_path / name, False) as llm:
+        assert llm.selection_dict()["fusion"] is None
+        expected = tokens(llm)
+    with opened(tmp_path / name, True) as llm:
+        report = llm.selection_dict()["fusion"]
+        assert tokens(llm) == expected
+    assert report["fused"] or report["left"]
+
+
+def test_a_swap_of_kernels_fuses_the_new_model_and_shares_its_weights(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "llama")
+    with opened(tmp_path / "llama", True) as llm:
+        expected, before = tokens(llm), llm.selection_dict()["fusion"]
+        report = llm.swap(kernels="reference")
+        assert report.extra_memory_bytes == 0
+        assert tokens(llm) == expected
+        assert llm.selection_dict()["fusion"] == before
+
+
+def test_what_was_fused_is_told_in_a_note(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "llama")
+    with opened(tmp_path / "llama", "auto") as llm:
+        assert [note for note in llm.selection_dict()["notes"] if note.startswith("fusion: 6 places")]
+
+
+def test_another_value_is_an_error(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "llama")
+    with pytest.raises(ConfigError, match=r"engine\.fuse"):
+        opened(tmp_path / "llama", "sometimes")
