@@ -345,11 +345,14 @@ def build_model(
 
 
 def _fuse(parts: Parts, model: CausalLM, binder: KernelBinder) -> FusionReport | None:
-    """Fuse as ``engine.fuse`` says. Under ``auto``, a model that can't be fused is used as it is, with a note."""
+    """Fuse as ``engine.fuse`` says. Under ``auto``, a model that can't be fused is used as it is, with a note.
+
+    Only for serving: partitioners, optimizers and saved states know parameters by the names of the checkpoint.
+    """
     from drivetrain.fusion import fuse_model
 
     wanted = parts.settings.engine.fuse
-    if wanted is False:
+    if wanted is False or parts.purpose is not Purpose.SERVE:
         return None
     try:
         report = fuse_model(model, binder)

@@ -53,8 +53,8 @@ def explain(
     for answer in answers:
         print(f"\n{_told(answer)}")
     if settings.model is not None:
-        wanted = {True: "on", False: "off"}.get(settings.engine.fuse, settings.engine.fuse)  # type: ignore[call-overload]
-        print(f"\nfusion {wanted}  (what it did is known once the model is built: selection report, under fusion)")
+        wanted = str(settings.engine.fuse).lower()
+        print(f"\nfusion {wanted}  (engine.fuse; what it did is in the selection report of a running engine)")
     print(f"\nplan {parts.plan.digest[:16]}  (drivetrain explain --json prints all of it)")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -50,13 +52,18 @@ class Fuser:
     def __init__(self, module: nn.Module, run: Run, binder: Binder, reference_too: bool) -> None:
         self.module, self.run, self.reference_too = module, run, reference_too
         self.fused: list[Fused] = []
-        self.left: list[Left] = []
+        self._left: dict[Left, None] = {}
         self.undo: list[Callable[[], None]] = []
         self.taken: set[nn.Module] = set()
         self.changed: set[nn.Module] = set()
         self._traced: dict[nn.Module, Traced | str] = {}
         self._binder = binder
         self._names = {part: name for name, part in module.named_modules()}
+
+    @property
+    def left(self) -> tuple[Left, ...]:
+        """Every place that was left, once."""
+        return tuple(self._left)
 
     def name_of(self, part: nn.Module) -> str:
         """Its dotted path."""
@@ -66,6 +73,12 @@ class Fuser:
     def names(self) -> Mapping[nn.Module, str]:
         """Every module and its path, as they were before anything was changed."""
         return self._names
+
+    @functools.cached_property
+    def tied(self) -> frozenset[int]:
+        """ids of the parameters that several modules share."""
+        uses = Counter(id(parameter) for _, parameter in self.module.named_parameters(remove_duplicate=False))
+        return frozenset(one for one, count in uses.items() if count > 1)
 
     # --- bound operations --------------------------------------------------------------------------------------------
 
@@ -123,8 +136,8 @@ class Fuser:
 
     def leave(self, pattern: str, where: str, reason: str) -> None:
         entry = Left(pattern, where, reason)
-        if entry not in self.left:
-            self.left.append(entry)
+        if entry not in self._left:
+            self._left[entry] = None
 
     # --- changes that can be taken back ------------------------------------------------------------------------------
 

@@ -92,7 +92,7 @@ def _report(fuser: Fuser, module: nn.Module, before: Run, after: Run) -> FusionR
 
     return FusionReport(
         tuple(fuser.fused),
-        tuple(fuser.left),
+        fuser.left,
         len(layers),
         per_layer(before),
         per_layer(after),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -17,16 +19,23 @@ Example = tuple[Sequence[Any], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module. ``version`` counts how often the first tensor had been written to in place by then."""
+    """One call of a module.
+
+    first:   the first tensor among the arguments; None without one.
+    version: how often it had been written to in place by then.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    first: torch.Tensor | None
     version: int
 
-    @property
-    def first(self) -> torch.Tensor | None:
-        """The first tensor among the arguments."""
-        return next((leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)), None)
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Self:
+        leaves = (args[0],) if args and isinstance(args[0], torch.Tensor) else tree_leaves((args, kwargs))
+        first = next((leaf for leaf in leaves if isinstance(leaf, torch.Tensor)), None)
+        version = 0 if first is None or first.is_inference() else first._version
+        return cls(args, dict(kwargs), first, version)
 
 
 @dataclass
@@ -43,6 +52,16 @@ class Run:
     outputs: dict[nn.Module, list[Any]] = field(default_factory=dict)
     operations_of: dict[nn.Module, int] = field(default_factory=dict)
 
+    @cached_property
+    def readers(self) -> Mapping[int, list[nn.Module]]:
+        """id of a tensor -> the modules that are called with it first among their arguments."""
+        found: dict[int, list[nn.Module]] = {}
+        for module, calls in self.calls.items():
+            for call in calls:
+                if call.first is not None:
+                    found.setdefault(id(call.first), []).append(module)
+        return found
+
     def only_call(self, module: nn.Module) -> Call | None:
         """Its call, if it was called exactly once."""
         calls = self.calls.get(module, [])
@@ -54,10 +73,24 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch imports its compiler, which takes longer than all else here
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         if not func.is_view:
             self.count += 1
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _same_chance(module: nn.Module) -> Iterator[None]:
+    """The same random numbers in every run, so that a dropout drops the same; afterwards all is as before."""
+    parameter = next(module.parameters(), None)
+    on_gpu = parameter is not None and parameter.device.type == "cuda"
+    with torch.random.fork_rng(devices=[parameter.device] if on_gpu and parameter is not None else []):
+        torch.manual_seed(0)
+        yield
 
 
 @torch.no_grad()
@@ -66,11 +99,7 @@ def observe(module: nn.Module, example: Example) -> Run:
     run, counter, started = Run(), _Counter(), []
 
     def before(called: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        call = Call(args, dict(kwargs), 0)
-        first = call.first
-        if first is not None and not first.is_inference():
-            call = Call(args, dict(kwargs), first._version)
-        run.calls.setdefault(called, []).append(call)
+        run.calls.setdefault(called, []).append(Call.of(args, kwargs))
         started.append(counter.count)
 
     def after(called: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -82,7 +111,7 @@ def observe(module: nn.Module, example: Example) -> Run:
         for part in set(module.modules()):
             handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(part.register_forward_hook(after))
-        with counter:
+        with _same_chance(module), counter:
             run.output = module(*example[0], **example[1])
     finally:
         for handle in handles:

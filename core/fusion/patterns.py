@@ -9,7 +9,7 @@ Shapes: E features of a norm; I features in; O features out; ``...`` any leading
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -61,14 +61,14 @@ class SharedInput:
     name = "shared_input"
 
     def apply(self, fuser: Fuser) -> None:
+        order = {child: index for index, child in enumerate(fuser.run.calls)}
         for parent in fuser.names:
-            for group in self._groups(fuser, parent):
+            for group in self._groups(fuser, parent, order):
                 self._join(fuser, parent, group)
 
-    def _groups(self, fuser: Fuser, parent: nn.Module) -> Iterator[list[str]]:
+    def _groups(self, fuser: Fuser, parent: nn.Module, order: Mapping[nn.Module, int]) -> Iterator[list[str]]:
         """Names of children that read the same input, in the order of their calls."""
         by_input: dict[tuple[int, int], list[str]] = {}
-        order = {child: index for index, child in enumerate(fuser.run.calls)}
         children = [(name, child) for name, child in parent.named_children() if child in order]
         for name, child in sorted(children, key=lambda pair: order[pair[1]]):
             call = fuser.run.only_call(child)
@@ -128,8 +128,7 @@ def _why_apart(linears: list[nn.Linear], fuser: Fuser) -> str:
         return "some are trained and some are frozen"
     if len({linear.bias is None for linear in linears}) > 1:
         return "some have a bias and some have none"
-    uses = [id(parameter) for _, parameter in fuser.module.named_parameters(remove_duplicate=False)]
-    if any(uses.count(id(linear.weight)) > 1 for linear in linears):
+    if any(id(linear.weight) in fuser.tied for linear in linears):
         return "a weight of theirs is tied to another"
     return ""
 
@@ -469,11 +468,7 @@ class NormLinear:
             outputs = fuser.run.outputs.get(module, [])
             if _kind_of(module) is None or len(outputs) != 1 or not isinstance(outputs[0], torch.Tensor):
                 continue
-            readers = [
-                other
-                for other, calls in fuser.run.calls.items()
-                if other is not module and any(call.first is outputs[0] for call in calls) and _looks_linear(other)
-            ]
+            readers = [other for other in fuser.run.readers.get(id(outputs[0]), []) if _looks_linear(other)]
             if readers:
                 fuser.leave(
                     self.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,9 @@ class FusionReport:
         return sum(one.bytes_per_token for one in self.fused)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "bytes_per_token": self.bytes_per_token}
+        """For JSON. Like places of all layers are one row, with their number and ``*`` for the layer."""
+        rows = {"fused": _rows(self.fused), "left": _rows(self.left)}
+        return {**dataclasses.asdict(self), **rows, "bytes_per_token": self.bytes_per_token}
 
     def summary(self) -> str:
         """One line for a log."""
@@ -77,21 +79,23 @@ class FusionReport:
         return f"fusion: {len(self.fused)} places{per_layer}, {self.bytes_per_token} bytes less a token"
 
     def lines(self) -> list[str]:
-        """The report for a person: like places of all layers in one line."""
-        done = _grouped(
-            (one.pattern, _without_numbers(one.where), f"{one.what} -> {one.operation} ({one.provider})")
-            for one in self.fused
-        )
-        kept = _grouped((one.pattern, _without_numbers(one.where), f"left: {one.reason}") for one in self.left)
+        """The report for a person."""
+        done = [
+            f"{row['places']} x {row['pattern']} at {row['where'] or 'the top'}: {row['what']} -> {row['operation']} "
+            f"({row['provider']})"
+            for row in _rows(self.fused)
+        ]
+        kept = [
+            f"{row['places']} x {row['pattern']} at {row['where'] or 'the top'}: left: {row['reason']}"
+            for row in _rows(self.left)
+        ]
         return [self.summary(), *done, *kept]
 
 
-def _without_numbers(where: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in where.split("."))
-
-
-def _grouped(rows: Iterable[tuple[str, str, str]]) -> list[str]:
-    counts: dict[tuple[str, str, str], int] = {}
-    for row in rows:
-        counts[row] = counts.get(row, 0) + 1
-    return [f"{count} x {pattern} at {where or 'the top'}: {text}" for (pattern, where, text), count in counts.items()]
+def _rows(entries: Sequence[Fused | Left]) -> list[dict[str, Any]]:
+    counts: dict[Fused | Left, int] = {}
+    for entry in entries:
+        where = ".".join("*" if part.isdigit() else part for part in entry.where.split("."))
+        like = dataclasses.replace(entry, where=where)
+        counts[like] = counts.get(like, 0) + 1
+    return [{**dataclasses.asdict(entry), "places": count} for entry, count in counts.items()]

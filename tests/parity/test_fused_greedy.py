@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from drivetrain import LLM, SamplingParams
+from drivetrain import LLM, SamplingParams, fusion
 from drivetrain.errors import ConfigError
 from support.tiny_models import VOCAB_SIZE, save_tiny
 
@@ -42,6 +42,18 @@ def test_tokens_are_the_same(name: str, tmp_path: Path) -> None:
         report = llm.selection_dict()["fusion"]
         assert tokens(llm) == expected
     assert report["fused"] or report["left"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "smollm3-window", "olmo2", "stablelm"])
+def test_tokens_are_the_same_with_everything_fused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a provider that has every operation: keys are rotated on their way into the cache, and so on."""
+    save_tiny(name, tmp_path / name)
+    with opened(tmp_path / name, False) as llm:
+        expected = tokens(llm)
+    monkeypatch.setattr(fusion, "fuse_model", lambda model, binder: fusion.fuse(model, binder, reference_too=True))
+    with opened(tmp_path / name, True) as llm:
+        assert llm.selection_dict()["fusion"]["fused"]
+        assert tokens(llm) == expected
 
 
 def test_a_swap_of_kernels_fuses_the_new_model_and_shares_its_weights(tmp_path: Path) -> None:
