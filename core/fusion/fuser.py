@@ -104,10 +104,12 @@ class Fuser:
         if provider is None:
             self.leave(pattern, where, f"no kernel provider has {spec.operation} for {spec.dtype} here")
             return None
-        if provider == REFERENCE and not self.reference_too:
+        operation = None if provider == REFERENCE and not self.reference_too else self.bind(spec)
+        # A provider that fails to make what it covers has been passed over by now.
+        if operation is None or (self.provider_of(spec) == REFERENCE and not self.reference_too):
             self.leave(pattern, where, f"only the reference has {spec.operation}, in as many operations as before")
             return None
-        return self.bind(spec)
+        return operation
 
     # --- graphs ------------------------------------------------------------------------------------------------------
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from drivetrain import LLM, SamplingParams, fusion
-from drivetrain.errors import ConfigError
+from drivetrain.assembly import build_model, resolve_parts
+from drivetrain.config import load_settings
+from drivetrain.contracts.plugin import Purpose
+from drivetrain.errors import ConfigError, FusionError
 from support.tiny_models import VOCAB_SIZE, save_tiny
 
 torch.set_num_threads(1)
@@ -70,6 +73,28 @@ def test_what_was_fused_is_told_in_a_note(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "llama")
     with opened(tmp_path / "llama", "auto") as llm:
         assert [note for note in llm.selection_dict()["notes"] if note.startswith("fusion: 6 places")]
+
+
+def test_a_model_that_changes_is_an_error_or_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(model: object, binder: object) -> None:
+        raise FusionError("the outputs are not the same")
+
+    save_tiny("llama", tmp_path / "llama")
+    monkeypatch.setattr(fusion, "fuse_model", refuse)
+    with pytest.raises(FusionError, match="not the same"):
+        opened(tmp_path / "llama", True)
+    with opened(tmp_path / "llama", "auto") as llm:
+        assert "not fused: the outputs are not the same" in llm.selection_dict()["notes"]
+        assert llm.selection_dict()["fusion"] is None
+
+
+def test_a_model_for_training_keeps_its_parameters(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "llama")
+    settings = load_settings(None, {"model": str(tmp_path / "llama"), "engine": {"fuse": True}}, [])
+    parts = resolve_parts(settings, purpose=Purpose.TRAIN)
+    model, binder = build_model(parts, parts.kernels, parts.quantizer)
+    assert binder.fusion is None
+    assert "model.layers.0.self_attn.q_proj.weight" in dict(cast(torch.nn.Module, model).named_parameters())
 
 
 def test_another_value_is_an_error(tmp_path: Path) -> None:
