@@ -329,11 +329,6 @@ class AddNorm:
     name = "add_norm"
 
     def apply(self, fuser: Fuser) -> None:
-        self._readers = {
-            id(call.first): module
-            for module in fuser.run.calls
-            if (call := fuser.run.only_call(module)) is not None and _kind_of(module) is not None
-        }
         for module in fuser.names:
             call = fuser.run.only_call(module)
             has_norm = any(_kind_of(child) is not None for child in module.children())
@@ -352,12 +347,12 @@ class AddNorm:
         if traced is None:
             return
         shapes = traced.shapes()
-        adds = [node for node in traced.graph.nodes if _is_plain_add(node, shapes)]
-        done = [self._fuse_add(fuser, where, module, traced, node, like) for node in adds]
-        if any(done):
-            fuser.changed.add(module)
-        if not adds:
-            fuser.leave(self.name, where, "no plain sum of two equal tensors between its children")
+        # All are judged before the first is replaced: what stands for it later has no shape on record.
+        for node, is_plain in [(node, _is_plain_sum(node, shapes)) for node in _stream_sums(traced.graph)]:
+            if not is_plain:
+                fuser.leave(self.name, where, "a sum that is scaled, or of unlike tensors")
+            elif self._fuse_sum(fuser, where, module, traced, node):
+                fuser.changed.add(module)
 
     def _has_operation(self, fuser: Fuser, where: str, like: torch.Tensor) -> bool:
         spec = fuser.spec(like, "add_rms_norm", {"E": like.shape[-1]}, {"eps": 1e-6, "weight_offset": 0.0})
@@ -367,9 +362,7 @@ class AddNorm:
             return False
         return True
 
-    def _fuse_add(
-        self, fuser: Fuser, where: str, module: nn.Module, traced: Traced, node: fx.Node, like: torch.Tensor
-    ) -> bool:
+    def _fuse_sum(self, fuser: Fuser, where: str, module: nn.Module, traced: Traced, node: fx.Node) -> bool:
         norms = [user for user in node.users if _kind_of(traced.child(user)) is not None and user.args == (node,)]
         if norms:
             norm = traced.child(norms[0])
@@ -430,13 +423,25 @@ class AddNorm:
                 first = returned[0] if isinstance(returned, tuple | list) and returned else returned
                 tensors = tensors_of(outputs[0])
                 if first is node and tensors:
-                    return self._readers.get(id(tensors[0]))
+                    readers = fuser.run.readers.get(id(tensors[0]), [])
+                    return next((one for one in readers if _kind_of(one) and fuser.run.only_call(one)), None)
         return None
 
 
-def _is_plain_add(node: fx.Node, shapes: dict[fx.Node, torch.Size]) -> bool:
-    is_add = node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add)
-    if not is_add or len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
+def _stream_sums(graph: fx.Graph) -> list[fx.Node]:
+    """Sums that continue a stream which enters the module: something is added to an input, or to such a sum."""
+    stream = {node for node in graph.nodes if node.op == "placeholder"}
+    sums = []
+    for node in graph.nodes:
+        is_sum = node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add)
+        if is_sum and any(operand in stream for operand in node.args[:2] if isinstance(operand, fx.Node)):
+            stream.add(node)
+            sums.append(node)
+    return sums
+
+
+def _is_plain_sum(node: fx.Node, shapes: dict[fx.Node, torch.Size]) -> bool:
+    if len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
         return False
     left, right = node.args
     return (

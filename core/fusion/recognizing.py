@@ -79,9 +79,11 @@ def norm_kind(module: nn.Module) -> NormKind | None:
     bound = getattr(module, "bound", None)
     if isinstance(bound, KernelSpec) and bound.operation == "rms_norm":
         return NormKind(float(bound.params["eps"]), float(bound.params.get("weight_offset", 0.0)), True)
+    if any(True for _ in module.children()):
+        return None
     parameters = dict(module.named_parameters())
     weight = parameters.get("weight")
-    if list(parameters) != ["weight"] or weight is None or weight.dim() != 1 or list(module.children()):
+    if list(parameters) != ["weight"] or weight is None or weight.dim() != 1:
         return None
     if _has_hooks(module) or weight.is_meta or not weight.is_floating_point():
         return None

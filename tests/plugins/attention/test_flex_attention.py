@@ -58,7 +58,8 @@ def check(attention: FlexAttention, sees: object) -> None:
     torch.manual_seed(0)
     totals = {s: sum(step.get(s, 0) for step in STEPS) for s in (0, 1)}
     data = {(i, s): (torch.randn(n, 4, 16), *torch.randn(2, n, 2, 16)) for i in range(2) for s, n in totals.items()}
-    pages, done = Pages(SPEC, 16, 12), dict.fromkeys(totals, 0)
+    size = attention.config.block_size
+    pages, done = Pages(SPEC, size, 12), dict.fromkeys(totals, 0)
     cache = attention.allocate(SPEC, pages.num_blocks, CPU)
     for new_tokens in STEPS:
         step = attention.begin(SPEC, pages.batch(new_tokens), cache)
@@ -72,7 +73,7 @@ def check(attention: FlexAttention, sees: object) -> None:
 
 
 def test_a_chunk_hides_what_is_before_it() -> None:
-    check(backend(chunk=7), lambda query, key: key >= query // 7 * 7)
+    check(backend(chunk=7, block_size=32), lambda query, key: key >= query // 7 * 7)
 
 
 def test_a_mask_of_ones_own_narrows_what_is_seen() -> None:
