@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-quick lint types bench contracts format clean
+.PHONY: help demo test test-quick lint types bench bench-peers contracts format clean
 
 help:  ## list the chores
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ types: $(VENV)/.dev  ## type-check the package as it is installed
 
 bench: $(VENV)/.dev  ## compare with transformers in one run
 	$(BIN)/python tests/benchmarks/against_transformers.py
+
+bench-peers: $(VENV)/.dev  ## compare with llama.cpp, vLLM and transformers, and write docs/benchmarks/cpu.md
+	$(BIN)/python tests/benchmarks/against_peers.py --docs docs/benchmarks
 
 contracts: $(VENV)/.dev  ## rewrite the snapshot of the public contracts after a versioned change
 	$(BIN)/python tests/support/contract_snapshot.py

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import re
 import resource
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from drivetrain.backends.placement import Pin, settle
 from drivetrain.contracts.platform import MemoryInfo, Platform, PlatformFacts
 from drivetrain.contracts.plugin import PluginConfig, Probe, ProbeContext, Tier
-from drivetrain.hardware import ROOT, HostMemory, Processor, read_memory, read_processor, read_text
+from drivetrain.errors import PlatformError
+from drivetrain.hardware import ROOT, HostMemory, Processor, read_cores, read_memory, read_processor, read_text
 
 if TYPE_CHECKING:
     import torch
@@ -44,11 +48,16 @@ class CpuPlatform(Platform):
     """The processor and main memory of this machine."""
 
     tier = Tier.PORTABLE
-    preferences = {"precision": ("fp32",), "attention": ("sdpa",)}
+    preferences = {"precision": ("fp32",), "attention": ("paged-cpu", "sdpa"), "kernels": ("cpu", "reference")}
 
     class Config(PluginConfig):
         threads: int | None = Field(
             None, ge=1, description="threads that compute; null takes the cores this process may use, at most its quota"
+        )
+        pin: Pin = Field(
+            "auto",
+            description="cores that threads are bound to: a list; none leaves it to the system; auto takes those of "
+            "as few NUMA nodes as hold all threads, where there are several",
         )
 
     config: Config
@@ -58,13 +67,34 @@ class CpuPlatform(Platform):
         return Probe.yes("every machine has a processor")
 
     def facts(self) -> PlatformFacts:
-        return describe(read_processor(), read_memory())
+        facts = describe(read_processor(), read_memory())
+        _, why = self._placement()
+        nodes = len({core.node for core in read_cores()})
+        details = {**facts.details, "numa_nodes": str(nodes), "threads": f"{self._num_threads}, {why}"}
+        return dataclasses.replace(facts, details=details)
 
     def activate(self) -> None:
-        """Set the number of threads that torch computes with."""
+        """Set the number of threads that torch computes with, and bind this thread and all that it starts from now on
+        to the cores that ``pin`` leads to; they stay bound. Weights and cache are then made on their NUMA node."""
         import torch
 
-        torch.set_num_threads(self.config.threads or read_processor().usable_cores)
+        num_threads = self._num_threads
+        cores, why = self._placement()
+        torch.set_num_threads(num_threads)
+        if cores is not None:
+            try:
+                os.sched_setaffinity(0, cores)
+            except (AttributeError, OSError) as error:
+                raise PlatformError(
+                    f"threads could not be bound: {error}", where="platform.pin", found=why, hint="Set pin to none."
+                ) from error
+
+    @property
+    def _num_threads(self) -> int:
+        return self.config.threads or read_processor().usable_cores
+
+    def _placement(self) -> tuple[tuple[int, ...] | None, str]:
+        return settle(self.config.pin, read_cores(), self._num_threads)
 
     def device(self) -> torch.device:
         import torch

@@ -19,7 +19,7 @@ from drivetrain.contracts.kernels import KernelProvider
 from drivetrain.contracts.kinds import KINDS
 from drivetrain.contracts.loader import Checkpoint, Loader
 from drivetrain.contracts.model import BuildContext, CausalLM, Model, ModelSpec
-from drivetrain.contracts.platform import Platform
+from drivetrain.contracts.platform import Platform, SupportsGraphs
 from drivetrain.contracts.plugin import Plugin, ProbeContext, Purpose
 from drivetrain.contracts.precision import Precision
 from drivetrain.contracts.quantizer import Quantizer
@@ -36,15 +36,19 @@ from drivetrain.errors import (
     UnknownArchitectureError,
     nearest,
 )
+from drivetrain.kernel_record import KernelRecord, read_record
 from drivetrain.observers import Observers
 from drivetrain.registry import Plan, Registry, SelectionReport, Selector, load
 from drivetrain.registry.lock import check_lock
+from drivetrain.registry.selection import AUTO
 
 if TYPE_CHECKING:
     from drivetrain.binding import KernelBinder
     from drivetrain.fusion import FusionReport
     from drivetrain.serving.blocks import KVManager
     from drivetrain.serving.engine import Engine
+    from drivetrain.serving.graphs import Capture
+    from drivetrain.serving.master_copy import MasterCopy
     from drivetrain.serving.tokenizer import Tokenizer
 
 _KV_SHARE = {"cpu": 0.25}
@@ -60,6 +64,7 @@ class Parts:
     path, checkpoint, spec: None while the model is not named or not on this machine.
     notes:                  decisions of the core itself that a user should see.
     context, registry:      what the last probe saw, and what could be chosen from; a later exchange asks them again.
+    kernel_record:          what was measured of kernels on this machine.
     """
 
     settings: Settings
@@ -72,6 +77,7 @@ class Parts:
     notes: list[str] = field(default_factory=list)
     context: ProbeContext = field(default_factory=ProbeContext)
     registry: Registry = field(default_factory=lambda: Registry(()))
+    kernel_record: KernelRecord = field(default_factory=KernelRecord)
 
     @property
     def plan(self) -> Plan:
@@ -232,11 +238,14 @@ class _Resolution:
     # --- what each choice tells the later ones ---------------------------------------------------------------------
 
     def _settle_platform(self, platform: Platform) -> None:
+        facts = platform.facts()
         self.selector.prefer(platform.preferences)
-        self.context = dataclasses.replace(self.context, platform=platform.facts())
+        self.context = dataclasses.replace(self.context, platform=facts)
+        self.parts.kernel_record = read_record(facts).current(self._registry.candidates("kernels"))
 
     def _settle_precision(self, precision: Precision) -> None:
         self.context = dataclasses.replace(self.context, dtype=precision.dtypes().param)
+        rank_kernels(self.selector, self.parts.kernel_record, self.context)
 
     def _settle_source(self, source: Source) -> None:
         name = self.context.model_name
@@ -257,6 +266,14 @@ class _Resolution:
         assert self.parts.checkpoint is not None
         self.parts.spec = model.describe(self.parts.checkpoint.config, self.context.dtype or "float32")
         self.context = dataclasses.replace(self.context, model=self.parts.spec)
+
+
+def rank_kernels(selector: Selector, record: KernelRecord, context: ProbeContext) -> None:
+    """Have kernel providers ranked by what was measured of them here, in the run's dtype."""
+    if context.platform is None:  # left out by the caller, and nothing was measured of no platform
+        return
+    device_type, dtype = context.platform.device_type, context.dtype
+    selector.rank_by("kernels", lambda ref: record.standing(ref.name, device_type, dtype), record.summary)
 
 
 # --- the engine ----------------------------------------------------------------------------------------------------
@@ -285,6 +302,7 @@ class ServingStack:
             "plan_digest": parts.plan.digest,
             "bindings": self.binder.by_operation(),
             "fusion": None if self.binder.fusion is None else self.binder.fusion.to_dict(),
+            "bound": self.binder.explained(),
             "epoch": self.engine.epoch,
             "notes": list(parts.notes),
             "sampling_defaults": dict(self.defaults),
@@ -294,6 +312,7 @@ class ServingStack:
 def build_engine(parts: Parts, *, observers: Observers | None = None, progress: Progress = silent) -> ServingStack:
     """Load the weights and make everything a step needs. Raises LoaderError, MemoryBudgetError, ..."""
     from drivetrain.serving.engine import Engine, EngineLimits
+    from drivetrain.serving.master_copy import check_kept
     from drivetrain.serving.metrics import EngineMetrics
     from drivetrain.serving.runner import ModelRunner
     from drivetrain.serving.tokenizer import Detokenizer, Tokenizer
@@ -303,14 +322,26 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
     parts.platform.activate()
     device = parts.platform.device()
     tokenizer = Tokenizer(parts.checkpoint.tokenizer())
+    master = _keep_master_copy(parts)
     model, binder = build_model(parts, parts.kernels, parts.quantizer, progress)
+    if master is not None:
+        check_kept(master, parts.report["model"].chosen.name)
+        parts.notes.append(f"a master copy of the weights takes {master.num_bytes / 2**20:.1f} MiB of host memory")
+    parts.report = with_fallbacks(parts.report, binder)
     limits = parts.scheduler.limits()
     max_model_len, num_blocks = _size_cache(parts, parts.spec, limits)
     kv = make_kv(parts, parts.attention, num_blocks, limits, max_model_len)
     metrics = EngineMetrics()
     metrics.fell_back(len(parts.report.fallbacks))
     engine = Engine(
-        ModelRunner(model, parts.attention, num_blocks, device),
+        ModelRunner(
+            model,
+            parts.attention,
+            num_blocks,
+            device,
+            _capture(parts),
+            must_capture=parts.settings.engine.graphs == "on",
+        ),
         kv,
         parts.scheduler,
         EngineLimits(max_model_len, parts.spec.vocab_size, frozenset(parts.checkpoint.eos_token_ids)),
@@ -327,16 +358,45 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
     return ServingStack(engine, parts, tokenizer, binder, max_model_len, defaults)
 
 
-def build_model(
-    parts: Parts, kernels: KernelProvider, quantizer: Quantizer, progress: Progress = silent
-) -> tuple[CausalLM, KernelBinder]:
-    """Build the model from its files with these kernels and this quantizer; also returns what was bound."""
+def _keep_master_copy(parts: Parts) -> MasterCopy | None:
+    """Have every tensor stay in memory that is read from here on, where the settings ask for it."""
+    if parts.settings.engine.master_copy == "none":
+        return None
     import torch
 
-    from drivetrain.binding import KernelBinder
+    from drivetrain.serving.master_copy import MasterCopy, check_room
 
     assert parts.checkpoint is not None
-    binder = KernelBinder(_providers(parts.registry, kernels))
+    assert parts.spec is not None
+    dtype = getattr(torch, parts.precision.dtypes().param)
+    check_room(parts.spec.num_parameters, dtype)
+    parts.checkpoint = master = MasterCopy(parts.checkpoint, dtype)
+    return master
+
+
+def build_model(
+    parts: Parts,
+    kernels: KernelProvider,
+    quantizer: Quantizer,
+    progress: Progress = silent,
+    report: SelectionReport | None = None,
+) -> tuple[CausalLM, KernelBinder]:
+    """Build the model from its files with these kernels and this quantizer; also returns what was bound.
+
+    report: says who asked for ``kernels``; by default the parts' own.
+    """
+    import torch
+
+    from drivetrain.binding import KernelBinder, kernel_providers
+
+    assert parts.checkpoint is not None
+    selection = (report or parts.report)["kernels"]
+    binder = KernelBinder(
+        kernel_providers(parts.registry, kernels, selection),
+        is_auto=selection.requested == AUTO,
+        record=parts.kernel_record,
+        progress=progress,
+    )
     dtype = getattr(torch, parts.precision.dtypes().param)
     context = BuildContext(parts.platform.device(), dtype, binder.bind, quantizer, progress)
     model = parts.model.build(parts.checkpoint, context)
@@ -372,6 +432,28 @@ def _fuse(parts: Parts, model: CausalLM, binder: KernelBinder) -> FusionReport |
     return report
 
 
+def with_fallbacks(report: SelectionReport, binder: KernelBinder) -> SelectionReport:
+    """The report with what kernel providers failed to make as a fallback of the choice of kernels."""
+    if not binder.fallbacks:
+        return report
+    kernels = report["kernels"]
+    fallback = "; ".join(filter(None, (kernels.fallback, *binder.fallbacks)))
+    new = dataclasses.replace(kernels, fallback=fallback)
+    return dataclasses.replace(report, selections=tuple(new if s.kind == "kernels" else s for s in report.selections))
+
+
+def _capture(parts: Parts) -> Capture | None:
+    """What records decode steps, if they are to be captured. Raises ConfigError when they must be and can't."""
+    from drivetrain.serving.graphs import why_no_graphs
+
+    setting = parts.settings.engine.graphs
+    capture = parts.platform.capture if isinstance(parts.platform, SupportsGraphs) and setting != "off" else None
+    reason = why_no_graphs(capture, parts.attention)
+    if setting == "on" and reason is not None:
+        raise ConfigError("decode steps can't be captured", where="engine.graphs", found=reason, allowed="auto or off")
+    return capture
+
+
 def make_kv(
     parts: Parts, attention: AttentionBackend, num_blocks: Sequence[int], limits: Limits, max_model_len: int
 ) -> KVManager:
@@ -389,19 +471,6 @@ def make_kv(
         prefix_cache=parts.settings.engine.prefix_cache,
         salt=repr(contract),
     )
-
-
-def _providers(registry: Registry, chosen: KernelProvider) -> list[tuple[str, KernelProvider]]:
-    """The chosen kernel provider, and after it the reference for operations it does not have."""
-    providers = [(type(chosen).__name__, chosen)]
-    for ref in registry.candidates("kernels"):
-        if load(ref) is type(chosen):
-            providers = [(ref.name, chosen)]
-            break
-    if providers[0][0] != "reference" and any(ref.name == "reference" for ref in registry.candidates("kernels")):
-        reference = load(registry.find("kernels", "reference"))
-        providers.append(("reference", cast(KernelProvider, reference(reference.Config()))))
-    return providers
 
 
 def _size_cache(parts: Parts, spec: ModelSpec, limits: Limits) -> tuple[int, list[int]]:

@@ -164,6 +164,21 @@ class UnknownArchitectureError(DrivetrainError):
     """No model plugin knows the architecture named by the files."""
 
 
+# --- saved training state ------------------------------------------------------------------------------------------
+
+
+class StoreError(DrivetrainError):
+    """Training state can't be saved, found or loaded."""
+
+
+class StateNotFoundError(StoreError):
+    """There is no complete state of this step."""
+
+
+class DamagedStateError(StoreError):
+    """What is on the disk is not what was saved; the message names the file."""
+
+
 # --- requests ------------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +248,10 @@ class RequestFailedError(RequestError):
 
 class EngineError(DrivetrainError):
     """The serving loop can't go on."""
+
+
+class GraphCaptureError(EngineError):
+    """A decode step could not be recorded for replay."""
 
 
 class IllegalTransitionError(EngineError):

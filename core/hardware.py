@@ -172,7 +172,19 @@ def _read_pci_device(entry: Path) -> PciDevice | None:
 # --- processor -----------------------------------------------------------------------------------------------------
 
 _INSTRUCTION_SETS = (
-    *("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *(
+        "avx2",
+        "fma",
+        "f16c",
+        "avx_vnni",
+        "avx512f",
+        "avx512bw",
+        "avx512dq",
+        "avx512vl",
+        "avx512_vnni",
+        "avx512_bf16",
+        "avx512_fp16",
+    ),
     *("amx_tile", "amx_int8", "amx_bf16"),
     *("asimd", "asimddp", "i8mm", "bf16", "sve", "sve2"),
 )
@@ -195,6 +207,35 @@ def read_processor(root: Path = ROOT, affinity: Collection[int] | None = None) -
     )
 
 
+@dataclass(frozen=True)
+class Core:
+    """One logical core. physical: (package, core), shared by logical cores that are threads of one. node: of memory."""
+
+    number: int
+    physical: tuple[int, int]
+    node: int
+
+
+def read_cores(root: Path = ROOT, affinity: Collection[int] | None = None) -> tuple[Core, ...]:
+    """The logical cores that this process may run on, from the topology in /sys."""
+    numbers = sorted(_affinity(read_text(root / "proc/cpuinfo") or "") if affinity is None else affinity)
+    nodes: dict[int, int] = {}
+    for folder in sorted((root / "sys/devices/system/node").glob("node[0-9]*")):
+        for number in _parse_cores(read_text(folder / "cpulist") or ""):
+            nodes[number] = int(folder.name.removeprefix("node"))
+    return tuple(Core(number, _core_identity(root, number), nodes.get(number, 0)) for number in numbers)
+
+
+def _parse_cores(text: str) -> list[int]:
+    """``0-2,5`` as 0, 1, 2, 5: the kernel's form of a list of cores."""
+    numbers: list[int] = []
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        if first.isdigit():
+            numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
 def _cpuinfo_field(text: str, name: str) -> str | None:
     match = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
     return match[1].strip() if match else None
@@ -211,6 +252,12 @@ def _core_identity(root: Path, core: int) -> tuple[int, int]:
     topology = root / f"sys/devices/system/cpu/cpu{core}/topology"
     package, number = _read_number(topology / "physical_package_id"), _read_number(topology / "core_id")
     return (package or 0, number) if number is not None else (-1, core)
+
+
+def read_cache_bytes(root: Path = ROOT) -> int:
+    """Bytes of the largest cache that the first core sees; 0 where the kernel does not tell."""
+    sizes = [read_text(path) or "" for path in root.glob("sys/devices/system/cpu/cpu0/cache/index*/size")]
+    return max((int(match[1]) * 1024 for size in sizes if (match := re.match(r"(\d+)K", size))), default=0)
 
 
 # --- control groups ------------------------------------------------------------------------------------------------
@@ -314,10 +361,14 @@ def parse_torch_build(text: str) -> TorchBuild:
 # --- small readers -------------------------------------------------------------------------------------------------
 
 
-def read_text(path: Path) -> str | None:
-    """Text of a file of the kernel; None when it is not there or not ours to read, which both mean "not known"."""
+def read_text(path: Path, limit_bytes: int = -1) -> str | None:
+    """Text of a file of the kernel; None when it is not there or not ours to read, which both mean "not known".
+
+    limit_bytes: read no more than the file's head; the kernel writes such files while they are read, part by part.
+    """
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        with path.open("rb") as file:
+            return file.read(limit_bytes).decode("utf-8", errors="replace")
     except OSError:
         return None
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from drivetrain.config import Settings
     from drivetrain.registry import Selection
     from drivetrain.serving.request import Request, RequestState
+    from drivetrain.serving.timing import StepTiming
 
 GROUP = "drivetrain.observer"
 hookspec = pluggy.HookspecMarker("drivetrain")
@@ -47,8 +48,11 @@ class Hooks:
         """A sequence moved in its state machine. Not called for tokens."""
 
     @hookspec
-    def step_done(self, seconds: float, num_tokens: int, num_running: int) -> None:
-        """The engine finished a step. Keep it short: it is on the step's path, though never on a token's."""
+    def step_done(self, seconds: float, num_tokens: int, num_running: int, timing: StepTiming) -> None:
+        """The engine finished a step. Keep it short: it is on the step's path, though never on a token's.
+
+        timing: what the step spent its time on, and how many requests ran and waited.
+        """
 
     @hookspec
     def swap_done(self, kind: str, old: str, new: str, epoch: int) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import platform as host
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from drivetrain import __version__
 from drivetrain.bench.workloads import WorkItem, check_fits, mixed
 from drivetrain.contracts.source import Progress, silent
 from drivetrain.serving.metrics import percentile
+from drivetrain.serving.timing import OUTSIDE_THE_MODEL, Phase
 from drivetrain.serving.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -72,7 +73,20 @@ def run_throughput(llm: LLM, items: Sequence[WorkItem], progress: Progress = sil
         "peak_kv_usage": after["peak_kv_usage"],
         "prefix_hit_rate": hit_tokens / prompt_tokens,
         "preemptions": after["preemptions"] - before["preemptions"],
-        "steps": after["steps"] - before["steps"],
+        **step_figures(before, after),
+    }
+
+
+def step_figures(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the steps between two ``stats`` spent their time: seconds of a mean step by phase, and the share of all
+    that is not the model."""
+    steps = after["steps"] - before["steps"]
+    spent = {phase.value: after["phase_seconds"][phase] - before["phase_seconds"][phase] for phase in Phase}
+    outside = sum(spent[phase] for phase in OUTSIDE_THE_MODEL)
+    return {
+        "steps": steps,
+        "step_phase_seconds": {phase: seconds / max(1, steps) for phase, seconds in spent.items()},
+        "outside_the_model_share": outside / (sum(spent.values()) or 1.0),
     }
 
 
@@ -99,6 +113,7 @@ def run_latency(
     pool = mixed(1 + prompt_length * batch * (iterations + 1) // 32, llm.vocab_size, seed)
     tokens = [token for item in pool for token in item.prompt]
     runs = []
+    before = llm.stats()
     for iteration in range(iterations + 1):
         begin = iteration * batch * prompt_length
         items = [
@@ -106,6 +121,8 @@ def run_latency(
             for i in range(batch)
         ]
         runs.append(run_throughput(llm, items))
+        if iteration == 0:
+            before = llm.stats()
         progress("measuring", iteration, iterations, "iterations")
     runs = runs[1:]
     first = [run["time_to_first_token_seconds"]["p50"] for run in runs]
@@ -123,4 +140,5 @@ def run_latency(
         "prompt_tokens_per_second": percentile(prefill, 0.5),
         "decode_tokens_per_second": percentile(decode, 0.5),
         "peak_memory_bytes": llm.peak_memory_bytes(),
+        **step_figures(before, llm.stats()),
     }

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from drivetrain.cli.console import print_json, print_table, show_progress
+from drivetrain.cli.bench_kernels import kernels
+from drivetrain.cli.console import note, print_json, print_table, show_progress
 from drivetrain.cli.generate import open_llm
 from drivetrain.cli.options import with_settings
 from drivetrain.config import Settings
 
+if TYPE_CHECKING:
+    from drivetrain.bench.trace import StepTrace
+
 app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True, rich_markup_mode=None)
+
+app.command("kernels")(kernels)
 
 _USUAL_VOCABULARY = 32_000
 """Taken for a server that does not tell its own; few have less."""
@@ -22,6 +31,14 @@ SeedOption = Annotated[int, typer.Option(help="Seed of the workload.")]
 Requests = Annotated[int | None, typer.Option(help="Number of requests. Default: the workload's.", show_default=False)]
 
 
+Profile = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile", help="Write every step's phases to FILE as a Chrome trace.", metavar="FILE", show_default=False
+    ),
+]
+
+
 @app.command("throughput")
 @with_settings()
 def throughput(
@@ -29,6 +46,7 @@ def throughput(
     workload: Annotated[str, typer.Option(help="mixed or shared-prefix.")] = "mixed",
     requests: Requests = None,
     seed: SeedOption = 0,
+    profile: Profile = None,
     as_json: AsJson = False,
 ) -> None:
     """All requests at once: tokens per second, times, peak memory.
@@ -39,7 +57,7 @@ def throughput(
     from drivetrain.bench.workloads import make_workload
 
     make_workload(workload, requests, vocab_size=1000, seed=seed)  # a wrong name is told before the model is loaded
-    with open_llm(settings) as llm, show_progress() as progress:
+    with _traced(profile) as trace, open_llm(settings, trace) as llm, show_progress() as progress:
         items = make_workload(workload, requests, llm.vocab_size, seed)
         result = run_throughput(llm, items, progress)
         _print({"workload": workload, "seed": seed, **describe_run(llm), **result}, as_json)
@@ -54,6 +72,7 @@ def latency(
     batch: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 1,
     iterations: Annotated[int, typer.Option(min=1, help="Repetitions after one to warm up.")] = 5,
     seed: SeedOption = 0,
+    profile: Profile = None,
     as_json: AsJson = False,
 ) -> None:
     """Equal requests, a batch at a time: prompt rate and decode rate apart.
@@ -62,7 +81,7 @@ def latency(
     """
     from drivetrain.bench.measure import describe_run, run_latency
 
-    with open_llm(settings) as llm, show_progress() as progress:
+    with _traced(profile) as trace, open_llm(settings, trace) as llm, show_progress() as progress:
         result = run_latency(
             llm,
             prompt_length=prompt_length,
@@ -145,6 +164,22 @@ def serve(
         items = make_workload(workload, requests, vocab_size or model.vocab_size or _USUAL_VOCABULARY, seed)
         result = asyncio.run(run_load(model, items, rate=rate, goal=goal, seed=seed, progress=progress))
     _print({"workload": workload, "seed": seed, "model": model.name, "url": address, **result}, as_json)
+
+
+@contextmanager
+def _traced(path: Path | None) -> Iterator[list[StepTrace]]:
+    """The observers of a measured run; what they saw is written when it ends, also when it is interrupted."""
+    if path is None:
+        yield []
+        return
+    from drivetrain.bench.trace import StepTrace
+
+    trace = StepTrace(path)
+    try:
+        yield [trace]
+    finally:
+        trace.write()
+        note(f"The profile is in {path}: open it in chrome://tracing or ui.perfetto.dev.")
 
 
 def _print(result: dict[str, Any], as_json: bool) -> None:

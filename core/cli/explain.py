@@ -12,8 +12,10 @@ from drivetrain.cli.console import print_json, print_table
 from drivetrain.cli.options import with_settings
 from drivetrain.config import Settings, load_settings
 from drivetrain.registry import CandidateReport, Outcome, Selection, SelectionReport
+from drivetrain.registry.selection import AUTO
 
 if TYPE_CHECKING:
+    from drivetrain.assembly import Parts
     from drivetrain.registry.why_not import WhyNot
 
 
@@ -45,17 +47,39 @@ def explain(
 
     parts = resolve_parts(settings, fetch=False)
     answers = [answer for wanted in why_nots or () for answer in why_not(wanted, parts.report, parts.registry)]
+    operations = _operations(parts)
     if as_json:
-        report = {**parts.report.to_dict(), "model": settings.model, "plan_digest": parts.plan.digest}
+        facts = parts.platform.facts()
+        report = {
+            **parts.report.to_dict(),
+            "model": settings.model,
+            "plan_digest": parts.plan.digest,
+            "device": {"name": facts.device_name, "architecture": facts.architecture, **facts.details},
+        }
+        report["operations"] = [dict(zip(("operation", "provider", "reason"), row, strict=True)) for row in operations]
         print_json({**report, "why_not": [dataclasses.asdict(answer) for answer in answers]} if why_nots else report)
         return
     print_report(parts.report)
+    print()
+    print_table(("operation", "served by", "why"), operations)
+    print(parts.report["kernels"].measured)
     for answer in answers:
         print(f"\n{_told(answer)}")
     if settings.model is not None:
         wanted = str(settings.engine.fuse).lower()
         print(f"\nfusion {wanted}  (engine.fuse; what it did is in the selection report of a running engine)")
     print(f"\nplan {parts.plan.digest[:16]}  (drivetrain explain --json prints all of it)")
+
+
+def _operations(parts: Parts) -> list[tuple[str, str, str]]:
+    """Which provider would serve each logical operation, as far as that is known without building the model."""
+    from drivetrain.binding import kernel_providers, served_operations
+
+    selection = parts.report["kernels"]
+    providers = kernel_providers(parts.registry, parts.kernels, selection)
+    device_type, dtype = parts.platform.facts().device_type, parts.precision.dtypes().param
+    is_auto = selection.requested == AUTO
+    return list(served_operations(providers, parts.kernel_record, device_type, dtype, is_auto=is_auto))
 
 
 def _told(answer: WhyNot) -> str:

@@ -42,6 +42,7 @@ _SUMMARIES = {
     "quantizer": "Weights as int8 with one scale a row.",
     "scheduler": "Short prompts first; waiting makes up for length.",
     "source": "A folder with one folder, file or link for each model.",
+    "store": "One safetensors file for each state, by one process.",
 }
 """Kind -> what the generated class does, in the words of its docstring."""
 

@@ -21,13 +21,22 @@ def swap(
     ],
     admin_token: Annotated[str | None, typer.Option(help="The server's admin token.", show_default=False)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; change nothing.")] = False,
+    timeout_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, help="Time limit; by default the server's engine.swap_timeout_seconds.", show_default=False
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Exchange parts of a running server; requests in flight go on. Exits with 1 when it was rolled back.
 
     Example: drivetrain swap http://127.0.0.1:8000 scheduler=priority --admin-token secret
     """
-    report = _post(url.rstrip("/"), parse_parts(parts) | ({"dry_run": True} if dry_run else {}), admin_token)
+    body = parse_parts(parts) | ({"dry_run": True} if dry_run else {})
+    if timeout_seconds is not None:
+        body["timeout_seconds"] = timeout_seconds
+    report = _post(url.rstrip("/"), body, admin_token)
     if as_json:
         print_json(report)
     else:
@@ -62,6 +71,14 @@ def _post(url: str, body: dict[str, Any], token: str | None) -> dict[str, Any]:
     return dict(answer)
 
 
+def _origin(weights: dict[str, Any]) -> str:
+    """``reload of the files, dequantized from 5.0 bits a weight``."""
+    kept = format_number(weights["resident_bytes"], "bytes")
+    text = "reload of the files" if weights["source"] == "reload" else f"resident copy of {kept}"
+    bits = weights["dequantized_from_bits"]
+    return text if bits is None else f"{text}, dequantized from {bits:.1f} bits a weight"
+
+
 def _show(report: dict[str, Any]) -> None:
     rows = [(kind, f"{old} -> {new}") for kind, (old, new) in report["changes"].items()]
     rows += [
@@ -72,6 +89,8 @@ def _show(report: dict[str, Any]) -> None:
         ("extra memory", format_number(report["extra_memory_bytes"], "bytes")),
         ("requests kept, recomputed", f"{report['requests_kept']}, {report['requests_recomputed']}"),
     ]
+    if report["weights"]:
+        rows.append(("weights from", _origin(report["weights"])))
     if report["reason"]:
         rows.append(("reason", report["reason"]))
     print_table(("swap", "result"), rows)

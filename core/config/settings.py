@@ -56,8 +56,34 @@ class EngineSettings(BaseModel):
     stall_seconds: float = Field(
         default=60.0, gt=0, description="a step that takes longer counts as stalled in /health"
     )
+    swap_timeout_seconds: float = Field(
+        default=300.0, gt=0, description="time limit of a swap, from preparing to the end of its probation"
+    )
 
-    @field_validator("max_model_len", "max_waiting", "timeout_seconds", "stall_seconds", mode="before")
+    master_copy: Literal["none", "resident"] = Field(
+        default="none",
+        description="resident: keep the weights, unquantized, in host memory, for quantizer swaps to start from; "
+        "none: those read the files again",
+    )
+
+    overlap: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="prepare the next step while one runs; auto: on devices that queue their work, not on a CPU",
+    )
+
+    graphs: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="replay captured decode steps; auto: where the platform and the attention backend can",
+    )
+
+    @field_validator("overlap", "graphs", mode="before")
+    @classmethod
+    def _read_switch(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+    @field_validator(
+        "max_model_len", "max_waiting", "timeout_seconds", "stall_seconds", "swap_timeout_seconds", mode="before"
+    )
     @classmethod
     def _refuse_bool(cls, value: Any) -> Any:
         # YAML reads yes and on as true, which pydantic would take for the number 1.

@@ -141,7 +141,7 @@ class AttentionStep(Protocol):
 
 
 @dataclass(frozen=True)
-class Pages:
+class LayerPages:
     """Where one layer's keys and values of this step belong.
 
     keys, values: [B, N, G, D], of any strides but for a dense last dim.
@@ -155,13 +155,35 @@ class Pages:
 
 @runtime_checkable
 class TakesWritten(Protocol):
-    """Ability of a step: the model may write keys and values itself, by an operation that rotates them on the way."""
+    """Ability ``takes_written`` of a backend's steps: the model may write keys and values itself, by an operation that
+    rotates them on the way."""
 
-    def pages(self, layer: int) -> Pages | None:
+    def layer_pages(self, layer: int) -> LayerPages | None:
         """Where to write; None when this step needs keys and values in :meth:`AttentionStep.attend`."""
 
     def attend_written(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:
-        """As ``attend``, after everything of this step has been written to ``pages(layer)``."""
+        """As ``attend``, after everything of this step has been written to ``layer_pages(layer)``."""
+
+
+@dataclass(frozen=True)
+class PagedView:
+    """What a coarse kernel needs to write into the cache and attend over it by itself."""
+
+    spec: AttentionSpec
+    batch: AttentionBatch
+    cache: PagedCache
+    block_size: int
+
+
+@runtime_checkable
+class OpensPages(Protocol):
+    """An attention step whose backend claims ``opens_pages``: a kernel that runs whole layers may do their attention
+    too, over the pages that the step would use. A backend opens them only where any correct attention may stand in for
+    its own."""
+
+    @property
+    def pages(self) -> PagedView:
+        """The pages of this step."""
 
 
 KVCache = Any
@@ -172,8 +194,11 @@ class AttentionBackend(Plugin):
     """Keeps keys and values, and attends over them. Stateless between steps but for the cache it was asked to make.
 
     Optional abilities: ``training`` (``begin`` works with ``cache=None``), ``windows``, ``soft_cap``, ``converts``
-    (:class:`ConvertsCache`), ``pages`` (its steps are :class:`TakesWritten`), and ``batch_invariant`` (a sequence's
-    result does not depend on what else is in the batch, to the last bit). A backend that does not claim one of the
+    (:class:`ConvertsCache`), ``opens_pages`` (its steps are :class:`OpensPages`), ``takes_written`` (its steps are
+    :class:`TakesWritten`), ``batch_invariant`` (a sequence's result does not depend on what else is in the batch, to
+    the last bit), and ``graph_safe``: of a decode step, ``begin`` and ``attend`` read the number of sequences and the
+    device tensors only, launch the same work whatever these hold, and wait for nothing, so that a platform may record
+    the step and replay it with other values at the same addresses. A backend that does not claim one of the
     first three refuses, in its probe, a model that needs it.
     """
 

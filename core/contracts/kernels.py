@@ -14,9 +14,15 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from drivetrain.contracts.plugin import Plugin, Probe
+
+if TYPE_CHECKING:
+    import torch
+
+    from drivetrain.contracts.attention import AttentionStep
+    from drivetrain.contracts.source import Progress
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,17 @@ _OPERATIONS = (
         tolerance=_PRODUCTS,
         constants=("weight", "scales", "bias"),
     ),
+    Operation(
+        "decoder_layers",
+        "(layers: DecoderLayer each, x: [T, E], angles: (cos, sin) each, ropes: int | None each, step: AttentionStep) "
+        "-> [T, E]",
+        "x through every layer, each called with the angles that ropes names: a whole step between embedding and last "
+        "norm. A coarse implementation reads the layers' parts and runs their attention over the step's open pages "
+        "where no gradient is asked for, and calls the layers where it can't; spec sizes: E, I, H, G, D, R; spec "
+        "params: eps, weight_offset, residual_scale, activation (as gated_linear), norms_heads (1 where q_norm and "
+        "k_norm are of single heads)",
+        tolerance={"float32": (1e-4, 1e-4), "bfloat16": (5e-2, 5e-2), "float16": (1e-2, 1e-2)},
+    ),
 )
 
 OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in _OPERATIONS}
@@ -159,11 +176,61 @@ class KernelSpec:
     params: Mapping[str, float] = field(default_factory=dict)
 
 
+Angles = tuple["torch.Tensor", "torch.Tensor"]
+"""cos and sin of a step's positions, each [T, R]."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Outputs ``first`` .. ``first + rows - 1`` of a linear layer, or of what a quantizer has put in its place.
+
+    rows: None for all, where it holds nothing else.
+    """
+
+    module: torch.nn.Module
+    first: int = 0
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class DecoderLayerParts:
+    """What a coarse kernel needs to run a decoder layer by itself. A norm's weight is None where the layer has none.
+
+    The layer is ``x += scale * after_attention(o(attend(q, k, v)))`` with q, k, v of ``before_attention(x)``, and then
+    ``x += scale * after_mlp(down(act(gate) * up))`` of ``before_mlp(x)``.
+    """
+
+    before_attention: torch.Tensor | None
+    after_attention: torch.Tensor | None
+    before_mlp: torch.Tensor | None
+    after_mlp: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    q: Projection
+    k: Projection
+    v: Projection
+    o: Projection
+    gate: Projection
+    up: Projection
+    down: Projection
+
+
+class DecoderLayer(Protocol):
+    """A layer that can be called, and that opens itself to coarse kernels."""
+
+    def __call__(self, x_TE: torch.Tensor, angles: Angles | None, step: AttentionStep) -> torch.Tensor:
+        """The residual stream behind this layer, [T, E]."""
+
+    def parts(self) -> DecoderLayerParts:
+        """Its weights as they are now."""
+
+
 class KernelProvider(Plugin):
     """Implements some of the logical operations.
 
     Abilities: ``deterministic``, the same inputs give the same bits in every run; ``batch_invariant``, the bits of a
-    row do not depend on the rows beside it.
+    row do not depend on the rows beside it; ``operators``, autograd and torch.compile see each callable as an operator
+    of ``torch.library`` (``drivetrain.operators``).
     """
 
     kind = "kernels"
@@ -179,4 +246,17 @@ class KernelProvider(Plugin):
     @abstractmethod
     def make(self, spec: KernelSpec) -> Callable[..., Any]:
         """The callable for this use, with the operation's signature. May compile. Differentiable where the operation
-        is."""
+        is.
+
+        One callable serves any number of rows; what depends on it is decided inside. Raises KernelBuildError where what
+        ``supports`` promised can't be made after all: no compiler, a source that does not compile. Under ``auto``
+        another provider then serves the use, and the user is told.
+        """
+
+
+@runtime_checkable
+class BuildsAhead(Protocol):
+    """Compiles what its callables need before the first of them is made: all at once, and with progress."""
+
+    def build_ahead(self, progress: Progress) -> None:
+        """Called once, when a model is about to be bound to this provider. Raises KernelBuildError."""

@@ -67,6 +67,13 @@ _ORDERED = (
         default="none",
         purposes=("train",),
     ),
+    Kind(
+        "store",
+        "drivetrain.contracts.store:Store",
+        "where training state is saved, and how",
+        default="dcp",
+        purposes=("train",),
+    ),
     Kind("quantizer", "drivetrain.contracts.quantizer:Quantizer", "the formats of weights", default="none"),
     Kind("attention", "drivetrain.contracts.attention:AttentionBackend", "KV layout, and attention over it", minor=1),
     Kind(

@@ -153,18 +153,22 @@ def _lift(kind: str, plugin: type[Plugin], minor: int, where: str, spoken: Contr
     return lifted
 
 
+def _as_it_is(plugin: type[Plugin], version: str) -> type[Plugin]:
+    """For a minor version that brought only what no plugin has to have."""
+    content = {"contract_version": version, "__doc__": plugin.__doc__, "__module__": plugin.__module__}
+    return type(plugin.__name__, (plugin,), content)
+
+
 @adapter("kernels", from_minor=0)
 def _more_operations(plugin: type[Plugin]) -> type[Plugin]:
-    """1.1 brought operations, which nobody has to have, and more fields of :class:`Operation`."""
-    content = {"contract_version": "1.1", "__doc__": plugin.__doc__, "__module__": plugin.__module__}
-    return type(plugin.__name__, (plugin,), content)
+    """1.1 brought operations, and more fields of :class:`Operation`."""
+    return _as_it_is(plugin, "1.1")
 
 
 @adapter("attention", from_minor=0)
-def _steps_that_take_written(plugin: type[Plugin]) -> type[Plugin]:
-    """1.1 brought the ability ``pages``, which nobody has to have."""
-    content = {"contract_version": "1.1", "__doc__": plugin.__doc__, "__module__": plugin.__module__}
-    return type(plugin.__name__, (plugin,), content)
+def _open_pages(plugin: type[Plugin]) -> type[Plugin]:
+    """1.1 brought the abilities ``opens_pages`` and ``takes_written``."""
+    return _as_it_is(plugin, "1.1")
 
 
 # --- deprecations --------------------------------------------------------------------------------------------------

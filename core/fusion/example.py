@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from drivetrain.contracts.attention import AttentionSpec, Pages
+from drivetrain.contracts.attention import AttentionSpec, LayerPages
 from drivetrain.fusion.observing import Example
 
 _NUM_TOKENS = 4
@@ -42,9 +42,9 @@ class PlainStep:
         weights = functional.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
         return torch.matmul(weights.to(v.dtype), v).transpose(0, 1)
 
-    def pages(self, layer: int) -> Pages | None:
+    def layer_pages(self, layer: int) -> LayerPages | None:
         keys, values = self._pages[layer]
-        return Pages(keys, values, self._slots)
+        return LayerPages(keys, values, self._slots)
 
     def attend_written(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:
         keys, values = self._pages[layer]

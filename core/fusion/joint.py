@@ -69,6 +69,11 @@ class Part(nn.Module):
         self._shared = (joint,)
 
     @property
+    def joint_weight(self) -> nn.Parameter:
+        """The parameter that :attr:`weight` is a view of."""
+        return self._shared[0].weight
+
+    @property
     def weight(self) -> torch.Tensor:
         """[O, I], a view."""
         joint = self._shared[0]

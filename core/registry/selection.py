@@ -1,13 +1,13 @@
 """From a requested name to one plugin, with the reason: who was asked, who refused and why, who was chosen.
 
 A name is used or is an error. ``auto`` probes every candidate and ranks those that say yes: the platform's preference
-list first, then tier, then name. Every outcome is kept in a :class:`Selection`.
+list first, then what was measured on this machine, then tier, then name. Every outcome is kept in a :class:`Selection`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -86,8 +86,9 @@ class Selection:
     """The choice for one kind.
 
     reason:   why this one, in a sentence.
-    fallback: set when a candidate broke (where it would have ranked can't be known), or refused although the platform
-              prefers it.
+    fallback: set when a candidate broke (where it would have ranked can't be known), refused although the platform
+              prefers it, or could not make what it was chosen for.
+    measured: what the machine's record of measurements says; empty for a kind that is not measured.
     """
 
     kind: str
@@ -98,6 +99,7 @@ class Selection:
     reason: str
     candidates: tuple[CandidateReport, ...]
     fallback: str | None = None
+    measured: str = ""
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,18 @@ def means(name: str, ref: PluginRef) -> bool:
 
 
 @dataclass(frozen=True)
+class Standing:
+    """How a candidate ranks by what was measured on this machine.
+
+    score: speed relative to the slowest way to do it, 1.0 also where nothing was measured; higher ranks first.
+    text:  the score and where it comes from, in words.
+    """
+
+    score: float
+    text: str
+
+
+@dataclass(frozen=True)
 class _Probed:
     """A candidate after loading and probing; ``plugin`` is None when it broke."""
 
@@ -282,6 +296,8 @@ class Selector:
         self._registry = registry
         self._requests = requests
         self._preferences: Mapping[str, tuple[str, ...]] = {}
+        self._standings: dict[str, Callable[[PluginRef], Standing]] = {}
+        self._measured: dict[str, str] = {}
         self._selections: list[Selection] = []
         self._contexts: dict[str, ProbeContext] = {}
         self.open_kinds: dict[str, str] = {}
@@ -296,6 +312,11 @@ class Selector:
     def prefer(self, preferences: Mapping[str, tuple[str, ...]]) -> None:
         """Rank by the chosen platform's preferences from here on."""
         self._preferences = preferences
+
+    def rank_by(self, kind: str, standing: Callable[[PluginRef], Standing], measured: str) -> None:
+        """Rank the candidates of ``kind`` by measurement too; ``measured`` says of what measurements."""
+        self._standings[kind] = standing
+        self._measured[kind] = measured
 
     def leave_open(self, kind: str, reason: str) -> None:
         """Note why no plugin is chosen for ``kind``. A name that was asked for must exist all the same."""
@@ -315,7 +336,8 @@ class Selector:
         instance = _create(plugin, selection.chosen, request)
         # Reports are printed, served and saved: what a Config declares secret is masked by its own dump.
         shown = instance.config.model_dump(mode="json", include=set(request.options))
-        self._selections.append(dataclasses.replace(selection, options=shown))
+        measured = self._measured.get(kind, "")
+        self._selections.append(dataclasses.replace(selection, options=shown, measured=measured))
         return instance
 
     def _find(self, request: PartRequest) -> PluginRef:
@@ -390,8 +412,13 @@ class Selector:
         preferred = self._preferences.get(ref.kind, ())
         return preferred.index(ref.name) if ref.name in preferred else len(preferred)
 
-    def _rank(self, probed: _Probed) -> tuple[int, int, str, str]:
-        return (self._preference(probed.ref), -_tier(probed), probed.ref.name, probed.ref.distribution)
+    def _standing(self, ref: PluginRef) -> Standing:
+        rule = self._standings.get(ref.kind)
+        return rule(ref) if rule else Standing(1.0, "")
+
+    def _rank(self, probed: _Probed) -> tuple[int, float, int, str, str]:
+        ref = probed.ref
+        return (self._preference(ref), -self._standing(ref).score, -_tier(probed), ref.name, ref.distribution)
 
     def _why(self, best: _Probed, eligible: list[_Probed], kind: str) -> str:
         if len(eligible) == 1:
@@ -401,6 +428,8 @@ class Selector:
             return f"first in the platform's order of preference ({order}) of those that can work here"
         second = eligible[1]
         reason = self._why_above(best, second)
+        if self._standing(best.ref).score != self._standing(second.ref).score:
+            return reason
         return f"{reason} ({second.ref.name!r})" if _tier(best) != _tier(second) else "first by name among equals"
 
     def _why_above(self, better: _Probed, worse: _Probed) -> str:
@@ -408,6 +437,9 @@ class Selector:
         if self._preference(better.ref) != self._preference(worse.ref):
             order = ", ".join(self._preferences[better.ref.kind])
             return f"the platform's order of preference is {order}"
+        mine, theirs = self._standing(better.ref), self._standing(worse.ref)
+        if mine.score != theirs.score:
+            return f"{better.ref.name!r} is {mine.text}; {worse.ref.name!r} is {theirs.text}"
         if _tier(better) != _tier(worse):
             return f"tier {_tier(better).name.lower()} is above {_tier(worse).name.lower()}"
         return "first by name among equals"

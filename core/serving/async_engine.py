@@ -167,9 +167,16 @@ class AsyncEngine:
         *,
         dry_run: bool = False,
         probation_steps: int = DEFAULT_PROBATION_STEPS,
+        timeout_seconds: float | None = None,
     ) -> SwapReport:
         """Exchange parts while requests are in flight; see :meth:`drivetrain.LLM.swap`."""
-        return await asyncio.to_thread(self.loop.swap, requests, dry_run=dry_run, probation_steps=probation_steps)
+        return await asyncio.to_thread(
+            self.loop.swap,
+            requests,
+            dry_run=dry_run,
+            probation_steps=probation_steps,
+            timeout_seconds=timeout_seconds,
+        )
 
     async def drain(self, timeout_seconds: float | None) -> bool:
         """Refuse new work and wait for what is under way; False when the time ran out first."""

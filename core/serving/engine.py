@@ -2,9 +2,14 @@
 
 A step, in the order it reads:
 
-    expire -> plan (the scheduler decides, blocks are given) -> prepare -> forward -> sample -> advance
+    expire -> launch (plan: the scheduler decides, blocks are given; prepare; run the model)
+           -> collect (sample, read the tokens, advance)
 
 ``advance`` is where requests change: tokens are appended, text comes out, sequences end.
+
+The plain loop launches a step and collects it. The overlapped loop launches the next step before it collects the one
+that runs, whose tokens it takes on the device: what the next step needs is packed while the model computes. Both give
+the same tokens; where the next step depends on more than the tokens, the overlapped loop does as the plain one does.
 """
 
 from __future__ import annotations
@@ -24,11 +29,14 @@ from drivetrain.contracts.scheduler import Candidate, Grant, RequestFacts, Sched
 from drivetrain.errors import EngineError, InvalidRequestError, PromptTooLongError
 from drivetrain.observers import Observers
 from drivetrain.serving.blocks import KVManager, SequenceBlocks
+from drivetrain.serving.lane import InlineLane, Lane, Outcome, ThreadLane
 from drivetrain.serving.metrics import EngineMetrics
+from drivetrain.serving.packing import Scheduled, StepInputs
 from drivetrain.serving.request import Request, RequestState
-from drivetrain.serving.runner import ModelRunner, Scheduled, StepInputs
-from drivetrain.serving.sampler import Sampled, Sampler, sequence_seed, token_logprobs
+from drivetrain.serving.runner import Copies, ModelRunner
+from drivetrain.serving.sampler import Choice, Sampled, Sampler, SamplingPlan, sequence_seed, token_logprobs
 from drivetrain.serving.text import IncrementalDecoder, TextStream
+from drivetrain.serving.timing import Phase, StepClock
 from drivetrain.serving.types import Chunk, FinishReason, GenerationRequest, PromptInfo, TokenLogprob
 from drivetrain.serving.waiting import WaitingQueue
 
@@ -52,17 +60,43 @@ class EngineLimits:
     end_tokens: frozenset[int]
 
 
+@dataclass(frozen=True, eq=False)
+class Ran:
+    """What a step's run gave: logits [N, V] of the wanted rows, and the tokens if they were chosen right behind it.
+
+    seconds: begin and end of the run by ``time.perf_counter``.
+    """
+
+    logits_NV: torch.Tensor
+    choice: Choice | None
+    seconds: tuple[float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Flight:
+    """A step that is launched and not yet collected. Without inputs it could not be launched, and says why."""
+
+    scheduled: list[Scheduled]
+    inputs: StepInputs | None
+    sampling: SamplingPlan
+    outcome: Outcome[Ran]
+
+
 @dataclass
 class Probation:
     """Parts that were exchanged a moment ago, while the next steps show whether they work.
 
-    roll_back: puts the old parts back.
-    finish:    told how it ended: None for well, otherwise why it was rolled back.
+    roll_back:    puts the old parts back.
+    finish:       told how it ended: None for well, otherwise why it was rolled back.
+    is_withdrawn: whether the swap has been given up by whoever asked for it.
+    keep:         the last question: may the new parts stay? From a yes on it can't be given up any more.
     """
 
     steps_left: int
     roll_back: Callable[[], None]
     finish: Callable[[str | None], None]
+    is_withdrawn: Callable[[], bool]
+    keep: Callable[[], bool]
 
 
 class Engine:
@@ -103,6 +137,14 @@ class Engine:
         self._numbers = itertools.count()
         self.epoch = 0
         self.probation: Probation | None = None
+        self._overlaps = overlaps(settings.overlap, runner.device)
+        self._lane: Lane = ThreadLane() if self._overlaps and runner.device.type == "cpu" else InlineLane()
+        self._flying: Flight | None = None
+        self._in_order: list[Request] | None = None
+        self._step_clock = StepClock()
+        self._step_started = clock()
+        runner.on_fallback = self.metrics.fell_back
+        runner.reserve(kv, scheduler.limits().max_batched_tokens, scheduler.limits().max_running)
         self._tells_states = self._observers.listens("request_changed_state")
         self._tells_steps = self._observers.listens("step_done")
 
@@ -253,42 +295,137 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences)
+        return bool(self._sequences) or self._flying is not None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no step is under way; see :meth:`settle`."""
+        return self._flying is None
+
+    def close(self) -> None:
+        """No step comes any more; what one that runs would give is dropped."""
+        self._flying = None
+        self._lane.close()
 
     # --- the step --------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Chunk]:
         """Advance every scheduled request once; returns what they gave. Never raises for one request's fault."""
-        started = self._clock()
-        chunks = self._expire(started)
+        self._step_clock.start()
+        self._step_started = self._clock()
+        chunks = self._expire(self._step_started)
+        flight, self._flying = self._flying or self._launch(), None
+        if flight is None:
+            return chunks
+        if self._may_run_ahead(flight):
+            self._flying = self._launch(behind=flight)
+        return chunks + self._collect(flight)
+
+    def settle(self) -> list[Chunk]:
+        """Collect the step that runs, if one does, and launch no other; returns what it gave."""
+        flight, self._flying = self._flying, None
+        if flight is None:
+            return []
+        self._step_clock.start()
+        self._step_started = self._clock()
+        return self._collect(flight)
+
+    def _may_run_ahead(self, flight: Flight) -> bool:
+        """Whether nothing but its tokens is needed of a step that runs to launch the next one behind it."""
+        return (
+            self._overlaps
+            and self.probation is None
+            and flight.inputs is not None
+            and flight.sampling.is_on_device
+            and not flight.inputs.prompt_rows
+            and not any(request.is_at_its_last for request in flight.sampling.requests)
+        )
+
+    def _launch(self, behind: Flight | None = None) -> Flight | None:
+        """Plan the next step and set it going; None when there is nothing to compute.
+
+        behind: the step that runs, if one does; the tokens that it will choose are counted as if they were there.
+        """
         try:
-            scheduled = self._plan()
+            scheduled = self._plan(is_ahead=behind is not None)
         except Exception as error:  # a scheduler's code; fatal unless there is another to go back to
             if self.probation is None:
                 raise
             self._roll_back(f"{type(error).__name__}: {error}")
-            return chunks
+            return None
+        self._step_clock.mark(Phase.SCHEDULE)
         if not scheduled:
-            return chunks
+            return None
+        flight = self._start(scheduled, behind)
+        for item in scheduled:
+            item.request.num_computed += item.num_tokens
+            item.request.num_expected += item.gives_token
+        self._step_clock.mark(Phase.MODEL)
+        return flight
+
+    def _start(self, scheduled: list[Scheduled], behind: Flight | None) -> Flight:
+        """Pack a planned step and hand it to the lane."""
+        copies = self.kv.take_copies()
+        try:
+            inputs = self.runner.prepare(scheduled, self.kv, behind.sampling.requests if behind is not None else ())
+            sampling = self._sampler.plan(inputs.sampling)
+        except Exception as error:  # memory that is not there; told when the step is collected, like the model's own
+            return Flight(scheduled, None, SamplingPlan.empty(), Outcome.failed(error))
+        self._step_clock.mark(Phase.PREPARE)
+        return Flight(scheduled, inputs, sampling, self._lane.run(lambda: self._run(inputs, sampling, copies, behind)))
+
+    def _run(self, inputs: StepInputs, sampling: SamplingPlan, copies: Copies, behind: Flight | None) -> Ran:
+        """The step itself, in the lane. It reads nothing that the engine's thread may change meanwhile."""
+        began = time.perf_counter()
+        with torch.inference_mode():
+            self.runner.copy_blocks(self.kv, copies)
+            if inputs.unknown is not None:
+                assert behind is not None
+                chosen = behind.outcome.wait().choice
+                assert chosen is not None
+                places, sources = inputs.unknown.unbind()
+                inputs.ids_T.index_copy_(0, places, chosen.token_S.index_select(0, sources))
+            logits_NV = self.runner.forward(inputs)
+            ended = time.perf_counter()
+            is_chosen_here = self._overlaps and sampling.requests and sampling.is_on_device
+            choice = self._sampler.choose(logits_NV, sampling) if is_chosen_here else None
+            return Ran(logits_NV, choice, (began, ended))
+
+    def _collect(self, flight: Flight) -> list[Chunk]:
+        """Wait for a step, read its tokens, and advance its requests."""
         try:
             with torch.inference_mode():
-                self.runner.copy_blocks(self.kv)
-                inputs = self.runner.prepare(scheduled, self.kv)
-                logits_NV = self.runner.forward(inputs)
-                sampled = self._sampler.sample(logits_NV[: len(inputs.sampling)], inputs.sampling)
+                ran = flight.outcome.wait()
+                assert flight.inputs is not None
+                self._step_clock.mark(Phase.MODEL)
+                sampled = self._sample(flight.sampling, ran)
                 if self.probation is not None and not all(sampled.is_sound):
                     raise FloatingPointError("the model's scores are not finite")
-                self._score_prompts(inputs, logits_NV)
+                self._score_prompts(flight.inputs, ran.logits_NV)
         except Exception as error:  # a plugin's code; its requests end with the error, others go on
-            if self.probation is not None:
-                self._roll_back(f"{type(error).__name__}: {error}")
-                return chunks
-            return chunks + self._fail_step(scheduled, error)
-        chunks += self._advance(scheduled, inputs.sampling, sampled)
-        self._note_step(started, scheduled)
-        if self.probation is not None:
-            self._watch(self._clock() - started)
+            if self.probation is None:
+                return self._fail_step(flight, error)
+            self._take_back(flight)
+            self._roll_back(f"{type(error).__name__}: {error}")
+            return []
+        self._step_clock.mark(Phase.SAMPLE)
+        chunks = self._advance(flight, sampled)
+        self._step_clock.mark(Phase.OUTPUT)
+        self._note_step(flight, ran)
         return chunks
+
+    def _sample(self, plan: SamplingPlan, ran: Ran) -> Sampled:
+        if not plan.requests:
+            return Sampled([], [], [])
+        choice = ran.choice or self._sampler.choose(ran.logits_NV[: len(plan.requests)], plan)
+        return self._sampler.read(choice, plan)
+
+    def _take_back(self, flight: Flight) -> None:
+        """A launched step gave nothing: what was counted on is not there. Its requests are as before the launch."""
+        for item in flight.scheduled:
+            item.request.num_expected -= item.gives_token
+            if item.request.blocks is item.blocks:
+                item.request.num_computed = item.begin
 
     def _expire(self, now: float) -> list[Chunk]:
         chunks: list[Chunk] = []
@@ -300,21 +437,25 @@ class Engine:
                 chunks += self._end_all(request_id, FinishReason.TIMEOUT)
         return chunks
 
-    def _plan(self) -> list[Scheduled]:
-        """Ask the scheduler, then give blocks in its order."""
+    def _plan(self, *, is_ahead: bool = False) -> list[Scheduled]:
+        """Ask the scheduler, then give blocks in its order.
+
+        is_ahead: a step still runs. What it frees, and whom it ends, is not known yet, so nobody gives way: where
+                  blocks are short nothing is planned, and the plan is made again once that step is collected.
+        """
         if not self._running and not self._waiting:
             return []
-        running = sorted(self._running.values(), key=lambda request: request.key)
+        running = self._running_in_order()
         view = View([request.candidate() for request in running], self._waiting.peek_in_order(self._newcomer))
         try:
             plan = self.scheduler.plan(view)
             self._check_plan(plan)
             for name in plan.preempt:
                 self._preempt(self._running[name])
-            scheduled = self._give_blocks(plan.grants)
+            scheduled = self._give_blocks(plan.grants, is_ahead)
         finally:
             self._waiting.put_back()
-        if not scheduled and len(self._running) == len(running):
+        if not scheduled and not is_ahead and len(self._running) == len(running):
             # Nothing has changed, so the next plan would be the same, for ever.
             raise EngineError(
                 f"scheduler {type(self.scheduler).__name__} made a plan that computes nothing: it grants waiting "
@@ -322,6 +463,12 @@ class Engine:
                 hint="Grant running requests before waiting ones.",
             )
         return scheduled
+
+    def _running_in_order(self) -> list[Request]:
+        """What runs, by key; ordered anew only when somebody came or went."""
+        if self._in_order is None:
+            self._in_order = sorted(self._running.values(), key=lambda request: request.key)
+        return self._in_order
 
     def _newcomer(self, request: Request) -> Candidate:
         """A waiting request as the scheduler sees it: what the cache holds already costs none of the step's tokens."""
@@ -353,7 +500,7 @@ class Engine:
         if problem:
             raise EngineError(f"scheduler {type(self.scheduler).__name__} made an impossible plan: {problem}")
 
-    def _give_blocks(self, grants: Sequence[Grant]) -> list[Scheduled]:
+    def _give_blocks(self, grants: Sequence[Grant], is_ahead: bool) -> list[Scheduled]:
         scheduled: dict[str, Scheduled] = {}
         was_running = set(self._running)
         is_admitting = True
@@ -362,8 +509,11 @@ class Engine:
             if request is not None:
                 num_running = len(self._running)
                 num_tokens = min(grant.num_tokens, request.pending_tokens)
+                assert request.blocks is not None
+                if is_ahead and not self.kv.extend(request.blocks, request.num_computed, num_tokens):
+                    return []
                 if self._make_room(request, num_tokens, scheduled):
-                    scheduled[request.name] = Scheduled(request, num_tokens)
+                    scheduled[request.name] = Scheduled.of(request, num_tokens)
                 # Blocks that someone gave up are not for a newcomer: it would be the next to give them up.
                 is_admitting = is_admitting and len(self._running) == num_running
                 continue
@@ -372,7 +522,7 @@ class Engine:
                 continue  # it gave way a moment ago, or one before it found too few blocks
             tokens = self._admit(waiting, grant.num_tokens)
             if tokens > 0:
-                scheduled[waiting.name] = Scheduled(waiting, tokens)
+                scheduled[waiting.name] = Scheduled.of(waiting, tokens)
             is_admitting = tokens > 0
         return list(scheduled.values())
 
@@ -397,13 +547,14 @@ class Engine:
             return 0
         self._waiting.remove(request)
         request.blocks = blocks
-        request.num_computed = computed
+        request.num_computed = request.num_landed = computed
         if request.num_cached_tokens is None:
             request.num_cached_tokens = min(computed, request.num_prompt_tokens)
             self.metrics.prompt_looked_up(request.num_prompt_tokens, request.num_cached_tokens)
             self.metrics.queue_seconds(self._clock() - request.arrival_seconds)
         self._move(request, RequestState.RUNNING)
         self._running[request.name] = request
+        self._in_order = None
         return num_tokens
 
     def _reuse(self, request: Request, blocks: SequenceBlocks) -> int:
@@ -427,7 +578,7 @@ class Engine:
     def _forkable_parent(self, request: Request) -> SequenceBlocks | None:
         """The blocks of the first of n sequences, while they still hold the whole prompt that the others start from."""
         parent, length = request.parent, request.num_prompt_tokens
-        if parent is None or parent.blocks is None or parent.num_computed < length or len(request.tokens) > length:
+        if parent is None or parent.blocks is None or parent.num_landed < length or len(request.tokens) > length:
             return None
         return parent.blocks if self.kv.can_fork(parent.blocks, length - 1) else None
 
@@ -453,31 +604,38 @@ class Engine:
                 most = request.params.prompt_logprobs or 0
                 request.prompt_logprobs += token_logprobs(logits_NV[row : row + count], tokens, most)
 
-    def _advance(self, scheduled: Sequence[Scheduled], sampling: Sequence[Request], sampled: Sampled) -> list[Chunk]:
-        for item in scheduled:
+    def _advance(self, flight: Flight, sampled: Sampled) -> list[Chunk]:
+        for item in flight.scheduled:
             request = item.request
-            assert request.blocks is not None
-            old = request.num_computed
-            request.num_computed = old + item.num_tokens
+            request.num_expected -= item.gives_token
+            if request.blocks is not item.blocks:
+                continue  # it ended, or gave way, while the step ran
+            request.num_landed = item.begin + item.num_tokens
             names = None if request.has_mixed_cache else request.hashes
-            self.kv.computed(request.blocks, request.tokens, names, old, request.num_computed)
+            self.kv.computed(item.blocks, request.tokens, names, item.begin, request.num_landed)
         chunks: list[Chunk] = []
         now = self._clock()
-        for row, request in enumerate(sampling):
+        gaps: dict[float, int] = {}
+        for row, request in enumerate(flight.sampling.requests):
+            if request.is_finished:
+                continue  # a step that was launched before its end was known
             if request.num_prompt_tokens == 1 and request.wants_prompt_logprobs:
                 request.prompt_logprobs.append(None)
-            self._release_held(request)
+            if request.request_id in self._held:
+                self._release_held(request)
             if not sampled.is_sound[row]:
                 message = "the model's scores are not finite (NaN or infinity); its weights or a kernel are at fault"
                 chunks.append(self._end(request, FinishReason.ERROR, error=message))
                 continue
-            chunks.append(self._append_token(request, sampled.token_ids[row], sampled.logprobs[row], now))
+            self._note_token(request, now, gaps)
+            chunks.append(self._append_token(request, sampled.token_ids[row], sampled.logprobs[row]))
+        for seconds, count in gaps.items():
+            self.metrics.next_tokens(seconds, count)
         return chunks
 
-    def _append_token(self, request: Request, token: int, logprob: TokenLogprob | None, now: float) -> Chunk:
+    def _append_token(self, request: Request, token: int, logprob: TokenLogprob | None) -> Chunk:
         """The new token's effect: text, and perhaps the sequence's end."""
         request.tokens.append(token)
-        self._note_token(request, now)
         logprobs = (logprob,) if logprob is not None else None
         may_stop = request.num_output_tokens > request.params.min_tokens
         is_end = token in request.end_tokens and not request.params.ignore_eos
@@ -534,13 +692,16 @@ class Engine:
         sequences = reversed(self._sequences.get(request_id, []))
         return [self._end(sequence, reason, error=error) for sequence in list(sequences) if not sequence.is_finished]
 
-    def _fail_step(self, scheduled: Sequence[Scheduled], error: Exception) -> list[Chunk]:
+    def _fail_step(self, flight: Flight, error: Exception) -> list[Chunk]:
         """A step broke: what it worked on ends with the error; everything else is untouched."""
         _log.error("a step failed with %s: %s", type(error).__name__, error, exc_info=error)
         self.metrics.step_failed()
-        self.kv.take_copies()
+        behind, self._flying = self._flying, None
+        for launched in (behind, flight):
+            if launched is not None:
+                self._take_back(launched)
         message = f"the engine failed while it worked on this request: {type(error).__name__}: {error}"
-        ids = dict.fromkeys(item.request.request_id for item in scheduled)
+        ids = dict.fromkeys(item.request.request_id for item in flight.scheduled)
         return [chunk for request_id in ids for chunk in self._end_all(request_id, FinishReason.ERROR, message)]
 
     # --- exchanging parts (the transaction is in swap.py) ----------------------------------------------------------
@@ -553,6 +714,7 @@ class Engine:
         sequences = [sequence for siblings in self._sequences.values() for sequence in siblings]
         if scheduler is not self.scheduler:
             kv.make_rows(scheduler.limits().max_running)
+            self.runner.reserve(kv, scheduler.limits().max_batched_tokens, scheduler.limits().max_running)
             keys = [self._key(sequence, scheduler) for sequence in sequences]
             for sequence, key in zip(sequences, keys, strict=True):
                 sequence.key = key
@@ -592,17 +754,21 @@ class Engine:
         self.preempt_all()
 
     def end_probation(self) -> None:
-        """What was exchanged stays."""
+        """What was exchanged stays, unless the swap has been given up."""
+        if self.probation is None:
+            return
+        if not self.probation.keep():
+            self._roll_back("it was given up")
+            return
         probation, self.probation = self.probation, None
-        if probation is not None:
-            probation.finish(None)
+        probation.finish(None)
 
     def _watch(self, seconds: float) -> None:
         assert self.probation is not None
         self.probation.steps_left -= 1
         if seconds > self.settings.stall_seconds:
             self._roll_back(f"a step took {seconds:.1f} s, over stall_seconds {self.settings.stall_seconds:g}")
-        elif self.probation.steps_left <= 0:
+        elif self.probation.steps_left <= 0 or self.probation.is_withdrawn():
             self.end_probation()
 
     def _roll_back(self, reason: str) -> None:
@@ -618,7 +784,8 @@ class Engine:
         if request.blocks is None:
             return
         try:
-            self.runner.clear_blocks(self.kv, self.kv.distrust(request.blocks))
+            own = self.kv.distrust(request.blocks)
+            self._lane.run(lambda: self.runner.clear_blocks(self.kv, own)).wait()
         except Exception as error:  # the backend's code, in a sequence that ends with an error anyway
             _log.error("blocks of %s could not be cleared", request.name, exc_info=error)
 
@@ -640,9 +807,10 @@ class Engine:
         assert request.blocks is not None
         self.kv.close(request.blocks)
         request.blocks = None
-        request.num_computed = 0
+        request.num_computed = request.num_landed = 0
         request.has_mixed_cache = False
         del self._running[request.name]
+        self._in_order = None
 
     def _release_held(self, parent: Request) -> None:
         """The prompt is computed, or never will be: siblings that waited for it join the queue."""
@@ -658,20 +826,39 @@ class Engine:
         if self._tells_states:
             self._observers.notify("request_changed_state", request=request, old=old, new=state)
 
-    def _note_token(self, request: Request, now: float) -> None:
+    def _note_token(self, request: Request, now: float, gaps: dict[float, int]) -> None:
+        """gaps: seconds between two tokens -> how many sequences had them; equal for nearly all of a step."""
         if request.first_token_seconds is None:
             request.first_token_seconds = now - request.arrival_seconds
             self.metrics.first_token(request.first_token_seconds)
         elif request.last_token_seconds is not None:
-            self.metrics.next_token(now - request.last_token_seconds)
+            gap = now - request.last_token_seconds
+            gaps[gap] = gaps.get(gap, 0) + 1
         request.last_token_seconds = now
 
-    def _note_step(self, started: float, scheduled: Sequence[Scheduled]) -> None:
-        seconds = self._clock() - started
-        num_tokens = sum(item.num_tokens for item in scheduled)
-        self.metrics.step(seconds, num_tokens, self.num_running, self.num_waiting, self.kv.usage)
+    def _note_step(self, flight: Flight, ran: Ran) -> None:
+        num_tokens = sum(item.num_tokens for item in flight.scheduled)
+        levels = self.num_running, self.num_waiting, self.kv.usage
+        self.metrics.step(self._step_clock.seconds, num_tokens, *levels, self._step_clock.totals)
         if self._tells_steps:
-            self._observers.notify("step_done", seconds=seconds, num_tokens=num_tokens, num_running=self.num_running)
+            timing = self._step_clock.timing(num_tokens, *levels, ran.seconds)
+            self._observers.notify(
+                "step_done",
+                seconds=timing.seconds,
+                num_tokens=num_tokens,
+                num_running=timing.num_running,
+                timing=timing,
+            )
+        if self.probation is not None:
+            self._watch(self._clock() - self._step_started)
+
+
+def overlaps(setting: str, device: torch.device) -> bool:
+    """Whether the next step is prepared while one runs: always pays where the device queues its work.
+
+    On a CPU the two would share its cores; docs/log.md has the measurement.
+    """
+    return setting == "on" or (setting == "auto" and device.type != "cpu")
 
 
 def _decoding_failed(request: Request, error: Exception) -> str:

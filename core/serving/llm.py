@@ -210,7 +210,12 @@ class LLM:
         return self._stack.selection_dict()
 
     def swap(
-        self, *, dry_run: bool = False, probation_steps: int = DEFAULT_PROBATION_STEPS, **parts: Any
+        self,
+        *,
+        dry_run: bool = False,
+        probation_steps: int = DEFAULT_PROBATION_STEPS,
+        timeout_seconds: float | None = None,
+        **parts: Any,
     ) -> SwapReport:
         """Exchange parts while requests are in flight: ``llm.swap(attention="sdpa", scheduler={"name": "priority"})``.
 
@@ -219,12 +224,16 @@ class LLM:
 
         dry_run:         say what it would take, and change nothing.
         probation_steps: steps after which the new parts stay.
+        timeout_seconds: time limit, probation included; by default ``engine.swap_timeout_seconds``. What is not
+                         finished by then is given up.
 
         Raises SwapError, a PluginError or ConfigError, with nothing changed; parts that fail later are rolled back,
         which the report says.
         """
         settings = load_settings(None, parts, origin="argument")
-        return self._loop.swap(settings.parts, dry_run=dry_run, probation_steps=probation_steps)
+        return self._loop.swap(
+            settings.parts, dry_run=dry_run, probation_steps=probation_steps, timeout_seconds=timeout_seconds
+        )
 
     # --- life ------------------------------------------------------------------------------------------------------
 

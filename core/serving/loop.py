@@ -25,6 +25,7 @@ from drivetrain.errors import (
     SwapError,
 )
 from drivetrain.registry import PartRequest
+from drivetrain.serving.background import LateError, result_by, start
 from drivetrain.serving.request import Request
 from drivetrain.serving.swap import (
     DEFAULT_PROBATION_STEPS,
@@ -33,10 +34,11 @@ from drivetrain.serving.swap import (
     SwapReport,
     commit,
     prepare,
-    vote,
+    put_to_the_vote,
     wait_for,
 )
 from drivetrain.serving.types import Chunk, FinishReason, GenerationRequest, PromptInfo
+from drivetrain.serving.vote import Voter
 
 _log = logging.getLogger("drivetrain")
 
@@ -84,10 +86,14 @@ class Ticket:
 
 
 class EngineLoop:
-    """Steps an engine in a thread of its own. ``submit`` and ``cancel`` may be called from any thread."""
+    """Steps an engine in a thread of its own. ``submit`` and ``cancel`` may be called from any thread.
 
-    def __init__(self, stack: ServingStack) -> None:
+    peers: the other ranks that a swap asks, by name; none where one process serves.
+    """
+
+    def __init__(self, stack: ServingStack, peers: Mapping[str, Voter] | None = None) -> None:
         self.stack = stack
+        self.peers = dict(peers or {})
         self.engine = stack.engine
         self._wake = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
@@ -212,36 +218,63 @@ class EngineLoop:
         *,
         dry_run: bool = False,
         probation_steps: int = DEFAULT_PROBATION_STEPS,
+        timeout_seconds: float | None = None,
     ) -> SwapReport:
         """Exchange parts of the running engine; see ``drivetrain.serving.swap``. Blocks the caller, not the loop.
 
-        requests: kind -> what is asked for. One swap at a time; a second caller is told so.
+        requests:        kind -> what is asked for. One swap at a time; a second caller is told so.
+        timeout_seconds: for all of it, the probation included; by default ``engine.swap_timeout_seconds``.
 
         Raises SwapError, PluginError or ConfigError with nothing changed.
         """
+        limit = self.engine.settings.swap_timeout_seconds if timeout_seconds is None else timeout_seconds
+        _check_limit(limit)
+        deadline = time.monotonic() + limit
         if not self._swapping.acquire(blocking=False):
             raise SwapError("another swap is under way", hint="Try again when it has ended.")
         try:
             self._check_open()
-            prepared = self._prepare(requests, dry_run)
+            if self.engine.probation is not None:
+                raise SwapError("the last swap was given up and is not undone yet", hint="Try again in a moment.")
+            prepared = self._prepare(requests, dry_run, limit, deadline)
             if dry_run:
                 return _estimate(prepared, self.engine.epoch)
-            refusal = vote(self.stack, prepared)
-            if refusal is not None:
-                raise SwapError(f"not every rank agrees: {refusal}")
+            put_to_the_vote(self.stack, prepared, self.peers, deadline)
             with self._wake:
-                self._post(lambda: commit(self.stack, prepared, probation_steps))
-            report = wait_for(prepared, lambda: self._thread is not None and self._thread.is_alive())
+                self._post(lambda: self._commit(prepared, probation_steps))
+            report = wait_for(prepared, lambda: self._thread is not None and self._thread.is_alive(), deadline)
         finally:
             self._swapping.release()
+        self._tell(report)
+        return report
+
+    def _tell(self, report: SwapReport) -> None:
         for kind, (old, new) in report.changes.items():
             self.engine.metrics.swapped(kind, report.outcome.value, self.engine.epoch)
             self.engine.notify("swap_done", kind=kind, old=old, new=new, epoch=report.epoch)
-        return report
 
-    def _prepare(self, requests: Mapping[str, PartRequest], dry_run: bool) -> PreparedSwap:
-        try:
+    def _commit(self, prepared: PreparedSwap, probation_steps: int) -> None:
+        self._deliver(self.engine.settle())
+        commit(self.stack, prepared, probation_steps, self._tell)
+
+    def _prepare(
+        self, requests: Mapping[str, PartRequest], dry_run: bool, limit_seconds: float, deadline_seconds: float
+    ) -> PreparedSwap:
+        """The new parts, made in a thread of its own: whatever hangs in their code is left behind with it."""
+
+        def work() -> PreparedSwap:
+            _take_over_threads()
             return prepare(self.stack, requests, dry_run=dry_run)
+
+        what = f"preparing {', '.join(requests) or 'nothing'}"
+        try:
+            return result_by(deadline_seconds, start(work, "drivetrain-swap"), what)
+        except LateError as error:
+            raise SwapError(
+                f"{what} took longer than {limit_seconds:g} s and was given up; nothing has changed",
+                hint="Where the parts need longer, set engine.swap_timeout_seconds. What a hanging part holds is free "
+                "again only when it returns.",
+            ) from error
         except DrivetrainError:
             raise
         except Exception as error:  # the new part's code, or memory that is not there
@@ -250,10 +283,7 @@ class EngineLoop:
     # --- the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        import torch
-
-        # The thread count is kept for each thread by OpenMP: take over what the platform set when it was activated.
-        torch.set_num_threads(torch.get_num_threads())
+        _take_over_threads()
         try:
             while self._wait_for_work():
                 self._drain_inbox()
@@ -329,6 +359,7 @@ class EngineLoop:
                 _log.critical("the engine could not end its requests", exc_info=fault)
                 error = error or f"the engine could not stop: {type(fault).__name__}: {fault}"
             self._give_up(error or "the engine was stopped")
+        self.engine.close()
 
     def _give_up(self, message: str) -> None:
         """End what still has no end, without touching the engine."""
@@ -342,6 +373,18 @@ class EngineLoop:
         return self.engine.metrics.snapshot()
 
 
+def _take_over_threads() -> None:
+    """OpenMP keeps the number of threads for each thread: take over what the platform set when it was activated."""
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())
+
+
+def _check_limit(seconds: object) -> None:
+    if isinstance(seconds, bool) or not (isinstance(seconds, int | float) and 0 < seconds < float("inf")):
+        raise SwapError("timeout_seconds must be a number > 0", found=seconds)
+
+
 def _estimate(prepared: PreparedSwap, epoch: int) -> SwapReport:
     return SwapReport(
         SwapOutcome.DRY_RUN,
@@ -351,6 +394,7 @@ def _estimate(prepared: PreparedSwap, epoch: int) -> SwapReport:
         prepared.extra_memory_bytes,
         prepared.expected_pause_seconds,
         prepare_seconds=prepared.prepare_seconds,
+        weights=prepared.weights,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from drivetrain.contracts.scheduler import Candidate, OrderKey
@@ -47,7 +48,9 @@ class Request:
         parent:     the first of the n, whose prompt blocks the others share; None for the first itself. Until the
                     parent has computed the prompt, the others are HELD.
     Changed by the engine:
-        num_computed:  leading tokens whose keys and values are in the cache.
+        num_computed:  leading tokens whose keys and values are in the cache, or will be when running steps are done.
+        num_expected:  tokens that steps which still run will choose for it: not in ``tokens`` yet, but counted on.
+        num_landed:    of the computed ones, those whose step has been collected: what others may start from.
         blocks, hashes: what it holds while it runs, and the names of its full blocks.
     """
 
@@ -69,6 +72,8 @@ class Request:
 
     state: RequestState = RequestState.WAITING
     num_computed: int = 0
+    num_expected: int = 0
+    num_landed: int = 0
     blocks: SequenceBlocks | None = None
     hashes: list[BlockHash] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -78,6 +83,7 @@ class Request:
     has_mixed_cache: bool = False
     first_token_seconds: float | None = None
     last_token_seconds: float | None = None
+    _candidate: Candidate | None = field(default=None, repr=False)
 
     def move(self, state: RequestState) -> None:
         """Go to ``state``. Raises IllegalTransitionError when no edge leads there."""
@@ -88,7 +94,7 @@ class Request:
             )
         self.state = state
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Unique among sequences: ``ID[index]``."""
         return f"{self.request_id}[{self.index}]"
@@ -103,8 +109,13 @@ class Request:
 
     @property
     def pending_tokens(self) -> int:
-        """Tokens whose keys and values are not computed yet."""
-        return len(self.tokens) - self.num_computed
+        """Tokens whose keys and values are not computed yet, those counted that are still to be chosen."""
+        return len(self.tokens) + self.num_expected - self.num_computed
+
+    @property
+    def is_at_its_last(self) -> bool:
+        """Whether a token that is expected is sure to be the last one."""
+        return self.num_output_tokens + self.num_expected >= self.max_tokens
 
     @property
     def is_finished(self) -> bool:
@@ -117,4 +128,8 @@ class Request:
         return is_first and len(self.prompt_logprobs) < self.num_prompt_tokens
 
     def candidate(self) -> Candidate:
-        return Candidate(self.name, self.key, self.pending_tokens)
+        """The request as the scheduler sees it; the same object for as long as nothing about it changes."""
+        known, pending = self._candidate, self.pending_tokens
+        if known is None or known.pending_tokens != pending or known.key is not self.key:
+            known = self._candidate = Candidate(self.name, self.key, pending)
+        return known

@@ -1,49 +1,28 @@
-"""Runs the model for one step: packs the granted tokens flat, computes, and picks the rows whose logits are wanted.
+"""Runs the model for one step: packs the granted tokens, computes, and picks the rows whose logits are wanted.
 
-Shapes: T tokens of the step; S sequences; N rows whose logits are wanted; V vocabulary.
+Shapes: N rows whose logits are wanted; V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+import logging
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
-from drivetrain.contracts.attention import AttentionBackend, AttentionBatch, KVCache
+from drivetrain.contracts.attention import AttentionBackend, KVCache
 from drivetrain.contracts.model import CausalLM
+from drivetrain.errors import GraphCaptureError
 from drivetrain.serving.blocks import KVManager
+from drivetrain.serving.graphs import Capture, DecodeGraphs, GraphLimits, why_no_graphs, with_scratch
+from drivetrain.serving.packing import Scheduled, StepBuffers, StepInputs, bytes_of_step, pack
 from drivetrain.serving.request import Request
 
+_log = logging.getLogger("drivetrain")
 
-@dataclass(frozen=True)
-class Scheduled:
-    """A request and how many of its pending tokens this step computes."""
-
-    request: Request
-    num_tokens: int
-
-    @property
-    def gives_token(self) -> bool:
-        """Whether the step reaches the end of what is known, so that the next token can be chosen."""
-        return self.num_tokens == self.request.pending_tokens
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """One step, packed.
-
-    sampling:       requests that get a token, in the order of their rows among the logits.
-    prompt_rows:    (request, first row, first position, count): rows that score the prompt tokens after each position.
-    """
-
-    ids_T: torch.Tensor
-    positions_T: torch.Tensor
-    attention: AttentionBatch
-    rows_N: torch.Tensor
-    sampling: list[Request]
-    prompt_rows: list[tuple[Request, int, int, int]]
+Copies = Sequence[Sequence[Sequence[tuple[int, int]]]]
+"""For each KV group the runs of (source, destination) that ``KVManager.take_copies`` gives."""
 
 
 class ModelRunner:
@@ -55,16 +34,53 @@ class ModelRunner:
         attention: AttentionBackend,
         num_blocks: Sequence[int],
         device: torch.device,
+        capture: Capture | None = None,
+        *,
+        must_capture: bool = False,
     ) -> None:
+        """capture: records device work for replay; None where the platform can't, or was told not to.
+        must_capture: a step that can't be recorded is an error, not run in the plain way with a warning.
+        """
         self.model = model
         self.attention = attention
         self.device = device
         self.spec = model.spec.attention
-        self.cache: KVCache = attention.allocate(self.spec, num_blocks, device)
+        self._capture = capture
+        self._must_capture = must_capture
+        self.on_fallback: Callable[[int], None] = lambda count: None
+        self.cache: KVCache = attention.allocate(self.spec, self.blocks_to_allocate(num_blocks), device)
+        # Two sets: the next step is packed while one still runs.
+        self._buffers = (StepBuffers(device), StepBuffers(device))
+        self._next_buffers = itertools.cycle(self._buffers)
+        self._graph_limits: GraphLimits | None = None
+        self._graphs: DecodeGraphs | None = None
 
-    def exchange(self, model: CausalLM, attention: AttentionBackend, cache: KVCache) -> None:
-        """Use other parts from the next step on; ``cache`` is one that ``attention`` can read."""
+    def blocks_to_allocate(self, num_blocks: Sequence[int]) -> list[int]:
+        """How many blocks a cache needs for ``num_blocks`` that sequences may get: captured steps take one more."""
+        return with_scratch(num_blocks, self._capture)
+
+    def exchange(self, model: CausalLM, attention: AttentionBackend, cache: KVCache, kv: KVManager) -> None:
+        """Use other parts from the next step on; ``cache`` is one that ``attention`` can read, ``kv`` its books."""
+        kept = self.model is model and self.attention is attention and self.cache is cache
         self.model, self.attention, self.cache = model, attention, cache
+        if self._graph_limits is not None and not kept:
+            self._plan_graphs(kv, self._graph_limits.max_running)
+
+    def _plan_graphs(self, kv: KVManager, max_running: int) -> None:
+        """Capture decode steps anew, each when it first comes."""
+        self._graphs = None
+        scratch = tuple(pool.total for pool in kv.pools)
+        self._graph_limits = GraphLimits(max_running, kv.tables[0].shape[1], kv.block_size, scratch)
+        if self._capture is not None and why_no_graphs(self._capture, self.attention) is None:
+            self._graphs = DecodeGraphs(
+                self._capture, self.model, self.attention, self.spec, self.cache, self._graph_limits, self.device
+            )
+
+    def reserve(self, kv: KVManager, max_batched_tokens: int, max_running: int) -> None:
+        """Make the buffers for steps within these limits."""
+        for buffers in self._buffers:
+            buffers.reserve(bytes_of_step(kv, max_batched_tokens, max_running))
+        self._plan_graphs(kv, max_running)
 
     def clear_blocks(self, kv: KVManager, blocks: Sequence[Sequence[int]]) -> None:
         """Make these blocks of each KV group finite again."""
@@ -72,95 +88,27 @@ class ModelRunner:
             if own:
                 self.attention.clear_blocks(self.cache, group, own)
 
-    def prepare(self, scheduled: Sequence[Scheduled], kv: KVManager) -> StepInputs:
-        """Pack the step. Python's work is a few operations a request, whatever its length."""
-        lengths = np.fromiter((item.num_tokens for item in scheduled), dtype=np.int64, count=len(scheduled))
-        contexts = np.fromiter((item.request.num_computed for item in scheduled), dtype=np.int64, count=len(scheduled))
-        starts = np.zeros(len(scheduled) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=starts[1:])
-        ids: list[int] = []
-        for item in scheduled:
-            begin = item.request.num_computed
-            ids += item.request.tokens[begin : begin + item.num_tokens]
-        # Position of each token: where its sequence stands, plus how far into this step's share it is.
-        positions = np.arange(starts[-1]) + np.repeat(contexts - starts[:-1], lengths)
-        tables, slots = self._addresses(scheduled, kv, lengths, contexts, positions)
-        rows, sampling, prompt_rows = _wanted_rows(scheduled, starts)
-        attention = AttentionBatch(
-            query_lengths=lengths.tolist(),
-            context_lengths=contexts.tolist(),
-            query_starts=self._to_device(starts.astype(np.int32)),
-            kv_lengths=self._to_device((contexts + lengths).astype(np.int32)),
-            block_tables=tables,
-            slots=slots,
-        )
-        return StepInputs(
-            self._to_device(np.asarray(ids, dtype=np.int64)),
-            self._to_device(positions),
-            attention,
-            self._to_device(np.asarray(rows, dtype=np.int64)),
-            sampling,
-            prompt_rows,
-        )
+    def prepare(self, scheduled: Sequence[Scheduled], kv: KVManager, before: Sequence[Request] = ()) -> StepInputs:
+        """Pack the step. ``before``: whose tokens a step that still runs chooses, in the order of its rows."""
+        return pack(scheduled, kv, next(self._next_buffers), before)
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
         """Compute the step and return the wanted logits, [N, V]."""
+        if self._graphs is not None and self._graphs.takes(inputs):
+            try:
+                return self._graphs.run(inputs)
+            except GraphCaptureError as error:
+                if self._must_capture:
+                    raise
+                _log.warning("%s; decode steps are run without graphs", error)
+                self.on_fallback(1)
+                self._graphs = None
         step = self.attention.begin(self.spec, inputs.attention, self.cache)
         hidden_TE = self.model.forward(inputs.ids_T, inputs.positions_T, step)
         return self.model.logits(hidden_TE.index_select(0, inputs.rows_N))
 
-    def copy_blocks(self, kv: KVManager) -> None:
-        """Carry out the block copies that the manager decided on."""
-        for group, runs in zip(kv.groups, kv.take_copies(), strict=True):
+    def copy_blocks(self, kv: KVManager, copies: Copies | None = None) -> None:
+        """Carry out the block copies that the manager decided on: all that are pending, or those taken before."""
+        for group, runs in zip(kv.groups, kv.take_copies() if copies is None else copies, strict=True):
             for pairs in runs:
                 self.attention.copy_blocks(self.cache, group, pairs)
-
-    def _addresses(
-        self,
-        scheduled: Sequence[Scheduled],
-        kv: KVManager,
-        lengths: np.ndarray,
-        contexts: np.ndarray,
-        positions: np.ndarray,
-    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Block tables, and the slot each new token is written to, for each KV group."""
-        table_rows = np.fromiter((_row(item.request) for item in scheduled), dtype=np.int64, count=len(scheduled))
-        widest = -(-int((contexts + lengths).max()) // kv.block_size)
-        row_of_token = np.repeat(np.arange(len(scheduled)), lengths)
-        tables, slots = [], []
-        for table in kv.tables:
-            table_SB = table[table_rows, :widest]
-            blocks = table_SB[row_of_token, positions // kv.block_size].astype(np.int64)
-            tables.append(self._to_device(table_SB))
-            slots.append(self._to_device(blocks * kv.block_size + positions % kv.block_size))
-        return tuple(tables), tuple(slots)
-
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
-
-
-def _row(request: Request) -> int:
-    assert request.blocks is not None, f"{request.name} runs without blocks"
-    return request.blocks.row
-
-
-def _wanted_rows(
-    scheduled: Sequence[Scheduled], starts: np.ndarray
-) -> tuple[list[int], list[Request], list[tuple[Request, int, int, int]]]:
-    """Rows of the flat batch whose logits are wanted: those that give a token first, then those that score prompts."""
-    rows: list[int] = []
-    sampling: list[Request] = []
-    for index, item in enumerate(scheduled):
-        if item.gives_token:
-            rows.append(int(starts[index + 1]) - 1)
-            sampling.append(item.request)
-    prompt_rows: list[tuple[Request, int, int, int]] = []
-    for index, item in enumerate(scheduled):
-        request = item.request
-        if request.wants_prompt_logprobs:
-            # Position p scores token p + 1, so the prompt's last position scores nothing of the prompt.
-            count = min(item.num_tokens, request.num_prompt_tokens - 1 - request.num_computed)
-            if count > 0:
-                prompt_rows.append((request, len(rows), request.num_computed, count))
-                rows += range(int(starts[index]), int(starts[index]) + count)
-    return rows, sampling, prompt_rows

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,6 +20,8 @@ from drivetrain.serving.types import SamplingParams, TokenLogprob
 
 _MASK64 = (1 << 64) - 1
 _TOP_P_FIRST_TRY = 256
+_WIDTHS = (64, 256, 1024)
+"""Best tokens that a row with top-k is drawn from: sorting out 64 first takes a tenth of filtering a vocabulary."""
 _LEAST_TEMPERATURE = 1e-30
 """Anything less is no normal float32, and draws the most likely token just the same."""
 
@@ -34,6 +37,66 @@ class Sampled:
     token_ids: list[int]
     logprobs: list[TokenLogprob | None]
     is_sound: list[bool]
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """What is known of a step's sampling before its scores are.
+
+    drawn:          rows that are drawn at random; the others take the most likely token.
+    draws:          one uniform number for each of them.
+    is_adjusted:    whether penalties, bias or forbidden tokens change some scores.
+    wants_logprobs: whether somebody asked for log-probabilities.
+    """
+
+    requests: list[Request]
+    drawn: list[int]
+    draws: list[float]
+    is_adjusted: bool
+    wants_logprobs: bool
+
+    @classmethod
+    def empty(cls) -> SamplingPlan:
+        """The plan of a step that gives no token."""
+        return cls([], [], [], is_adjusted=False, wants_logprobs=False)
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether tokens can be chosen, and the next step computed from them, without the host's seeing them."""
+        return not self.is_adjusted and not self.wants_logprobs
+
+
+class HostCopy:
+    """A small tensor on its way to the host, so that reading it waits for nothing that was queued later."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        if tensor.device.type == "cpu":
+            self._host, self._arrived = tensor, None
+        else:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._arrived = torch.Event(tensor.device)
+            self._arrived.record()
+
+    def read(self) -> list[Any]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        values: list[Any] = self._host.tolist()
+        return values
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Tokens that are chosen, on the device and on their way to the host.
+
+    scores_SV: the model's own scores, float32.
+    best:      each row's best score; not finite where the model gave no number.
+    """
+
+    scores_SV: torch.Tensor
+    token_S: torch.Tensor
+    tokens: HostCopy
+    best: HostCopy
 
 
 def uniform(seed: int, index: int) -> float:
@@ -65,24 +128,49 @@ class Sampler:
     def num_tracked(self) -> int:
         return len(self._counts)
 
+    def plan(self, requests: Sequence[Request]) -> SamplingPlan:
+        """What the host knows before the scores are there. Changes nothing."""
+        drawn = [row for row, request in enumerate(requests) if not request.params.is_greedy]
+        return SamplingPlan(
+            list(requests),
+            drawn,
+            [
+                uniform(requests[row].seed, requests[row].num_output_tokens + requests[row].num_expected)
+                for row in drawn
+            ],
+            is_adjusted=any(_is_adjusted(request) for request in requests),
+            wants_logprobs=any(request.params.logprobs is not None for request in requests),
+        )
+
+    def choose(self, logits_SV: torch.Tensor, plan: SamplingPlan) -> Choice:
+        """One token a request, on the device. ``logits_SV`` are the model's own scores and are not changed."""
+        scores_SV = logits_SV.float()
+        best_S, token_S = most_likely(scores_SV)
+        adjusted_SV = scores_SV
+        if plan.is_adjusted:
+            adjusted_SV = self._adjust(scores_SV, plan.requests)
+            token_S = most_likely(adjusted_SV)[1]
+        if plan.drawn:
+            requests = [plan.requests[row] for row in plan.drawn]
+            if len(requests) == len(plan.requests):
+                token_S = self._draw(adjusted_SV, requests, plan.draws)
+            else:
+                rows = torch.tensor(plan.drawn, device=self._device)
+                token_S = token_S.index_copy(0, rows, self._draw(adjusted_SV[rows], requests, plan.draws))
+        return Choice(scores_SV, token_S, HostCopy(token_S), HostCopy(best_S))
+
+    def read(self, choice: Choice, plan: SamplingPlan) -> Sampled:
+        """The tokens on the host; waits for the device."""
+        tokens: list[int] = choice.tokens.read()
+        sound = [math.isfinite(best) for best in choice.best.read()]
+        return Sampled(tokens, self._logprobs(choice.scores_SV, tokens, plan), sound)
+
     def sample(self, logits_SV: torch.Tensor, requests: Sequence[Request]) -> Sampled:
-        """One token a request. ``logits_SV`` are the model's own scores and are not changed."""
+        """:meth:`plan`, :meth:`choose` and :meth:`read` in one."""
         if not requests:
             return Sampled([], [], [])
-        scores_SV = logits_SV.float()
-        best_S, token_S = scores_SV.max(dim=-1)
-        if any(_is_adjusted(request) for request in requests):
-            adjusted_SV = self._adjust(scores_SV, requests)
-            token_S = adjusted_SV.argmax(dim=-1)
-        else:
-            adjusted_SV = scores_SV
-        drawn = [row for row, request in enumerate(requests) if not request.params.is_greedy]
-        if drawn:
-            rows = torch.tensor(drawn, device=self._device)
-            token_S = token_S.index_copy(0, rows, self._draw(adjusted_SV[rows], [requests[row] for row in drawn]))
-        sound = best_S.isfinite().tolist()
-        tokens = token_S.tolist()
-        return Sampled(tokens, self._logprobs(scores_SV, tokens, requests), sound)
+        plan = self.plan(requests)
+        return self.read(self.choose(logits_SV, plan), plan)
 
     # --- scores ----------------------------------------------------------------------------------------------------
 
@@ -120,26 +208,49 @@ class Sampler:
 
     # --- draws -----------------------------------------------------------------------------------------------------
 
-    def _draw(self, scores_SV: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
-        """Draw from each row's distribution by inverting its cumulative sum at one uniform number."""
-        probs_SV = distributions(scores_SV, [request.params for request in requests])
-        cumulative_SV = probs_SV.double().cumsum(dim=-1)
-        draws = [uniform(request.seed, request.num_output_tokens) for request in requests]
-        points_S1 = torch.tensor(draws, dtype=torch.float64, device=self._device).unsqueeze(1) * cumulative_SV[:, -1:]
-        return torch.searchsorted(cumulative_SV, points_S1, right=True).squeeze(1).clamp_(max=probs_SV.shape[-1] - 1)
+    def _draw(self, scores_SV: torch.Tensor, requests: Sequence[Request], draws: Sequence[float]) -> torch.Tensor:
+        """Draw from each row's distribution, rows with a small top-k from their best tokens only."""
+        widths = [_width(request.params, scores_SV.shape[-1]) for request in requests]
+        groups = {width: [row for row, own in enumerate(widths) if own == width] for width in dict.fromkeys(widths)}
+        if len(groups) == 1:
+            return self._draw_from_best(scores_SV, widths[0], [request.params for request in requests], draws)
+        token_S = torch.empty(len(requests), dtype=torch.int64, device=self._device)
+        for width, rows in groups.items():
+            index = torch.tensor(rows, device=self._device)
+            params = [requests[row].params for row in rows]
+            tokens = self._draw_from_best(scores_SV[index], width, params, [draws[row] for row in rows])
+            token_S.index_copy_(0, index, tokens)
+        return token_S
+
+    def _draw_from_best(
+        self, scores_SV: torch.Tensor, width: int, params: Sequence[SamplingParams], draws: Sequence[float]
+    ) -> torch.Tensor:
+        """Invert the cumulative sum of each row's distribution at one uniform number, over its ``width`` best tokens.
+
+        They are laid in the order of their ids, so that a row is drawn as it would be among all tokens.
+        """
+        if width == scores_SV.shape[-1]:
+            return self._invert(distributions(scores_SV, params), draws)
+        token_SK = scores_SV.topk(width, dim=-1, sorted=False).indices.sort(dim=-1).values
+        chosen_S = self._invert(distributions(scores_SV.gather(1, token_SK), params), draws)
+        return token_SK.gather(1, chosen_S.unsqueeze(1)).squeeze(1)
+
+    def _invert(self, probs_SK: torch.Tensor, draws: Sequence[float]) -> torch.Tensor:
+        cumulative_SK = probs_SK.double().cumsum(dim=-1)
+        points_S1 = torch.tensor(draws, dtype=torch.float64, device=self._device).unsqueeze(1) * cumulative_SK[:, -1:]
+        return torch.searchsorted(cumulative_SK, points_S1, right=True).squeeze(1).clamp_(max=probs_SK.shape[-1] - 1)
 
     # --- log-probabilities -----------------------------------------------------------------------------------------
 
     def _logprobs(
-        self, scores_SV: torch.Tensor, tokens: Sequence[int], requests: Sequence[Request]
+        self, scores_SV: torch.Tensor, tokens: Sequence[int], plan: SamplingPlan
     ) -> list[TokenLogprob | None]:
-        wanted = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
-        result: list[TokenLogprob | None] = [None] * len(requests)
-        if wanted:
-            most = max(requests[row].params.logprobs or 0 for row in wanted)
-            found = token_logprobs(scores_SV[wanted], [tokens[row] for row in wanted], most)
-            for row, entry in zip(wanted, found, strict=True):
-                count = requests[row].params.logprobs or 0
+        result: list[TokenLogprob | None] = [None] * len(tokens)
+        if plan.wants_logprobs:
+            wanted = [row for row, request in enumerate(plan.requests) if request.params.logprobs is not None]
+            counts = [plan.requests[row].params.logprobs or 0 for row in wanted]
+            found = token_logprobs(scores_SV[wanted], [tokens[row] for row in wanted], max(counts))
+            for row, count, entry in zip(wanted, counts, found, strict=True):
                 result[row] = TokenLogprob(entry.token_id, entry.logprob, entry.rank, entry.top[:count])
         return result
 
@@ -168,6 +279,26 @@ def _has_penalty(params: SamplingParams) -> bool:
 def _is_adjusted(request: Request) -> bool:
     params = request.params
     return _has_penalty(params) or bool(params.logit_bias) or request.num_output_tokens < params.min_tokens
+
+
+def most_likely(scores_SV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's best score and its token. NaN counts as the best, so that it shows."""
+    if scores_SV.device.type != "cpu":
+        best_S, token_S = scores_SV.max(dim=-1)
+        return best_S, token_S
+    # numpy's is 3.6 times as fast as torch's: 0.09 ms against 0.34 for 16 rows of 49,152 on one thread.
+    token_S = torch.from_numpy(scores_SV.numpy().argmax(axis=-1))
+    return scores_SV.gather(1, token_S.unsqueeze(1)).squeeze(1), token_S
+
+
+def _width(params: SamplingParams, vocab_size: int) -> int:
+    """How many of a row's best tokens are looked at. It depends on the row alone, so that a draw does not change with
+    what else is drawn; beyond top-k there is room for tokens that equal the last one kept."""
+    if params.top_k > 0:
+        for width in _WIDTHS:
+            if params.top_k < width < vocab_size:
+                return width
+    return vocab_size
 
 
 def distributions(scores_SV: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:

@@ -3,13 +3,14 @@
 A transaction in four phases:
 
     prepare    choose, load, probe, create, allocate, warm: beside the live engine, which is not touched
-    vote       every rank says yes, or nothing has changed
+    vote       every rank says yes, or nothing has changed (``drivetrain.serving.vote``)
     commit     between two steps, in the engine's thread: pointers flip, the epoch goes up by one
     probation  the next steps are watched for errors, numbers that are none, and stalls: finalize, or roll back
 
 What becomes of keys and values follows from the contracts: an equal KV contract keeps them; otherwise token ids and
 sampler state are kept and the rest is computed anew. A rolled back step is run again by the old parts, so that no
-request ever sees it.
+request ever sees it. A swap that is not finished when its time is up is given up: whatever it has changed until then
+is rolled back.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, cast
 
-from drivetrain.assembly import ServingStack, build_model, make_kv
+from drivetrain.assembly import ServingStack, build_model, make_kv, rank_kernels, with_fallbacks
 from drivetrain.config import EngineSettings
 from drivetrain.contracts.attention import AttentionBackend, ConvertsCache, KVCache, KVContract
 from drivetrain.contracts.kernels import KernelProvider
@@ -31,10 +32,12 @@ from drivetrain.contracts.plugin import Plugin
 from drivetrain.contracts.quantizer import Quantizer
 from drivetrain.contracts.scheduler import Scheduler
 from drivetrain.errors import DrivetrainError, SwapError
-from drivetrain.registry import PartRequest, Selection, SelectionReport, Selector
+from drivetrain.registry import PartRequest, Plan, Selection, SelectionReport, Selector
 from drivetrain.serving.blocks import KVManager
 from drivetrain.serving.engine import Engine, Probation
+from drivetrain.serving.master_copy import Weights
 from drivetrain.serving.types import FinishReason, GenerationRequest, SamplingParams
+from drivetrain.serving.vote import Ballot, Voter, ask_all
 
 if TYPE_CHECKING:
     from drivetrain.binding import KernelBinder
@@ -71,6 +74,7 @@ class SwapReport:
     pause_seconds:        how long the step loop stood still at commit; for a dry run, what is expected.
     requests_kept:        requests in flight that went on with their keys and values.
     requests_recomputed:  requests in flight whose keys and values are computed anew.
+    weights:              what the new model was built from; None where the model stays.
     reason:               why it was rolled back.
     """
 
@@ -83,6 +87,7 @@ class SwapReport:
     requests_kept: int = 0
     requests_recomputed: int = 0
     prepare_seconds: float = 0.0
+    weights: Weights | None = None
     reason: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,7 +132,7 @@ class LiveParts:
             lost = engine.preempt_all()
         elif drops_prefixes:
             engine.drop_prefixes()
-        engine.runner.exchange(self.model, self.attention, self.cache)
+        engine.runner.exchange(self.model, self.attention, self.cache, self.kv)
         engine.exchange(self.scheduler, self.kv)
         stack.binder = self.binder
         stack.parts.plugins = dict(self.plugins)
@@ -135,21 +140,54 @@ class LiveParts:
         return lost
 
 
+class Phase(StrEnum):
+    """How far a prepared swap has come."""
+
+    PREPARED = "prepared"
+    COMMITTED = "committed"
+    SETTLED = "settled"
+    WITHDRAWN = "withdrawn"
+
+
 @dataclass
 class PreparedSwap:
-    """Parts that are ready to be installed. converter: makes the cache at commit, when the old one stands still."""
+    """Parts that are ready to be installed.
+
+    epoch:     the engine's when they were prepared; they fit no other.
+    converter: makes the cache at commit, when the old one stands still.
+    """
 
     parts: LiveParts
+    epoch: int
     changes: dict[str, tuple[str, str]]
     cache: CacheFate
     drops_prefixes: bool
     extra_memory_bytes: int
     expected_pause_seconds: float
     converter: ConvertsCache | None = None
+    weights: Weights | None = None
     prepare_seconds: float = 0.0
     done: threading.Event = field(default_factory=threading.Event)
     outcome: SwapReport | None = None
     failure: BaseException | None = None
+    phase: Phase = Phase.PREPARED
+    _moves: threading.Lock = field(default_factory=threading.Lock)
+
+    def move(self, phase: Phase, *allowed: Phase) -> Phase | None:
+        """Go on to ``phase`` from one of ``allowed``; returns where it came from, None when it is elsewhere.
+
+        The engine's thread and whoever waits decide at the same time; the first one's move stands.
+        """
+        with self._moves:
+            before = self.phase
+            if before not in allowed:
+                return None
+            self.phase = phase
+            return before
+
+    @property
+    def is_withdrawn(self) -> bool:
+        return self.phase is Phase.WITHDRAWN
 
 
 def check_kinds(requests: Mapping[str, PartRequest]) -> None:
@@ -171,6 +209,7 @@ def prepare(stack: ServingStack, requests: Mapping[str, PartRequest], *, dry_run
     """
     started = time.perf_counter()
     check_kinds(requests)
+    epoch = stack.engine.epoch
     chosen, selections = _choose(stack, requests)
     live = LiveParts.of(stack)
     new = dataclasses.replace(live, plugins={**live.plugins, **chosen}, report=_merged(live.report, selections))
@@ -179,16 +218,21 @@ def prepare(stack: ServingStack, requests: Mapping[str, PartRequest], *, dry_run
     if "attention" in chosen:
         new.attention = cast(AttentionBackend, chosen["attention"])
     fate, extra = _settle_cache(stack, live, new, dry_run)
+    weights = None
     if "kernels" in chosen or "quantizer" in chosen:
+        assert stack.parts.checkpoint is not None
+        weights = Weights.of(stack.parts.checkpoint)
         extra += _settle_model(stack, live, new, dry_run)
     _check_limits(stack, new)
     prepared = PreparedSwap(
         new,
+        epoch,
         {s.kind: (live.report[s.kind].chosen.name, s.chosen.name) for s in selections},
         fate,
         drops_prefixes="quantizer" in chosen,
         extra_memory_bytes=extra,
         expected_pause_seconds=_expected_pause(stack.engine, fate),
+        weights=weights,
     )
     if fate is CacheFate.CONVERT:
         prepared.converter = cast(ConvertsCache, new.attention)
@@ -203,6 +247,7 @@ def _choose(stack: ServingStack, requests: Mapping[str, PartRequest]) -> tuple[d
     parts = stack.parts
     selector = Selector(parts.registry, dict(requests))
     selector.prefer(parts.platform.preferences)
+    rank_kernels(selector, parts.kernel_record, parts.context)
     names = parts.report.chosen_names
     context = dataclasses.replace(parts.context, chosen={k: v for k, v in names.items() if k not in requests})
     chosen = {kind: selector.choose(kind, context) for kind in names if kind in requests}
@@ -228,7 +273,8 @@ def _settle_cache(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run:
         return CacheFate.CONVERT, extra
     if not dry_run:
         new.kv = make_kv(stack.parts, new.attention, counts, new.scheduler.limits(), stack.max_model_len)
-        new.cache = new.attention.allocate(spec, counts, stack.engine.runner.device)
+        runner = stack.engine.runner
+        new.cache = new.attention.allocate(spec, runner.blocks_to_allocate(counts), runner.device)
     return CacheFate.RECOMPUTE, extra
 
 
@@ -245,14 +291,14 @@ def _convert(stack: ServingStack, converter: ConvertsCache) -> KVCache:
         runner.spec,
         runner.attention.kv_contract(runner.spec),
         runner.cache,
-        [pool.total for pool in pools],
+        runner.blocks_to_allocate([pool.total for pool in pools]),
         [pool.live_blocks() for pool in pools],
         runner.device,
     )
 
 
 def _settle_model(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run: bool) -> int:
-    """A second model beside the first, from the files: nothing that is quantized is ever quantized again."""
+    """A second model beside the first, from the checkpoint: what a quantizer has made is never quantized again."""
     import torch
 
     quantizer = cast(Quantizer, new.plugins["quantizer"])
@@ -261,9 +307,11 @@ def _settle_model(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run:
     bits = quantizer.bits_per_weight()
     size = spec.num_parameters * (bits / 8 if bits is not None else getattr(torch, spec.attention.dtype).itemsize)
     if not dry_run:
-        new.model, new.binder = build_model(stack.parts, cast(KernelProvider, new.plugins["kernels"]), quantizer)
+        kernels = cast(KernelProvider, new.plugins["kernels"])
+        new.model, new.binder = build_model(stack.parts, kernels, quantizer, report=new.report)
+        new.report = with_fallbacks(new.report, new.binder)
         if quantizer is live.plugins["quantizer"]:
-            return _share_parameters(live.model, new.model)
+            return share_parameters(live.model, new.model)
     return int(size)
 
 
@@ -273,7 +321,7 @@ def _stored(model: CausalLM) -> dict[str, Any]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _share_parameters(old: CausalLM, new: CausalLM) -> int:
+def share_parameters(old: CausalLM, new: CausalLM) -> int:
     """Let a model with the same weights use the old one's memory; returns the bytes that it still has of its own."""
     theirs = _stored(old)
     own = 0
@@ -347,20 +395,48 @@ class _NoText:
 # --- commit and probation ------------------------------------------------------------------------------------------
 
 
-def vote(stack: ServingStack, prepared: PreparedSwap) -> str | None:
-    """This rank's vote: None is yes, a text is no and says why. Asked right before the commit."""
-    live = LiveParts.of(stack)
-    if prepared.cache is not CacheFate.RECOMPUTE and prepared.parts.kv is not live.kv:
-        return "another swap has exchanged the cache since this one was prepared"
-    return None
+@dataclass(frozen=True)
+class OwnVote:
+    """This process's rank."""
+
+    stack: ServingStack
+    prepared: PreparedSwap
+
+    def vote(self, ballot: Ballot) -> str | None:
+        if self.stack.engine.epoch != ballot.epoch:
+            return f"the engine is at epoch {self.stack.engine.epoch}, and the parts were prepared for {ballot.epoch}"
+        return None
 
 
-def commit(stack: ServingStack, prepared: PreparedSwap, probation_steps: int) -> None:
-    """Install the prepared parts and put them on probation. Runs in the engine's thread, between two steps.
+def put_to_the_vote(
+    stack: ServingStack, prepared: PreparedSwap, peers: Mapping[str, Voter], deadline_seconds: float
+) -> None:
+    """Ask this rank and ``peers``. Raises SwapError unless all say yes."""
+    settings = stack.parts.settings
+    plan = Plan.of(prepared.parts.report, model=settings.model, purpose=stack.parts.purpose)
+    ballot = Ballot(prepared.changes, prepared.epoch, plan.digest)
+    refusals = ask_all({"rank 0": OwnVote(stack, prepared), **peers}, ballot, deadline_seconds)
+    if refusals:
+        reasons = "; ".join(f"{name}: {why}" for name, why in refusals.items())
+        raise SwapError(f"not every rank agrees, and nothing has changed ({reasons})")
+
+
+def commit(
+    stack: ServingStack, prepared: PreparedSwap, probation_steps: int, tell: Callable[[SwapReport], None]
+) -> None:
+    """Install the prepared parts and put them on probation. Runs in the engine's thread, with the engine settled.
 
     ``prepared.done`` is set once it is finalized or rolled back. Whatever is raised in between is undone first.
+
+    tell: told the report of a swap that was withdrawn after the commit, for which nobody waits any more.
     """
     engine = stack.engine
+    if prepared.move(Phase.COMMITTED, Phase.PREPARED) is None:
+        return
+    if engine.epoch != prepared.epoch:
+        _fail(prepared, SwapError("the parts have been exchanged since these were prepared", hint="Try again."))
+        return
+    assert engine.is_settled, "a step is under way"
     before = LiveParts.of(stack)
     started = time.perf_counter()
     running = engine.num_running
@@ -370,8 +446,7 @@ def commit(stack: ServingStack, prepared: PreparedSwap, probation_steps: int) ->
         lost = prepared.parts.install(stack, drops_prefixes=prepared.drops_prefixes)
     except BaseException as error:
         before.install(stack, drops_prefixes=False)
-        prepared.failure = error
-        prepared.done.set()
+        _fail(prepared, error)
         if not isinstance(error, Exception):
             raise
         return
@@ -394,23 +469,54 @@ def commit(stack: ServingStack, prepared: PreparedSwap, probation_steps: int) ->
             running - lost,
             lost,
             prepared.prepare_seconds,
+            prepared.weights,
             reason,
         )
+        if prepared.move(Phase.SETTLED, Phase.COMMITTED) is None and prepared.is_withdrawn:
+            tell(prepared.outcome)
         prepared.done.set()
 
-    engine.probation = Probation(probation_steps, roll_back, finish)
+    def keep() -> bool:
+        return prepared.move(Phase.SETTLED, Phase.COMMITTED) is not None
+
+    engine.probation = Probation(probation_steps, roll_back, finish, lambda: prepared.is_withdrawn, keep)
     if probation_steps == 0:
         engine.end_probation()
 
 
-def wait_for(prepared: PreparedSwap, is_alive: Callable[[], bool]) -> SwapReport:
-    """Wait for the end of a committed swap. Raises SwapError when it was undone or the engine is gone."""
-    while not prepared.done.wait(0.1):
+def _fail(prepared: PreparedSwap, error: BaseException) -> None:
+    prepared.failure = error
+    prepared.move(Phase.SETTLED, Phase.COMMITTED)
+    prepared.done.set()
+
+
+def wait_for(prepared: PreparedSwap, is_alive: Callable[[], bool], deadline_seconds: float) -> SwapReport:
+    """Wait for the end of a committed swap, until ``deadline_seconds`` of ``time.monotonic``.
+
+    Raises SwapError when it was undone, when the engine is gone, or when the time is up: then the commit does not take
+    place any more, or the old parts come back as soon as the engine's step returns.
+    """
+    while not prepared.done.wait(min(0.1, max(0.001, deadline_seconds - time.monotonic()))):
         if not is_alive():
             raise SwapError("the engine stopped before the swap was finished")
+        if time.monotonic() >= deadline_seconds:
+            _withdraw(prepared)
     if prepared.failure is not None:
         error = prepared.failure
         what = str(error) if isinstance(error, DrivetrainError) else f"{type(error).__name__}: {error}"
         raise SwapError(f"the commit failed and was undone: {what}") from error
     assert prepared.outcome is not None
     return prepared.outcome
+
+
+def _withdraw(prepared: PreparedSwap) -> None:
+    """Give the swap up and raise SwapError, unless it has settled in this very moment."""
+    hint = "Look at the server's health: a step may be stalled. engine.swap_timeout_seconds sets the limit."
+    before = prepared.move(Phase.WITHDRAWN, Phase.PREPARED, Phase.COMMITTED)
+    if before is Phase.PREPARED:
+        raise SwapError("the engine came to no step boundary in time; nothing has changed", hint=hint)
+    if before is Phase.COMMITTED:
+        raise SwapError(
+            "the new parts did not pass their probation in time; the old ones come back at the end of the step",
+            hint=hint,
+        )

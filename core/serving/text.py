@@ -36,6 +36,8 @@ class TextStream:
     def push(self, ids: Sequence[int], *, may_stop: bool = True) -> str:
         """Text that is certain now. Stop strings that are complete while ``may_stop`` is false (min_tokens) pass as
         plain text; one that only begins there still counts."""
+        if not self._stop:
+            return self._decoder.push(ids)
         self._held += self._decoder.push(ids)
         if not may_stop:
             self._num_exempt = len(self._held)

@@ -27,6 +27,7 @@ SUITES = {
     "QuantizerSuite": "quantizer",
     "SchedulerSuite": "scheduler",
     "SourceSuite": "source",
+    "StoreSuite": "store",
 }
 """Name of a suite -> the kind it is for, which is also the module in ``drivetrain.testing.suites``."""
 

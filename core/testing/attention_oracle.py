@@ -204,7 +204,7 @@ class Trial:
     def _attend(
         self, step: AttentionStep, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, write: bool
     ) -> torch.Tensor:
-        pages = step.pages(layer) if write and isinstance(step, TakesWritten) else None
+        pages = step.layer_pages(layer) if write and isinstance(step, TakesWritten) else None
         if pages is None or not isinstance(step, TakesWritten):
             return step.attend(layer, q, k, v)
         blocks, places = pages.slots // pages.keys.shape[1], pages.slots % pages.keys.shape[1]

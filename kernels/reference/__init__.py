@@ -10,6 +10,7 @@ from torch.nn import functional
 from drivetrain.contracts.kernels import OPERATIONS, KernelProvider, KernelSpec
 from drivetrain.contracts.plugin import Probe, ProbeContext, Tier
 from drivetrain.errors import ConfigError, nearest
+from drivetrain.kernels.reference.decoder import decoder_layers
 from drivetrain.kernels.reference.pointwise import (
     gelu_tanh_mul,
     make_add_rms_norm,
@@ -40,6 +41,7 @@ _MAKERS: Mapping[str, Callable[[KernelSpec], Callable[..., Any]]] = {
     "linear_int8": lambda spec: linear_by_row,
     "linear_int4": make_linear_int4,
     "linear_fp8": lambda spec: linear_by_row,
+    "decoder_layers": lambda spec: decoder_layers,
 }
 
 

@@ -33,8 +33,8 @@ from drivetrain.contracts.attention import (
     KVContract,
     KVGroup,
     LayerAttention,
+    LayerPages,
     PagedCache,
-    Pages,
 )
 from drivetrain.contracts.plugin import PluginConfig, Probe, ProbeContext, Purpose, Tier
 from drivetrain.errors import ConfigError, EngineError, KernelBuildError
@@ -363,10 +363,10 @@ class FlexStep:
         write_tokens(self._cache.values[layer], slots, v_TGD)
         return self.attend_written(layer, q_THD)
 
-    def pages(self, layer: int) -> Pages | None:
+    def layer_pages(self, layer: int) -> LayerPages | None:
         if self._cache is None:
             return None
-        return Pages(self._cache.keys[layer], self._cache.values[layer], self._slots[self._group_of_layer[layer]])
+        return LayerPages(self._cache.keys[layer], self._cache.values[layer], self._slots[self._group_of_layer[layer]])
 
     def attend_written(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:
         assert self._cache is not None

@@ -28,8 +28,8 @@ from drivetrain.contracts.attention import (
     KVContract,
     KVGroup,
     LayerAttention,
+    LayerPages,
     PagedCache,
-    Pages,
 )
 from drivetrain.contracts.plugin import PluginConfig, Probe, ProbeContext, Tier
 from drivetrain.errors import EngineError
@@ -306,12 +306,12 @@ class SdpaStep:
             o_THD.index_copy_(0, bucket.rows_s, self._decode(attention, bucket, q_THD, keys, values))
         return o_THD
 
-    def pages(self, layer: int) -> Pages | None:
+    def layer_pages(self, layer: int) -> LayerPages | None:
         """Only a step of decodes: a prompt with nothing before it attends without its pages."""
         plan = self._plan_of_layer[layer]
         if self._cache is None or plan.prefills or plan.slots is None:
             return None
-        return Pages(self._cache.keys[layer], self._cache.values[layer], plan.slots)
+        return LayerPages(self._cache.keys[layer], self._cache.values[layer], plan.slots)
 
     def attend_written(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:
         assert self._cache is not None
@@ -425,7 +425,7 @@ class SdpaAttention(AttentionBackend):
 
     @classmethod
     def abilities(cls) -> frozenset[str]:
-        return frozenset({"training", "windows", "soft_cap", "pages"})
+        return frozenset({"training", "windows", "soft_cap", "takes_written"})
 
     def kv_contract(self, spec: AttentionSpec) -> KVContract:
         return KVContract(PAGED_BNGD, self.config.block_size, spec.dtype)

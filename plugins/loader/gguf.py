@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,9 @@ from drivetrain.plugins.loader.gguf_tokenizer import read_tokenizer
 if TYPE_CHECKING:
     import torch
     from gguf import GGMLQuantizationType
+
+_BYTES_OF_LONG_ROW = 8192
+"""Measured with smollm2-135m in Q4_1: 0.39 s from here on, 0.53 s with the file's own rows of 360 bytes."""
 
 
 class GgufCheckpoint(Checkpoint):
@@ -146,5 +150,15 @@ def _dequantize(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
         return data.view("<f8").astype(np.float32)
     # Unused lanes of a block may overflow float16 on the way; numpy would mention it.
     with np.errstate(all="ignore"):
-        values: np.ndarray = dequantize(data, kind)
-    return values
+        values: np.ndarray = dequantize(_in_long_rows(data), kind)
+    return values.reshape(*data.shape[:-1], -1)
+
+
+def _in_long_rows(data: np.ndarray) -> np.ndarray:
+    """The same blocks as fewer, longer rows. The gguf package works on 16 rows at a time, which for a small model are
+    too few to outweigh its Python: a quarter of the time goes."""
+    rows, width = math.prod(data.shape[:-1]), data.shape[-1]
+    together = 1
+    while rows % (2 * together) == 0 and 2 * together * width <= _BYTES_OF_LONG_ROW:
+        together *= 2
+    return data.reshape(rows // together, together * width)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import fcntl
 import hashlib
 import importlib.util
 import io
@@ -17,13 +16,12 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pydantic import Field
 
+from drivetrain.caching import exclusive, user_cache
 from drivetrain.contracts.plugin import PluginConfig
 from drivetrain.contracts.source import Progress, Source
 from drivetrain.errors import IntegrityError, MissingDependencyError, ModelNotFoundError, SourceError
@@ -61,9 +59,8 @@ class WheelFile:
 
 
 def cache_root() -> Path:
-    """``$XDG_CACHE_HOME`` or ``~/.cache``, and ``drivetrain/models/pypi`` in it."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "drivetrain" / "models" / "pypi"
+    """``drivetrain/models/pypi`` in the user's cache."""
+    return user_cache("models", "pypi")
 
 
 class PypiSource(Source):
@@ -94,7 +91,10 @@ class PypiSource(Source):
         target = self._target(wheel_file)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with _exclusive(target.parent / ".lock", name, progress):
+            with exclusive(
+                target.parent / ".lock",
+                lambda: progress(f"waiting for another process that fetches {name}", 0, None),
+            ):
                 if self.locate(name) is None:
                     _remove_leftovers(target.parent)
                     self._download(name, wheel_file, target, progress)
@@ -138,18 +138,6 @@ def _verified_size(target: Path) -> int | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return size if isinstance(size, int) else None
-
-
-@contextmanager
-def _exclusive(path: Path, name: str, progress: Progress) -> Iterator[None]:
-    """Hold the lock on ``path``; another process that fetches the same is waited for."""
-    with path.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress(f"waiting for another process that fetches {name}", 0, None)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _remove_leftovers(folder: Path) -> None:

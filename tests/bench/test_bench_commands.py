@@ -78,6 +78,50 @@ def test_throughput_adds_up(cli: Cli, on: tuple[object, ...], workload: str) -> 
     assert (result["prefix_hit_rate"] > 0.5) == (workload == "shared-prefix")
 
 
+def check_phases(result: dict[str, Any]) -> None:
+    phases = result["step_phase_seconds"]
+    assert set(phases) == {"schedule", "prepare", "model", "sample", "output"}
+    assert all(seconds > 0 for seconds in phases.values())
+    outside = sum(phases.values()) - phases["model"]
+    assert result["outside_the_model_share"] == pytest.approx(outside / sum(phases.values()))
+
+
+@pytest.mark.parametrize("command", ["throughput", "latency"])
+def test_a_profile_shows_each_step_with_its_phases_inside(
+    cli: Cli, on: tuple[object, ...], tmp_path: Path, command: str
+) -> None:
+    sizes = ("--requests", 2) if command == "throughput" else ("--prompt-length", 8, "--output-length", 4)
+    file = tmp_path / "trace.json"
+    outcome = cli("bench", command, *on, *sizes, "--profile", file)
+    assert f"The profile is in {file}" in outcome.err
+    result = json.loads(outcome.out)
+    check_phases(result)
+    events = json.loads(file.read_text())["traceEvents"]
+    assert {event["ph"] for event in events} == {"M", "X", "C"}
+    slices = [event for event in events if event["ph"] == "X" and event["tid"] == 1]
+    steps = [event for event in slices if event["name"].startswith("step ")]
+    phases = [event for event in slices if not event["name"].startswith("step ")]
+    assert len(steps) >= result["steps"]
+    assert {event["name"] for event in phases} == set(result["step_phase_seconds"])
+    assert min(event["ts"] for event in steps) == 0
+    spans = [(step["ts"] - 0.01, step["ts"] + step["dur"] + 0.01) for step in steps]
+    for event in phases:
+        assert any(begin <= event["ts"] and event["ts"] + event["dur"] <= end for begin, end in spans)
+    counters = {event["name"]: event["args"] for event in events if event["ph"] == "C"}
+    assert set(counters["requests"]) == {"running", "waiting"}
+    assert "kv use" in counters
+    assert {event["args"]["name"] for event in events if event["name"] == "thread_name"} == {
+        "engine: steps and their phases",
+        "model: as it computes",
+    }
+
+
+def test_a_profile_that_cannot_be_written_is_told_before_anything_is_loaded(cli: Cli, on: tuple[object, ...]) -> None:
+    outcome = cli("bench", "throughput", *on, "--profile", "/no/such/folder/trace.json")
+    assert outcome.status == 1
+    assert "the profile can't be written" in outcome.error
+
+
 def test_without_the_prefix_cache_there_are_no_hits(cli: Cli, on: tuple[object, ...]) -> None:
     words = ("--workload", "shared-prefix", "--requests", 3, "--set", "engine.prefix_cache=false")
     assert json.loads(cli("bench", "throughput", *on, *words).out)["prefix_hit_rate"] == 0

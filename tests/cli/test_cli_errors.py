@@ -20,6 +20,7 @@ NEXT_STEP = ("Run: ", "allowed: ", "Did you mean", "Give ", "Choose ", "Set ", "
 
 REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("generate", "hi"), "no model is named"),
+    (("generate", "hi", *TINY, "--set", "engine.graphs=on"), "decode steps can't be captured"),
     (("chat", "hi"), "no model is named"),
     (("serve",), "no model is named"),
     (("bench", "throughput"), "no model is named"),

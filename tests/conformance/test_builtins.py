@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from drivetrain.registry import PluginRef, discover
@@ -9,6 +11,7 @@ from drivetrain.testing import SUITES
 from drivetrain.testing.run import Outcome, Report, Target, run_suites, suite_class
 from drivetrain.testing.suite import Suite
 from drivetrain.testing.suites.partitioner import PartitionerSuite
+from drivetrain.testing.suites.store import StoreSuite
 
 OWN_SUITES = {
     f"source/{name}": f"conformance.suites_of_builtins:{suite}"
@@ -22,7 +25,9 @@ OWN_SUITES = {
 """KIND/NAME -> the suite that is used in place of the kind's own."""
 
 MANNERS = frozenset(name for name in vars(Suite) if name.startswith(("test_import_and_probe_", "test_works_in_a_")))
-LENGTHY = MANNERS | {name for name in vars(PartitionerSuite) if name.startswith("test_ranks_")}
+LENGTHY = MANNERS | {
+    name for name in (*vars(PartitionerSuite), *vars(StoreSuite)) if name.startswith(("test_ranks_", "test_a_kill_"))
+}
 LENGTHY |= {"test_facts_open_no_device"}
 """Tests that start processes of their own."""
 
@@ -67,9 +72,10 @@ def report() -> Report:
     return run_suites([target(ref, names_of_tests(ref) - LENGTHY) for ref in REFS if ref.name not in COMPILED])
 
 
-@pytest.fixture(scope="module")
-def lengthy_report() -> Report:
-    return run_suites([target(ref, lengthy_tests_of(ref)) for ref in REFS])
+@functools.cache
+def lengthy_report(kind: str) -> Report:
+    """The lengthy tests of one kind's plugins, in one child process: all kinds together would take too long for it."""
+    return run_suites([target(ref, lengthy_tests_of(ref)) for ref in REFS if ref.kind == kind])
 
 
 @pytest.mark.parametrize(
@@ -89,10 +95,11 @@ def test_no_test_of_what_is_compiled_fails(ref: PluginRef) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ref", REFS, ids=lambda ref: f"{ref.kind}/{ref.name}")
-def test_manners_are_good(lengthy_report: Report, ref: PluginRef) -> None:
+def test_manners_are_good(ref: PluginRef) -> None:
     """Importing and probing it changes nothing, and the time of its import is told."""
-    expect_no_failure(lengthy_report, ref, lengthy_tests_of(ref))
-    results = lengthy_report.of(target(ref, lengthy_tests_of(ref)))
+    report = lengthy_report(ref.kind)
+    expect_no_failure(report, ref, lengthy_tests_of(ref))
+    results = report.of(target(ref, lengthy_tests_of(ref)))
     assert any("ms" in str(result.properties.get("import_time")) for result in results)
 
 

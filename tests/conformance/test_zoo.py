@@ -28,7 +28,11 @@ def animals() -> list[Target]:
 
 
 ANIMALS = animals()
-LENGTHY = [target for target in ANIMALS if target.tests[0].startswith(("test_import_and_probe_", "test_ranks_"))]
+LENGTHY = [
+    target
+    for target in ANIMALS
+    if target.tests[0].startswith(("test_import_and_probe_", "test_ranks_", "test_a_kill_"))
+]
 QUICK = [target for target in ANIMALS if target not in LENGTHY]
 
 

@@ -12,6 +12,7 @@ from drivetrain.hardware import (
     TorchBuild,
     parse_torch_build,
     read_accelerators,
+    read_cache_bytes,
     read_machine,
     read_memory,
     read_processor,
@@ -35,6 +36,13 @@ def lay_out_cores(root: Path, core_ids: list[int], cpuinfo: str = _X86) -> None:
 
 def lay_out_memory(root: Path, total: int, available: int) -> None:
     write(root / "proc/meminfo", f"MemTotal: {total // 1024} kB\nMemFree: 1 kB\nMemAvailable: {available // 1024} kB\n")
+
+
+def test_the_largest_cache_is_the_last_level(tmp_path: Path) -> None:
+    assert read_cache_bytes(tmp_path) == 0
+    for index, size in enumerate(("32K", "32K", "1024K", "32768K")):
+        write(tmp_path / f"sys/devices/system/cpu/cpu0/cache/index{index}/size", f"{size}\n")
+    assert read_cache_bytes(tmp_path) == 32 * 2**20
 
 
 def test_threads_of_one_core_count_once(tmp_path: Path) -> None:

@@ -65,6 +65,9 @@ def test_only_the_admin_may(url: str, engine: AsyncEngine, token: str | None) ->
         ({"attention": 5}, 400, "attention"),
         ({"scheduler": "priority", "dry_run": "yes"}, 400, "dry_run"),
         ({"scheduler": "priority", "probation_steps": -1}, 400, "probation_steps"),
+        ({"scheduler": "priority", "timeout_seconds": 0}, 400, "timeout_seconds"),
+        ({"scheduler": "priority", "timeout_seconds": True}, 400, "timeout_seconds"),
+        ({"scheduler": "priority", "timeout_seconds": 1e-9}, 409, "nothing has changed"),
         ({"platform": "cpu"}, 409, "can't exchange its platform"),
         ({}, 409, "nothing to exchange"),
         ([], 400, "object"),
@@ -82,6 +85,11 @@ def test_the_command_swaps_and_says_so(url: str) -> None:
     done = run_command("swap", url, "scheduler=priority", "--admin-token", TOKEN, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "fcfs -> priority" in done.stdout
+    rebuilt = run_command("swap", url, "quantizer=none", "--admin-token", TOKEN, "--dry-run")
+    assert "reload of the files" in rebuilt.stdout
+    late = run_command("swap", url, "scheduler=priority", "--admin-token", TOKEN, "--timeout-seconds", "0.001")
+    assert late.returncode == 1
+    assert "0.001 s" in late.stderr
     refused = run_command("swap", url, "scheduler=nothing", "--admin-token", TOKEN)
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,14 @@ from drivetrain.registry import PluginRef, discover
 
 class InjectedError(Exception):
     """A fault that a test asked for."""
+
+
+GATE = threading.Event()
+"""What hangs, in the phases ``hang`` and ``stall``, does so until this is set."""
+
+
+def hang() -> None:
+    assert GATE.wait(60), "nobody opened the gate"
 
 
 class OtherLayoutAttention(SdpaAttention):
@@ -98,7 +107,8 @@ class ExactQuantizer(Quantizer):
 
 
 class FaultConfig(PluginConfig):
-    """phase: prepare, commit, raise or nan; after: steps of the live engine before the last two strike."""
+    """phase: prepare, hang (while it is prepared), commit, raise, nan or stall; after: steps of the live engine before
+    the last three strike."""
 
     phase: str = "raise"
     after: int = 1
@@ -113,6 +123,8 @@ class FaultyAttention(SameLayoutAttention):
     def __init__(self, config: Any) -> None:
         if config.phase == "prepare":
             raise InjectedError("attention was told to fail in prepare")
+        if config.phase == "hang":
+            hang()
         super().__init__(config)
         self._begun = 0
 
@@ -133,6 +145,8 @@ class _FaultyStep:
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if self._phase == "raise" and layer == 1:
             raise InjectedError("attention was told to fail in a step")
+        if self._phase == "stall" and layer == 1:
+            hang()
         # Not only the answer is spoilt but the cache too: nothing of it may be used afterwards.
         spoilt = v * float("nan") if self._phase == "nan" else v
         return self._step.attend(layer, q, k, spoilt)
@@ -148,6 +162,8 @@ class FaultyScheduler(FcfsScheduler):
     def __init__(self, config: Any) -> None:
         if config.phase == "prepare":
             raise InjectedError("the scheduler was told to fail in prepare")
+        if config.phase == "hang":
+            hang()
         super().__init__(config)
         self._keys = 0
         self._plans = 0
@@ -173,6 +189,8 @@ class FaultyQuantizer(NoQuantizer):
     def convert(self, name: str, linear: nn.Linear) -> nn.Module:
         if self.config.phase == "prepare":  # type: ignore[attr-defined]
             raise InjectedError("the quantizer was told to fail in prepare")
+        if self.config.phase == "hang":  # type: ignore[attr-defined]
+            hang()
         if self.config.phase == "nan" and name.endswith("down_proj"):  # type: ignore[attr-defined]
             return _SpoiltLinear(linear, self.config.after)  # type: ignore[attr-defined]
         return linear

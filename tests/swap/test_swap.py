@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ import pytest
 import torch
 
 from drivetrain import LLM, SamplingParams
+from drivetrain.config import load_settings
 from drivetrain.errors import ConfigError, DrivetrainError, PluginError, SwapError
 from drivetrain.observers import hookimpl
 from drivetrain.registry import Registry
-from drivetrain.serving.swap import SwapOutcome
-from support.swap_parts import refs_with_swap_parts
+from drivetrain.serving.swap import SwapOutcome, prepare, put_to_the_vote
+from drivetrain.serving.vote import Ballot
+from support.swap_parts import GATE, refs_with_swap_parts
 from support.tiny_models import save_tiny
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
@@ -32,11 +36,23 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-@pytest.fixture
-def llm(folder: Path) -> Iterator[LLM]:
-    options: dict[str, Any] = {"platform": {"name": "cpu", "threads": 1}, "engine": {"max_model_len": 96}}
+@contextmanager
+def serving(folder: Path, **engine: Any) -> Iterator[LLM]:
+    options: dict[str, Any] = {"platform": {"name": "cpu", "threads": 1}, "engine": {"max_model_len": 96, **engine}}
     with LLM(folder, attention={"name": "sdpa", "block_size": 4}, **options) as llm:
         llm._stack.parts.registry = Registry(refs_with_swap_parts())
+        yield llm
+
+
+@pytest.fixture
+def llm(folder: Path) -> Iterator[LLM]:
+    with serving(folder) as llm:
+        yield llm
+
+
+@pytest.fixture
+def overlapping(folder: Path) -> Iterator[LLM]:
+    with serving(folder, overlap="on") as llm:
         yield llm
 
 
@@ -117,6 +133,19 @@ def test_there_and_back_under_load(llm: LLM, there: Any, back: Any, cache: str, 
     assert traffic._run() == traffic.expected
     assert llm._loop.engine.epoch == 2
     assert_whole(llm)
+
+
+@pytest.mark.parametrize("place", [1, 4, 7])
+def test_the_overlapped_loop_is_settled_before_a_swap(overlapping: LLM, place: int) -> None:
+    """No step is under way when parts are exchanged, and all outputs stay as they were."""
+    there, back, cache = THERE_AND_BACK[place]
+    with Traffic(overlapping) as traffic:
+        for parts in (there, back):
+            report = overlapping.swap(probation_steps=2, **parts)
+            assert report.outcome is SwapOutcome.FINALIZED
+            assert report.cache.value == cache
+    assert traffic._run() == traffic.expected
+    assert_whole(overlapping)
 
 
 def test_a_cache_that_can_be_converted_is_kept(llm: LLM) -> None:
@@ -207,6 +236,156 @@ def test_a_dry_run_says_what_it_takes_and_changes_nothing(llm: LLM) -> None:
 def test_bad_input_is_refused(llm: LLM, parts: Any, error: type[DrivetrainError], message: str) -> None:
     with pytest.raises(error, match=message):
         llm.swap(**parts)
+
+
+# --- time limits ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """Closed for what hangs in the test; open again afterwards, whatever happens."""
+    GATE.clear()
+    yield GATE
+    GATE.set()
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline, "it did not come to be"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", ["attention", "quantizer", "scheduler"])
+def test_a_part_that_hangs_while_it_is_prepared_is_given_up(
+    llm: LLM, gate: threading.Event, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The caller gets an error in time, nothing has changed, and the next swap works while the last still hangs."""
+    digest = llm.selection_dict()["plan_digest"]
+    with Traffic(llm):
+        began = time.monotonic()
+        with pytest.raises(SwapError, match=f"preparing {kind} took longer than 0.5 s"):
+            llm.swap(timeout_seconds=0.5, **{kind: {"name": "faulty", "phase": "hang"}})
+        assert time.monotonic() - began < 10
+        assert llm._loop.engine.epoch == 0
+        assert llm.selection_dict()["plan_digest"] == digest
+        assert llm.swap(probation_steps=1, scheduler="priority").outcome is SwapOutcome.FINALIZED
+    gate.set()
+    wait_until(lambda: "is dropped" in caplog.text)
+    assert llm.explain()[kind].chosen.name != "faulty"
+    assert llm._loop.engine.epoch == 1
+    assert_whole(llm)
+
+
+def test_the_limit_of_the_settings_holds_where_none_is_named(folder: Path, gate: threading.Event) -> None:
+    with LLM(folder, engine={"max_model_len": 96, "swap_timeout_seconds": 0.3}) as llm:
+        llm._stack.parts.registry = Registry(refs_with_swap_parts())
+        with pytest.raises(SwapError, match=r"longer than 0\.3 s"):
+            llm.swap(dry_run=True, attention={"name": "faulty", "phase": "hang"})
+
+
+def test_parts_that_stall_on_probation_are_given_up_and_rolled_back(llm: LLM, gate: threading.Event) -> None:
+    """The caller has its error while the step still stalls; the old parts come back as soon as it returns."""
+    digest = llm.selection_dict()["plan_digest"]
+    stalling = {"name": "faulty", "phase": "stall", "block_size": 4}
+    with Traffic(llm) as traffic:
+        with pytest.raises(SwapError, match="did not pass their probation in time"):
+            llm.swap(timeout_seconds=2, probation_steps=1000, attention=stalling)
+        with pytest.raises(SwapError, match="not undone yet"):
+            llm.swap(scheduler="priority")
+        gate.set()
+        wait_until(lambda: llm._loop.engine.epoch == 2)
+    assert llm.selection_dict()["plan_digest"] == digest
+    value = llm._stack.engine.metrics.registry.get_sample_value
+    assert value("drivetrain_swaps_total", {"kind": "attention", "outcome": "rolled back"}) == 1
+    assert llm.swap(scheduler="priority").outcome is SwapOutcome.FINALIZED
+    assert traffic._run() == traffic.expected
+    assert_whole(llm)
+
+
+def test_an_engine_that_stalls_before_the_commit_is_not_waited_for(llm: LLM, gate: threading.Event) -> None:
+    """The commit does not take place any more when the engine comes back."""
+    with Traffic(llm):
+        llm.swap(probation_steps=0, attention={"name": "faulty", "phase": "stall", "block_size": 4, "after": 0})
+        with pytest.raises(SwapError, match="came to no step boundary in time; nothing has changed"):
+            llm.swap(timeout_seconds=1, scheduler="priority")
+        gate.set()
+    assert llm.explain()["scheduler"].chosen.name == "fcfs"
+    assert llm._loop.engine.epoch == 1
+    assert_whole(llm)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan"), True, "5"])
+def test_a_time_limit_that_is_none_is_refused(llm: LLM, seconds: Any) -> None:
+    with pytest.raises(SwapError, match="timeout_seconds must be a number > 0"):
+        llm.swap(timeout_seconds=seconds, scheduler="priority")
+
+
+# --- the vote ------------------------------------------------------------------------------------------------------
+
+
+class OtherRank:
+    """A second rank that answers as it is told: a value, an exception to raise, or None for yes."""
+
+    def __init__(self, answer: object = None, waits: threading.Event | None = None) -> None:
+        self._answer, self._waits = answer, waits
+        self.asked: list[Ballot] = []
+
+    def vote(self, ballot: Ballot) -> str | None:
+        self.asked.append(ballot)
+        if self._waits is not None:
+            assert self._waits.wait(60)
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return self._answer  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        ("its memory is full", "rank 1: its memory is full"),
+        (ConnectionError("rank 1 is gone"), "rank 1: ConnectionError: rank 1 is gone"),
+        ("", "rank 1: "),
+    ],
+)
+def test_a_rank_that_does_not_say_yes_leaves_all_as_it_was(llm: LLM, answer: object, why: str) -> None:
+    digest = llm.selection_dict()["plan_digest"]
+    llm._loop.peers["rank 1"] = OtherRank(answer)
+    with Traffic(llm) as traffic, pytest.raises(SwapError, match=f"not every rank agrees.*{why}"):
+        llm.swap(attention={"name": "other-layout", "block_size": 4}, quantizer="exact")
+    assert llm._loop.engine.epoch == 0
+    assert llm.selection_dict()["plan_digest"] == digest
+    assert traffic._run() == traffic.expected
+    assert_whole(llm)
+
+
+def test_a_rank_that_never_answers_says_no(llm: LLM, gate: threading.Event) -> None:
+    llm._loop.peers["rank 1"] = OtherRank(waits=gate)
+    with Traffic(llm), pytest.raises(SwapError, match=r"not every rank agrees.*rank 1: no answer"):
+        llm.swap(timeout_seconds=1, scheduler="priority")
+    gate.set()  # its yes comes too late
+    assert llm._loop.engine.epoch == 0
+    assert llm.explain()["scheduler"].chosen.name == "fcfs"
+
+
+def test_every_rank_is_asked_about_the_same_swap(llm: LLM) -> None:
+    """All say yes: the swap is made, and the plan they voted on is the one that is then in force."""
+    others = [OtherRank(), OtherRank()]
+    llm._loop.peers.update({f"rank {number}": other for number, other in enumerate(others, 1)})
+    assert llm.swap(dry_run=True, scheduler="priority").outcome is SwapOutcome.DRY_RUN
+    assert [other.asked for other in others] == [[], []]
+    llm.swap(scheduler="priority")
+    (ballot,) = others[0].asked
+    assert others[1].asked == [ballot]
+    assert (ballot.epoch, ballot.changes) == (0, {"scheduler": ("fcfs", "priority")})
+    assert ballot.plan_digest == llm.selection_dict()["plan_digest"]
+
+
+def test_this_rank_says_no_when_the_engine_has_moved_on(llm: LLM) -> None:
+    prepared = prepare(llm._stack, load_settings(None, {"attention": "other-layout"}).parts)
+    llm.swap(scheduler="priority")
+    with pytest.raises(SwapError, match="rank 0: the engine is at epoch 1"):
+        put_to_the_vote(llm._stack, prepared, {}, time.monotonic() + 5)
 
 
 def test_one_swap_at_a_time(llm: LLM) -> None:

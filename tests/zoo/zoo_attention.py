@@ -22,8 +22,8 @@ from drivetrain.contracts.attention import (
     KVContract,
     KVGroup,
     LayerAttention,
+    LayerPages,
     PagedCache,
-    Pages,
 )
 from drivetrain.contracts.plugin import Plugin, PluginConfig
 from drivetrain.plugins.attention.sdpa import SdpaAttention
@@ -267,8 +267,8 @@ class _CopiedPagesStep:
         out: torch.Tensor = self._step.attend(layer, q_THD, k_TGD, v_TGD)
         return out
 
-    def pages(self, layer: int) -> Pages | None:
-        pages: Pages | None = self._step.pages(layer)
+    def layer_pages(self, layer: int) -> LayerPages | None:
+        pages: LayerPages | None = self._step.layer_pages(layer)
         return None if pages is None else dataclasses.replace(pages, keys=pages.keys.clone())
 
     def attend_written(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:

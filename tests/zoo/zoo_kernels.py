@@ -14,6 +14,7 @@ from drivetrain.contracts import kernels as contract
 from drivetrain.contracts.kernels import KernelSpec
 from drivetrain.contracts.plugin import Plugin, Probe, ProbeContext
 from drivetrain.kernels.reference import ReferenceKernels
+from drivetrain.operators import Operator, define, visible
 
 
 class _OneReplaced(ReferenceKernels):
@@ -184,6 +185,94 @@ class ForgetsMaskedTargets(_OneReplaced):
         return linear_cross_entropy
 
 
+class ReadsBytes(_OneReplaced):
+    """Takes whatever it is given for what it was bound for."""
+
+    operation = "silu_mul"
+
+    def replace(self, spec: KernelSpec, made: Callable[..., Any]) -> Callable[..., Any]:
+        dtype = getattr(torch, spec.dtype)
+        return lambda gate, up: made(gate.view(dtype), up.view(dtype))
+
+
+class ReadsAlignedOnly(_OneReplaced):
+    """Loads from the last aligned address before its input."""
+
+    operation = "linear"
+
+    def replace(self, spec: KernelSpec, made: Callable[..., Any]) -> Callable[..., Any]:
+        def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            offset = x.storage_offset() // 4 * 4
+            return made(x.as_strided(x.shape, x.stride(), offset), weight, bias)
+
+        return linear
+
+
+class _Visible(_OneReplaced):
+    """Shows one operation to torch, by an operator that a fault is built into."""
+
+    operation = "silu_mul"
+
+    @classmethod
+    def abilities(cls) -> frozenset[str]:
+        return frozenset({"operators"})
+
+    @staticmethod
+    def compute(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return functional.silu(gate) * up
+
+    @staticmethod
+    def shape(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return gate.new_empty(gate.shape)
+
+    @staticmethod
+    def save(context: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        context.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> Any:
+        gate, up = context.saved_tensors
+        slope = gate.sigmoid() * (1 + gate * (1 - gate.sigmoid()))
+        return gradient * up * slope, gradient * functional.silu(gate)
+
+    def replace(self, spec: KernelSpec, made: Callable[..., Any]) -> Callable[..., Any]:
+        operator = define(
+            f"zoo::{type(self).__name__}",
+            "(Tensor gate, Tensor up) -> Tensor",
+            self.compute,
+            fake=self.shape,
+            save=self.save,
+            backward=self.backward,
+        )
+        return visible(made, Operator(operator))
+
+
+class ForgetsAShape(_Visible):
+    """Tells torch.compile of one element, whatever comes out."""
+
+    @staticmethod
+    def shape(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return gate.new_empty(1)
+
+
+class ComputesTwice(_Visible):
+    """Another formula under autograd than in serving."""
+
+    @staticmethod
+    def compute(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return (gate.double() * gate.double().sigmoid() * up.double()).to(gate.dtype)
+
+
+class LeavesTheGraph(_Visible):
+    """A backward that reads the numbers themselves, which torch.compile does not have while it traces."""
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> Any:
+        gate, up = context.saved_tensors
+        slope = torch.tensor([[float(x) for x in row] for row in gate.sigmoid() * (1 + gate * (1 - gate.sigmoid()))])
+        return gradient * up * slope, gradient * functional.silu(gate)
+
+
 class SaysYesToEverything(ReferenceKernels):
     """Supports operations that it does not have."""
 
@@ -239,6 +328,11 @@ ZOO: dict[type[Plugin], str] = {
     TopPBeforeTopK: "test_parity",
     ForgetsMaskedTargets: "test_gradients",
     SharesItsConstants: "test_a_made_callable_needs_no_provider",
+    ReadsBytes: "test_another_dtype_is_an_error_or_right",
+    ReadsAlignedOnly: "test_misaligned_inputs",
+    ForgetsAShape: "test_operators_keep_the_rules",
+    ComputesTwice: "test_operators_equal_the_plain_callable",
+    LeavesTheGraph: "test_operators_are_compiled",
     SaysYesToEverything: "test_what_it_has_not_is_refused",
     LooksAtItsNeighbours: "test_rows_do_not_depend_on_each_other",
     CompilesInItsProbe: "test_import_and_probe_start_no_process",

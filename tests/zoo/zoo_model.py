@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -218,6 +218,18 @@ class QuantizesBeforeLoading(DecoderModel):
         return built
 
 
+class KeepsItsFirstKernels(DecoderModel):
+    """Binds each kernel once a process, and gives it to every module that it builds later."""
+
+    _bound: ClassVar[dict[str, Callable[..., Any]]] = {}
+
+    def build(self, checkpoint: Checkpoint, context: BuildContext) -> CausalLM:
+        def bind(spec: KernelSpec) -> Callable[..., Any]:
+            return self._bound.setdefault(repr(spec), context.bind(spec))
+
+        return super().build(checkpoint, dataclasses.replace(context, bind=bind))
+
+
 ZOO: dict[type[Plugin], str] = {
     CountsRows: "test_a_prompt_may_be_cut_anywhere",
     DecodesOnePositionOff: "test_a_prompt_may_be_cut_anywhere",
@@ -231,6 +243,7 @@ ZOO: dict[type[Plugin], str] = {
     BuiltInTrainMode: "test_build_gives_what_was_asked_for",
     MiscountsParameters: "test_describe_fits_what_is_built",
     DescribesByMaking: "test_describe_allocates_little",
+    KeepsItsFirstKernels: "test_kernels_are_swapped_under_it",
     QuantizesBeforeLoading: "test_the_quantizer_sees_each_layer_once_with_its_weights",
 }
 """Broken model plugin -> the test that has to catch it."""

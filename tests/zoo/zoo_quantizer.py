@@ -5,7 +5,8 @@ Shapes: N rows; I input features; O output features.
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -157,6 +158,20 @@ class SharesOneScale(PlainInt8):
         return module
 
 
+class DriftsWithEveryLoad(PlainInt8):
+    """Lets the scales grow each time that a layer of the same name is loaded in this process."""
+
+    _loads: ClassVar[Counter[str]] = Counter()
+
+    def convert(self, name: str, linear: nn.Linear) -> nn.Module:
+        module = super().convert(name, linear)
+        assert isinstance(module, Int8Linear)
+        self._loads[name] += 1
+        # By rows, as a common factor would go unseen behind a norm.
+        module.scales[::2] *= 1 + 0.5 * (self._loads[name] - 1)
+        return module
+
+
 ZOO: dict[type[Plugin], str] = {
     ScalesTooSmall: "test_products_are_not_scaled",
     OneScaleForAll: "test_products_are_as_close_as_the_bits_allow",
@@ -169,6 +184,7 @@ ZOO: dict[type[Plugin], str] = {
     DividesByZero: "test_zero_weights_give_zero",
     RoundsByChance: "test_the_same_layer_gives_the_same_bits",
     SaysNoneAndRounds: "test_none_bits_change_nothing",
+    DriftsWithEveryLoad: "test_swapped_in_and_out_it_leaves_no_trace",
     SharesOneScale: "test_layers_do_not_share_state",
 }
 """Broken quantizer -> the test that has to catch it."""

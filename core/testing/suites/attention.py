@@ -408,7 +408,7 @@ class AttentionSuite(DeviceSuite):
 
     def test_written_pages_are_as_good_as_given_keys(self) -> None:
         """Where a step takes keys and values that the model wrote itself, it attends as if they had been given."""
-        self.require_claim("pages")
+        self.require_claim("takes_written")
         spec = spec_of((None, 5) if self.claims("windows") else (None, None))
         device = self.require_spec(spec)
         num_written = 0

@@ -12,6 +12,7 @@ import torch
 from drivetrain.contracts.kernels import OPERATIONS, KernelProvider, KernelSpec
 from drivetrain.contracts.plugin import Probe
 from drivetrain.errors import DrivetrainError
+from drivetrain.operators import Operator
 from drivetrain.testing.kernel_oracle import ORACLES, Arguments, Case, cases
 from drivetrain.testing.suite import Suite, about, not_run
 
@@ -67,6 +68,19 @@ def _strided(value: torch.Tensor | None, *, dense: bool = False) -> torch.Tensor
     roomy = torch.zeros(shape, dtype=value.dtype, device=value.device)
     roomy[gaps] = value
     return roomy[gaps]
+
+
+def _misaligned(value: torch.Tensor | None) -> torch.Tensor | None:
+    """The same values, dense, starting one element behind the start of its memory."""
+    if value is None:
+        return None
+    roomy = torch.empty(value.numel() + 1, dtype=value.dtype, device=value.device)
+    return roomy[1:].view(value.shape).copy_(value)
+
+
+def _with_rows(covered: list[tuple[Case, str, str]]) -> tuple[Case, str, str]:
+    """The first case that has several rows, if any has."""
+    return next((entry for entry in covered if (entry[0].shapes[0] or (0,))[0] > 1), covered[0])
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -193,6 +207,30 @@ class KernelsSuite(Suite):
             self.compare(case, dtype, arguments, _call(operation, kernel, _copies(arguments)))
 
     @pytest.mark.parametrize("operation", sorted(ORACLES))
+    def test_misaligned_inputs(self, operation: str) -> None:
+        """Inputs that start one element after an aligned address give the same results."""
+        provider = self.provider()
+        for case, device, dtype in self.covered(operation):
+            arguments = case.inputs(getattr(torch, dtype), device)
+            kernel = provider.make(case.spec(device, dtype))
+            moved = tuple(_misaligned(value) for value in arguments)
+            self.compare(case, dtype, arguments, _call(operation, kernel, moved))
+
+    @pytest.mark.parametrize("operation", sorted(ORACLES))
+    def test_another_dtype_is_an_error_or_right(self, operation: str) -> None:
+        """Activations in another dtype than the one it was bound for: an error, or the right answer in that dtype."""
+        provider = self.provider()
+        case, device, dtype = _with_rows(self.covered(operation))
+        kernel = provider.make(case.spec(device, dtype))
+        for other in sorted({"float32", "bfloat16", "float16"} - {dtype}):
+            arguments = case.inputs(getattr(torch, other), device)
+            try:
+                results = _call(operation, kernel, _copies(arguments))
+            except (DrivetrainError, RuntimeError, TypeError, ValueError):
+                continue  # it says that it can't
+            self.compare(case, other, arguments, results)
+
+    @pytest.mark.parametrize("operation", sorted(ORACLES))
     def test_inputs_are_left_unchanged(self, operation: str) -> None:
         """No input is written to, but for those that the operation is there to write to."""
         provider = self.provider()
@@ -270,6 +308,65 @@ class KernelsSuite(Suite):
             alone = kernel(*_first_row(arguments, operation))
             for together, one in zip(_tensors(kernel(*_copies(arguments))), _tensors(alone), strict=True):
                 assert torch.equal(together[:1], one), f"{case} {dtype}: the first row changes with those behind it"
+
+    # --- what torch sees, where the ability ``operators`` is claimed -------------------------------------------------
+
+    def visible(self, operation: str) -> list[tuple[Case, str, str, Callable[..., Any]]]:
+        """A case of each device and dtype, and its callable."""
+        self.require_claim("operators")
+        covered, provider = self.covered(operation), self.provider()
+        found = []
+        for device, dtype in dict.fromkeys((device, dtype) for _, device, dtype in covered):
+            case, *_ = _with_rows([entry for entry in covered if entry[1:] == (device, dtype)])
+            found.append((case, device, dtype, provider.make(case.spec(device, dtype))))
+        return found
+
+    def operators(self, operation: str) -> list[tuple[Case, str, str, Callable[..., Any]]]:
+        """Those of them that carry an operator; what is made of torch's own functions needs none."""
+        found = [
+            entry for entry in self.visible(operation) if isinstance(getattr(entry[3], "operator", None), Operator)
+        ]
+        if not found:
+            pytest.skip(f"not claimed: an operator for {operation}")
+        return found
+
+    @pytest.mark.parametrize("operation", sorted(ORACLES))
+    def test_operators_keep_the_rules(self, operation: str) -> None:
+        """Each operator passes torch's own check: schema, what it writes to, fake results, autograd, tracing."""
+        for case, device, dtype, kernel in self.operators(operation):
+            operator = cast(Any, kernel).operator
+            inputs = case.inputs(getattr(torch, dtype), device)
+            arguments = _asking(inputs, operation) if OPERATIONS[operation].differentiable else inputs
+            try:
+                torch.library.opcheck(operator.overload, (*arguments, *operator.constants))
+            except Exception as error:  # whatever rule is broken, by whatever exception torch tells it
+                pytest.fail(f"{case} {dtype}: {type(error).__name__}: {error}")
+
+    @pytest.mark.parametrize("operation", sorted(ORACLES))
+    def test_operators_equal_the_plain_callable(self, operation: str) -> None:
+        """What is computed under autograd is what is computed without it, bit by bit."""
+        for case, device, dtype, kernel in self.operators(operation):
+            inputs = case.inputs(getattr(torch, dtype), device)
+            with torch.inference_mode():
+                plain = _call(operation, kernel, _copies(inputs))
+            visible = _call(operation, cast(Any, kernel).operator, _copies(inputs))
+            for one, other in zip(plain, visible, strict=True):
+                assert _same(one, other), f"{case} {dtype}: the operator and the plain callable differ"
+
+    @pytest.mark.parametrize("operation", sorted(ORACLES))
+    def test_operators_are_compiled(self, operation: str) -> None:
+        """torch.compile takes the callable whole, and results and gradients are those of eager mode."""
+        for case, device, dtype, kernel in self.visible(operation):
+            inputs = case.inputs(getattr(torch, dtype), device)
+            torch.compiler.reset()  # it counts how often one piece of code was compiled, and gives up after a few
+            compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager")
+            with torch.no_grad():
+                self.compare(case, dtype, inputs, _call(operation, compiled, _copies(inputs)))
+            if OPERATIONS[operation].differentiable:
+                one, other = _asking(inputs, operation), _asking(inputs, operation)
+                gradients = _gradients(kernel(*one), one), _gradients(compiled(*other), other)
+                for eager, traced in zip(*gradients, strict=True):
+                    torch.testing.assert_close(traced, eager, msg=about(f"gradients of {case} {dtype} when compiled"))
 
     def test_dtypes_of_the_grid_have_a_tolerance(self) -> None:
         """Every dtype that is tried has a published tolerance in every operation it is tried on."""

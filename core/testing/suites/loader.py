@@ -58,8 +58,8 @@ def example_tensors() -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def write_safetensors(folder: Path) -> Path:
-    """The tiny model as a Hugging Face folder with one safetensors file."""
+def write_safetensors(folder: Path, context: int = _CONTEXT) -> Path:
+    """The tiny model as a Hugging Face folder with one safetensors file. context: tokens that it is said to take."""
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -73,7 +73,7 @@ def write_safetensors(folder: Path) -> Path:
         "num_hidden_layers": _LAYERS,
         "num_attention_heads": _HEADS,
         "num_key_value_heads": _KV_HEADS,
-        "max_position_embeddings": _CONTEXT,
+        "max_position_embeddings": context,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,

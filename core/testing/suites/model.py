@@ -10,7 +10,7 @@ Without further ado the tests run on a tiny Llama, for plugins that build it. Ot
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from drivetrain.binding import KernelBinder
 from drivetrain.contracts.attention import AttentionBackend
-from drivetrain.contracts.kernels import KernelProvider
+from drivetrain.contracts.kernels import KernelProvider, KernelSpec
 from drivetrain.contracts.loader import Checkpoint, Loader
 from drivetrain.contracts.model import BuildContext, CausalLM, Model, ModelSpec
 from drivetrain.contracts.plugin import Plugin, ProbeContext
@@ -28,6 +28,7 @@ from drivetrain.contracts.quantizer import Quantizer
 from drivetrain.contracts.source import Progress, silent
 from drivetrain.errors import LoaderError, MissingTensorError, UnknownArchitectureError
 from drivetrain.registry import Registry, load
+from drivetrain.serving.swap import share_parameters
 from drivetrain.testing.attention_oracle import BlockBook, PlainStep, whole_batch
 from drivetrain.testing.measure import Allocations
 from drivetrain.testing.model_oracle import TINY_LLAMA, llama_logits, rewrite_checkpoint, write_tiny_llama
@@ -62,6 +63,23 @@ class RecordingQuantizer(Quantizer):
     def convert(self, name: str, linear: nn.Linear) -> nn.Module:
         self.seen.append((name, linear.weight.detach().clone()))
         return linear
+
+
+class CountingBinder(KernelBinder):
+    """Binds every operation to the reference, and counts what is called of it."""
+
+    def __init__(self) -> None:
+        super().__init__([("reference", _part("kernels", "reference", KernelProvider))])
+        self.num_calls = 0
+
+    def bind(self, spec: KernelSpec) -> Callable[..., Any]:
+        kernel = super().bind(spec)
+
+        def counted(*arguments: Any) -> Any:
+            self.num_calls += 1
+            return kernel(*arguments)
+
+        return counted
 
 
 def _part(kind: str, name: str, base: type[Any], **options: Any) -> Any:
@@ -391,6 +409,28 @@ class ModelSuite(DeviceSuite):
         first = self.whole(module, ids)[0]
         assert torch.equal(self.whole(module, ids)[0], first), "a second run gave other bits"
         assert torch.equal(self.whole(other, ids)[0], first), "a second module gave other bits"
+
+    def test_kernels_are_swapped_under_it(self, checkpoint: Checkpoint) -> None:
+        """As in a running engine: a second module with kernels of its own, on the first one's weights, takes over the
+        cache, and the first one takes it back. Each calls its own kernels, and the scores stay what they were."""
+        binders = CountingBinder(), CountingBinder()
+        first, second = (self.built(checkpoint, binder=binder) for binder in binders)
+        share_parameters(first, second)
+        ids = self.tokens(checkpoint, 15)
+        session, parts = Session(first, self.place().device), []
+        with torch.inference_mode():
+            for start, own in ((0, 0), (6, 1), (9, 0), (12, 1), (13, 0)):
+                end = {0: 6, 6: 9, 9: 12, 12: 13, 13: 15}[start]
+                before = [binder.num_calls for binder in binders]
+                session.module = (first, second)[own]
+                parts.append(session.step({0: ids[start:end]})[0])
+                calls = [binder.num_calls - count for binder, count in zip(binders, before, strict=True)]
+                # An architecture of somebody else's library may have its operations built in.
+                assert calls[own] > 0 or not binders[own].bindings, (
+                    "a module that was swapped in does not call the kernels it was built with"
+                )
+                assert calls[1 - own] == 0, "a module that was swapped in calls the kernels of the one before"
+        self.assert_close(torch.cat(parts), self.whole(self.built(checkpoint), ids)[0])
 
     def test_inputs_are_left_alone(self, checkpoint: Checkpoint) -> None:
         """Neither ids nor positions are written to."""

@@ -10,12 +10,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from drivetrain.contracts.quantizer import Quantizer
+from drivetrain.testing.live import answers, live_engine, there_and_back
 from drivetrain.testing.measure import tensor_bytes
 from drivetrain.testing.places import DeviceSuite
 
@@ -292,3 +294,22 @@ class QuantizerSuite(DeviceSuite):
                 found, wanted = module.eval()(x).double(), linear(x).double()
             error = float((found - wanted).norm() / wanted.norm())
             assert error <= self.bound(x.dtype), f"layer {index} of 3 is off by {error:.3g} of the norm"
+
+    # --- in a running engine -----------------------------------------------------------------------------------------
+
+    def test_swapped_in_and_out_it_leaves_no_trace(self, tmp_path: Path) -> None:
+        """In a running engine on a tiny model, with a request in flight: swapped in and back to ``none``, twice. Each
+        time it is in, answers are the same, and those of ``none`` if weights keep their dtype; once it is out, they are
+        what they were before."""
+        self.require_dtype("float32")
+        ref = self.ref()
+        part = {"name": ref.qualified, **self.options}
+        with live_engine(tmp_path, self.place(), ref) as llm:
+            undisturbed = answers(llm)
+            first, afterwards = there_and_back(llm, "quantizer", part, "none")
+            assert afterwards == undisturbed, "swapped out again, it has left other answers behind"
+            second, afterwards = there_and_back(llm, "quantizer", part, "none")
+            assert afterwards == undisturbed, "swapped out a second time, it has left other answers behind"
+        assert second == first, "swapped in a second time, it gives other answers"
+        if self.make().bits_per_weight() is None:
+            assert first == undisturbed, "weights keep their dtype, and yet it gives other answers"

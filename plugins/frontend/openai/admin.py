@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -19,7 +20,8 @@ router = APIRouter(prefix="/v1/admin")
 
 @router.post("/swap", tags=["operations"], summary="Exchange parts while requests are in flight")
 async def swap(request: Request) -> Response:
-    """Kinds and what is asked for, ``{"attention": "sdpa"}``, with ``dry_run`` and ``probation_steps`` if wanted.
+    """Kinds and what is asked for, ``{"attention": "sdpa"}``, with ``dry_run``, ``probation_steps`` and
+    ``timeout_seconds`` if wanted.
 
     200 tells how it ended, a roll-back included; 400 names what can't be chosen, 409 a swap that changed nothing.
     """
@@ -40,13 +42,24 @@ async def swap(request: Request) -> Response:
 def _options(body: dict[str, Any]) -> dict[str, Any]:
     """Take what is not a kind out of ``body``."""
     options: dict[str, Any] = {}
-    for name, kind in (("dry_run", bool), ("probation_steps", int)):
+    for name, (is_right, allowed) in _OPTIONS.items():
         if name in body:
             value = body.pop(name)
-            if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):
-                raise InvalidRequestError(f"{name} has the wrong type", param=name, found=value, allowed=kind.__name__)
+            if not is_right(value):
+                raise InvalidRequestError(f"{name} has the wrong type", param=name, found=value, allowed=allowed)
             options[name] = value
     return options
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "dry_run": (lambda value: isinstance(value, bool), "bool"),
+    "probation_steps": (lambda value: _is_number(value) and isinstance(value, int) and value >= 0, "int"),
+    "timeout_seconds": (lambda value: _is_number(value) and 0 < value < float("inf"), "a number > 0"),
+}
 
 
 def _check_token(request: Request, token: bytes | None) -> None:

@@ -14,12 +14,9 @@ import torch
 from torch import nn
 
 from drivetrain.contracts.attention import AttentionStep, TakesWritten
-from drivetrain.contracts.kernels import KernelSpec
+from drivetrain.contracts.kernels import Angles, DecoderLayerParts, KernelSpec, Projection
 from drivetrain.fusion import Fuser, is_plain_linear
 from drivetrain.plugins.model.decoder.config import DecoderConfig
-
-Angles = tuple[torch.Tensor, torch.Tensor]
-"""cos and sin of a step's positions, each [T, R]."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,10 @@ class RMSNorm(nn.Module):
         return out
 
 
+def _weight(norm: RMSNorm | None) -> torch.Tensor | None:
+    return None if norm is None else norm.weight
+
+
 class Attention(nn.Module):
     """Grouped-query attention over whatever the step holds of each sequence."""
 
@@ -102,6 +103,10 @@ class Attention(nn.Module):
         """Queries [T, H * D], keys and values [T, G * D]."""
         return self.q_proj(x_TE), self.k_proj(x_TE), self.v_proj(x_TE)
 
+    def projections(self) -> tuple[Projection, Projection, Projection]:
+        """Where queries, keys and values come from."""
+        return Projection(self.q_proj), Projection(self.k_proj), Projection(self.v_proj)
+
     def forward(self, x_TE: torch.Tensor, angles: Angles | None, step: AttentionStep) -> torch.Tensor:
         q, k, v = self.project(x_TE)
         if self.norms_projections:
@@ -120,7 +125,7 @@ class Attention(nn.Module):
         self, q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, angles: Angles, step: AttentionStep
     ) -> torch.Tensor:
         if self._rope_write is not None and not torch.is_grad_enabled() and isinstance(step, TakesWritten):
-            pages = step.pages(self.layer)
+            pages = step.layer_pages(self.layer)
             if pages is not None:
                 q_THD = self._rope_write(q_THD, k_TGD, v_TGD, *angles, pages.keys, pages.values, pages.slots)
                 return step.attend_written(self.layer, q_THD)
@@ -150,12 +155,18 @@ class FusedAttention(Attention):
         q, k, v = self.qkv_proj(x_TE).split((self.q_size, self.kv_size, self.kv_size), dim=-1)
         return q, k, v
 
+    def projections(self) -> tuple[Projection, Projection, Projection]:
+        sizes, firsts = (self.q_size, self.kv_size, self.kv_size), (0, self.q_size, self.q_size + self.kv_size)
+        q, k, v = (Projection(self.qkv_proj, first, size) for first, size in zip(firsts, sizes, strict=True))
+        return q, k, v
+
 
 class MLP(nn.Module):
     """The gated feed-forward part of a layer."""
 
     def __init__(self, config: DecoderConfig, kernels: Kernels) -> None:
         super().__init__()
+        self.inner_size = config.intermediate_size
         self._make_projections(config, kernels)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias, kernels)
         self._activate = kernels(config.activation, {"E": config.intermediate_size})
@@ -177,6 +188,10 @@ class MLP(nn.Module):
     def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights of gate and up, each [I, E]."""
         return self.gate_proj.weight, self.up_proj.weight
+
+    def projections(self) -> tuple[Projection, Projection]:
+        """Where gate and up come from."""
+        return Projection(self.gate_proj), Projection(self.up_proj)
 
     def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
         if self._gated_linear is not None:
@@ -226,6 +241,10 @@ class FusedMLP(MLP):
         gate_IE, up_IE = self.gate_up_proj.weight.chunk(2)
         return gate_IE, up_IE
 
+    def projections(self) -> tuple[Projection, Projection]:
+        size = self.inner_size
+        return Projection(self.gate_up_proj, 0, size), Projection(self.gate_up_proj, size, size)
+
 
 class DecoderLayer(nn.Module):
     """One layer: attention, then MLP, each added to the residual stream. Subclasses say where the norms stand."""
@@ -240,6 +259,32 @@ class DecoderLayer(nn.Module):
         """The residual stream with an update, scaled where the architecture says so."""
         return torch.add(residual_TE, update_TE, alpha=self.residual_scale)
 
+    def norms(self) -> tuple[RMSNorm | None, RMSNorm | None, RMSNorm | None, RMSNorm | None]:
+        """The norms before and after attention, and before and after the MLP."""
+        raise NotImplementedError
+
+    def parts(self) -> DecoderLayerParts:
+        """Its weights, for a kernel that runs the whole layer."""
+        before_attention, after_attention, before_mlp, after_mlp = self.norms()
+        attention, mlp = self.self_attn, self.mlp
+        q, k, v = attention.projections()
+        gate, up = mlp.projections()
+        return DecoderLayerParts(
+            before_attention=_weight(before_attention),
+            after_attention=_weight(after_attention),
+            before_mlp=_weight(before_mlp),
+            after_mlp=_weight(after_mlp),
+            q_norm=_weight(getattr(attention, "q_norm", None)),
+            k_norm=_weight(getattr(attention, "k_norm", None)),
+            q=q,
+            k=k,
+            v=v,
+            o=Projection(attention.o_proj),
+            gate=gate,
+            up=up,
+            down=Projection(mlp.down_proj),
+        )
+
 
 class NormBeforeLayer(DecoderLayer):
     """Norms before attention and before the MLP (Llama and most others)."""
@@ -248,6 +293,9 @@ class NormBeforeLayer(DecoderLayer):
         super().__init__(config, layer, kernels)
         self.input_layernorm = RMSNorm(config.hidden_size, config, kernels)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config, kernels)
+
+    def norms(self) -> tuple[RMSNorm | None, RMSNorm | None, RMSNorm | None, RMSNorm | None]:
+        return self.input_layernorm, None, self.post_attention_layernorm, None
 
     def forward(self, x_TE: torch.Tensor, angles: Angles | None, step: AttentionStep) -> torch.Tensor:
         x_TE = self.add(x_TE, self.self_attn(self.input_layernorm(x_TE), angles, step))
@@ -261,6 +309,9 @@ class NormAfterLayer(DecoderLayer):
         super().__init__(config, layer, kernels)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config, kernels)
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config, kernels)
+
+    def norms(self) -> tuple[RMSNorm | None, RMSNorm | None, RMSNorm | None, RMSNorm | None]:
+        return None, self.post_attention_layernorm, None, self.post_feedforward_layernorm
 
     def forward(self, x_TE: torch.Tensor, angles: Angles | None, step: AttentionStep) -> torch.Tensor:
         x_TE = self.add(x_TE, self.post_attention_layernorm(self.self_attn(x_TE, angles, step)))
@@ -276,6 +327,10 @@ class NormAroundLayer(DecoderLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config, kernels)
         self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config, kernels)
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config, kernels)
+
+    def norms(self) -> tuple[RMSNorm | None, RMSNorm | None, RMSNorm | None, RMSNorm | None]:
+        before_attention, after_attention = self.input_layernorm, self.post_attention_layernorm
+        return before_attention, after_attention, self.pre_feedforward_layernorm, self.post_feedforward_layernorm
 
     def forward(self, x_TE: torch.Tensor, angles: Angles | None, step: AttentionStep) -> torch.Tensor:
         attended_TE = self.self_attn(self.input_layernorm(x_TE), angles, step)

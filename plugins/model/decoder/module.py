@@ -5,6 +5,8 @@ Shapes: T tokens of a step, packed flat over sequences; E hidden size; V vocabul
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -31,6 +33,25 @@ class Embedding(nn.Module):
         return x_TE if self.scale == 1.0 else x_TE * self.scale
 
 
+def _bind_layers(config: DecoderConfig, kernels: Kernels) -> Callable[..., torch.Tensor]:
+    sizes = {
+        "E": config.hidden_size,
+        "I": config.intermediate_size,
+        "H": config.num_heads,
+        "G": config.num_kv_heads,
+        "D": config.head_size,
+        "R": config.ropes[0].rotary_size,
+    }
+    params = {
+        "eps": config.norm_eps,
+        "weight_offset": config.norm_offset,
+        "residual_scale": config.residual_scale,
+        "activation": float(config.activation == "gelu_tanh_mul"),
+        "norms_heads": float(config.qk_norm == "head"),
+    }
+    return kernels("decoder_layers", sizes, params)
+
+
 class Decoder(nn.Module):
     """Everything up to the last norm."""
 
@@ -42,12 +63,12 @@ class Decoder(nn.Module):
         self._rope_of_layer = [layer.rope for layer in config.layers]
         angle_dtype = torch.float32 if config.rope_in_float32 else kernels.dtype
         self.ropes = nn.ModuleList(RotaryEmbedding(rope, angle_dtype, device) for rope in config.ropes)
+        self._run_layers = _bind_layers(config, kernels)
 
     def forward(self, ids_T: torch.Tensor, positions_T: torch.Tensor, step: AttentionStep) -> torch.Tensor:
         x_TE = self.embed_tokens(ids_T)
         angles = [rope(positions_T) for rope in self.ropes]
-        for layer, rope in zip(self.layers, self._rope_of_layer, strict=True):
-            x_TE = layer(x_TE, None if rope is None else angles[rope], step)
+        x_TE = self._run_layers(self.layers, x_TE, angles, self._rope_of_layer, step)
         out: torch.Tensor = self.norm(x_TE)
         return out
 

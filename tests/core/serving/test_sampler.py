@@ -20,7 +20,15 @@ from transformers import (
 )
 
 from drivetrain.serving.request import Request
-from drivetrain.serving.sampler import Sampler, _keep_top_p, distributions, sequence_seed, token_logprobs, uniform
+from drivetrain.serving.sampler import (
+    Sampler,
+    _keep_top_p,
+    distributions,
+    most_likely,
+    sequence_seed,
+    token_logprobs,
+    uniform,
+)
 from drivetrain.serving.text import TextStream
 from drivetrain.serving.types import SamplingParams
 
@@ -259,6 +267,46 @@ def test_a_draw_depends_on_nothing_but_its_own_request(seed: int, place: int, ot
     batch = logits(others + 1, seed=99)
     batch[at] = scores[0]
     assert Sampler(V, CPU).sample(batch, rows).token_ids[at] == alone
+
+
+def of_width(width: int, scores: torch.Tensor, params: list[SamplingParams], draws: list[float]) -> list[int]:
+    tokens: list[int] = Sampler(scores.shape[-1], CPU)._draw_from_best(scores, width, params, draws).tolist()
+    return tokens
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), top_k=st.integers(1, 63), top_p=st.sampled_from([1.0, 0.9, 0.3]))
+def test_drawing_from_the_best_tokens_is_drawing_from_all(seed: int, top_k: int, top_p: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(4, 1500, generator=generator) * 3
+    scores[1] = (scores[1] * 2).round() / 2  # many scores are equal
+    params = [
+        SamplingParams(temperature=0.9, top_k=top_k, top_p=top_p),
+        SamplingParams(temperature=0.9, top_k=min(top_k, 5)),  # top-p would have to break ties
+        SamplingParams(temperature=2.0, top_k=top_k, min_p=0.02),
+        SamplingParams(temperature=0.1, top_k=top_k),
+    ]
+    draws = [uniform(seed, row) for row in range(4)]
+    assert of_width(64, scores, params, draws) == of_width(1500, scores, params, draws)
+
+
+@pytest.mark.parametrize("others", [[0], [10, 100], [100, 500, 0], [2000, 5]])
+def test_rows_that_look_at_different_numbers_of_tokens_do_not_touch_each_other(others: list[int]) -> None:
+    scores = torch.randn(len(others) + 1, 3000, generator=torch.Generator().manual_seed(len(others)))
+    own = request("own", seed=5, top_k=40, top_p=0.8)
+    alone = Sampler(3000, CPU).sample(scores[:1], [own]).token_ids[0]
+    rows = [own, *(request(f"o{k}", seed=k, top_k=k) for k in others)]
+    together = Sampler(3000, CPU).sample(scores, rows).token_ids
+    assert together[0] == alone
+    for row, k in enumerate(others, start=1):
+        assert scores[row, together[row]] >= scores[row].topk(k or 3000).values[-1]
+
+
+def test_the_most_likely_token_is_the_first_of_equals_and_nothing_that_is_no_number_hides() -> None:
+    scores = torch.tensor([[1.0, 3.0, 3.0], [1.0, math.nan, 3.0], [-math.inf] * 3, [0.0, math.inf, 1.0]])
+    best, tokens = most_likely(scores)
+    assert tokens.tolist() == [1, 1, 0, 1]
+    assert [math.isfinite(value) for value in best.tolist()] == [True, False, False, False]
 
 
 def test_greedy_rows_are_not_touched_by_their_neighbours() -> None:

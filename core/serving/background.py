@@ -1,0 +1,59 @@
+"""Work in a thread of its own, for as long as somebody waits for it.
+
+A plugin's code may never return, and Python can't end a thread. What takes too long is left behind: its thread is a
+daemon, and what it gives in the end is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import TypeVar
+
+_log = logging.getLogger("drivetrain")
+
+T = TypeVar("T")
+
+
+def start(work: Callable[[], T], name: str) -> Future[T]:
+    """Run ``work`` in a daemon thread called ``name``."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:  # handed to whoever waits
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
+
+
+def result_by(deadline_seconds: float, future: Future[T], name: str) -> T:
+    """The result of ``future`` if it is there by ``deadline_seconds`` of ``time.monotonic``. Raises what it raises.
+
+    Raises LateError otherwise, and when the wait itself is broken off; what comes afterwards is dropped, and logged.
+    """
+    try:
+        done, _ = wait([future], max(0.0, deadline_seconds - time.monotonic()))
+    except BaseException:  # an interrupt from the keyboard
+        future.add_done_callback(lambda late: _drop(late, name))
+        raise
+    if not done:
+        future.add_done_callback(lambda late: _drop(late, name))
+        raise LateError(name)
+    return future.result()
+
+
+class LateError(Exception):
+    """Work did not end in time; its thread is left behind."""
+
+
+def _drop(future: Future[T], name: str) -> None:
+    error = future.exception()
+    _log.warning("%s ended too late, %s; it is dropped", name, "well" if error is None else f"with {error!r}")

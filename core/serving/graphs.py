@@ -1,0 +1,185 @@
+"""Decode steps that are captured once and replayed, on platforms that claim ``graphs``.
+
+A decode step (one token a sequence) of one batch size launches the same work every time; a platform records it once and
+launches it as one. What changes from step to step lies in buffers that stay where they are. A batch is filled up to the
+next size that is captured: the added rows are sequences of one token in a block that belongs to nobody.
+
+Shapes: S sequences of a step; b rows of a captured size; M the largest one; W blocks of the longest sequence; V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from drivetrain.contracts.attention import AttentionBackend, AttentionBatch, AttentionSpec, KVCache
+from drivetrain.contracts.model import CausalLM
+from drivetrain.errors import GraphCaptureError
+from drivetrain.serving.packing import StepInputs
+
+_log = logging.getLogger("drivetrain")
+
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+"""``SupportsGraphs.capture``."""
+
+
+@dataclass(frozen=True)
+class GraphLimits:
+    """What captured steps are made for.
+
+    max_running:    most sequences of a step.
+    max_blocks:     blocks of the longest sequence (W).
+    block_size:     tokens in a block.
+    scratch_blocks: for each KV group a block that no sequence ever gets.
+    """
+
+    max_running: int
+    max_blocks: int
+    block_size: int
+    scratch_blocks: tuple[int, ...]
+
+
+def captured_sizes(max_running: int) -> list[int]:
+    """The batch sizes that are captured: 1, 2, 4, 8 and then every eighth, up to the first that holds all."""
+    sizes = [1, 2, 4]
+    while sizes[-1] < max_running:
+        sizes.append(sizes[-1] + 8 if sizes[-1] >= 8 else 8)
+    return [size for size, smaller in zip(sizes, [0, *sizes], strict=False) if smaller < max_running]
+
+
+class DecodeGraphs:
+    """The captured decode steps of one model, backend and cache. A size is captured when it is first needed."""
+
+    def __init__(
+        self,
+        capture: Capture,
+        model: CausalLM,
+        attention: AttentionBackend,
+        spec: AttentionSpec,
+        cache: KVCache,
+        limits: GraphLimits,
+        device: torch.device,
+    ) -> None:
+        self._capture = capture
+        self._model = model
+        self._attention = attention
+        self._spec = spec
+        self._cache = cache
+        self._limits = limits
+        self._sizes = captured_sizes(limits.max_running)
+        self._replays: dict[int, tuple[Callable[[], None], list[torch.Tensor]]] = {}
+        self._buffers = _Buffers(self._sizes[-1], limits, device)
+
+    def takes(self, inputs: StepInputs) -> bool:
+        """Whether the step is one that can be replayed: one token a sequence, and each gives the next."""
+        count = inputs.attention.num_sequences
+        return (
+            count <= self._sizes[-1]
+            and not inputs.prompt_rows
+            and len(inputs.sampling) == count
+            and len(inputs.ids_T) == count
+        )
+
+    def run(self, inputs: StepInputs) -> torch.Tensor:
+        """Compute such a step; returns the logits [S, V], good until the next call."""
+        count = inputs.attention.num_sequences
+        size = next(size for size in self._sizes if size >= count)
+        self._buffers.fill(inputs, count)
+        if size not in self._replays:
+            self._replays[size] = self._record(size)
+        replay, logits = self._replays[size]
+        replay()
+        return logits[0][:count]
+
+    def _record(self, size: int) -> tuple[Callable[[], None], list[torch.Tensor]]:
+        started = time.perf_counter()
+        logits: list[torch.Tensor] = []
+
+        def decode() -> None:
+            batch = self._buffers.batch(size)
+            step = self._attention.begin(self._spec, batch, self._cache)
+            hidden_bE = self._model.forward(self._buffers.ids_M[:size], self._buffers.positions_M[:size], step)
+            logits[:] = [self._model.logits(hidden_bE)]
+
+        decode()  # whatever is compiled or set up on first use must not be recorded
+        try:
+            replay = self._capture(decode)
+        except Exception as error:  # the platform's code, on what a model or backend launches
+            raise GraphCaptureError(
+                f"a decode step of {size} sequences could not be captured: {type(error).__name__}: {error}",
+                where="engine.graphs",
+                hint="Set engine.graphs to off.",
+            ) from error
+        _log.info("a decode step of %d sequences was captured in %.2f s", size, time.perf_counter() - started)
+        return replay, logits
+
+
+class _Buffers:
+    """Inputs of a captured step, at addresses that never change."""
+
+    def __init__(self, most: int, limits: GraphLimits, device: torch.device) -> None:
+        self._limits = limits
+        groups = range(len(limits.scratch_blocks))
+        self.ids_M = torch.zeros(most, dtype=torch.int64, device=device)
+        self.positions_M = torch.zeros(most, dtype=torch.int64, device=device)
+        self._starts = torch.arange(most + 1, dtype=torch.int32, device=device)
+        self._kv_lengths_M = torch.ones(most, dtype=torch.int32, device=device)
+        self._tables_MW = [torch.zeros(most, limits.max_blocks, dtype=torch.int32, device=device) for _ in groups]
+        self._slots_M = [torch.zeros(most, dtype=torch.int64, device=device) for _ in groups]
+        self._num_filled = most
+        self._empty_from(0)
+
+    def fill(self, inputs: StepInputs, count: int) -> None:
+        """Put a step's inputs into the first ``count`` rows; the others are nobody's."""
+        batch = inputs.attention
+        self.ids_M[:count].copy_(inputs.ids_T)
+        self.positions_M[:count].copy_(inputs.positions_T)
+        self._kv_lengths_M[:count].copy_(batch.kv_lengths)
+        for table_MW, table_SW, slots_M, slots_S in zip(
+            self._tables_MW, batch.block_tables, self._slots_M, batch.slots, strict=True
+        ):
+            table_MW[:count, : table_SW.shape[1]].copy_(table_SW)
+            slots_M[:count].copy_(slots_S)
+        if count < self._num_filled:
+            self._empty_from(count)
+        self._num_filled = count
+
+    def _empty_from(self, first: int) -> None:
+        rows = slice(first, self._num_filled)
+        self.ids_M[rows] = 0
+        self.positions_M[rows] = 0
+        self._kv_lengths_M[rows] = 1
+        for table_MW, slots_M, scratch in zip(self._tables_MW, self._slots_M, self._limits.scratch_blocks, strict=True):
+            table_MW[rows] = scratch
+            slots_M[rows] = scratch * self._limits.block_size
+
+    def batch(self, size: int) -> AttentionBatch:
+        """The first ``size`` rows. The lists on the host name the longest contexts there may ever be."""
+        longest = self._limits.max_blocks * self._limits.block_size - 1
+        return AttentionBatch(
+            query_lengths=[1] * size,
+            context_lengths=[longest] * size,
+            query_starts=self._starts[: size + 1],
+            kv_lengths=self._kv_lengths_M[:size],
+            block_tables=tuple(table_MW[:size] for table_MW in self._tables_MW),
+            slots=tuple(slots_M[:size] for slots_M in self._slots_M),
+        )
+
+
+def why_no_graphs(capture: Capture | None, attention: AttentionBackend) -> str | None:
+    """Why decode steps can't be captured; None if they can."""
+    if capture is None:
+        return "the platform captures no graphs"
+    if "graph_safe" not in type(attention).abilities():
+        return f"attention backend {type(attention).__name__} does not claim to be graph_safe"
+    return None
+
+
+def with_scratch(num_blocks: Sequence[int], capture: Capture | None) -> list[int]:
+    """How many blocks a cache is made with: one more a KV group where steps may be captured."""
+    return [count + (capture is not None) for count in num_blocks]

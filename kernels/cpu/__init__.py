@@ -1,0 +1,91 @@
+"""The CPU kernels: C++ with a plain C interface, compiled on first use for the vector instructions that are there."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from drivetrain.contracts.kernels import KernelProvider, KernelSpec
+from drivetrain.contracts.plugin import PluginConfig, Probe, ProbeContext, Tier
+from drivetrain.errors import ConfigError
+from drivetrain.native import probe_compiler
+
+if TYPE_CHECKING:
+    Maker = Callable[[KernelSpec, ctypes.CDLL], Callable[..., Any]]
+
+_DTYPES = ("float32", "bfloat16")
+
+
+def _makers() -> Mapping[str, Maker]:
+    from drivetrain.kernels.cpu import operations
+    from drivetrain.kernels.cpu.decoder import CoarseDecoder
+
+    return {
+        "rms_norm": operations.make_rms_norm,
+        "add_rms_norm": operations.make_add_rms_norm,
+        "rope": operations.make_rope,
+        "silu_mul": operations.make_gated,
+        "gelu_tanh_mul": operations.make_gated,
+        "linear": operations.make_linear,
+        "gated_linear": operations.make_gated_linear,
+        "decoder_layers": CoarseDecoder,
+    }
+
+
+class CpuKernels(KernelProvider):
+    """C++ for AVX-512, AVX2 and NEON, compiled on first use; float32 and bfloat16, down to a whole step in one call."""
+
+    contract_version = "1.1"
+    tier = Tier.TUNED
+
+    class Config(PluginConfig):
+        instructions: Literal["auto", "avx512", "avx2", "baseline"] = Field(
+            "auto", description="vector instructions to compile for; auto takes the widest that the processor has"
+        )
+
+    config: Config
+
+    @classmethod
+    def probe(cls, context: ProbeContext) -> Probe:
+        if context.platform is not None and context.platform.device_type != "cpu":
+            return Probe.no(
+                "other_device", "it computes on the CPU only", wanted="cpu", offered=context.platform.device_type
+            )
+        if context.dtype is not None and context.dtype not in _DTYPES:
+            return Probe.no(
+                "unsupported_dtype", "no kernels for this dtype", wanted=", ".join(_DTYPES), offered=context.dtype
+            )
+        return probe_compiler()
+
+    @classmethod
+    def abilities(cls) -> frozenset[str]:
+        return frozenset({"deterministic", "operators"})
+
+    def operations(self) -> frozenset[str]:
+        return frozenset(_makers())
+
+    def supports(self, spec: KernelSpec) -> Probe:
+        if spec.operation not in _makers():
+            offered = ", ".join(sorted(_makers()))
+            return Probe.no("unknown_operation", f"has no {spec.operation}", wanted=spec.operation, offered=offered)
+        if spec.device_type != "cpu":
+            return Probe.no("other_device", "computes on the CPU only", wanted=spec.device_type, offered="cpu")
+        if spec.dtype not in _DTYPES:
+            return Probe.no("unsupported_dtype", "no kernel", wanted=spec.dtype, offered=", ".join(_DTYPES))
+        return probe_compiler()
+
+    def make(self, spec: KernelSpec) -> Callable[..., Any]:
+        probe = self.supports(spec)
+        if not probe.ok:
+            raise ConfigError(
+                f"{spec.operation} can't be made: {probe.reason}",
+                where="kernels/cpu",
+                found=probe.wanted,
+                allowed=probe.offered,
+            )
+        from drivetrain.kernels.cpu.library import open_library
+
+        return _makers()[spec.operation](spec, open_library(self.config.instructions))

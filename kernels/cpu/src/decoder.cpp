@@ -1,0 +1,287 @@
+// All layers of a decoder for one step: the coarse operation that leaves Python out of everything between embedding and last norm.
+//
+// The residual stream is float32 whatever the weights are kept in. The caller owns every tensor that a descriptor points to.
+#include <cstdlib>
+#include <vector>
+
+#include "attention.h"
+#include "elementwise.h"
+#include "matmul.h"
+#include "pool.h"
+
+using namespace dt;
+
+extern "C" {
+
+// Mirrored by DecoderFields in decoder.py; all fields 8 bytes wide so that both sides agree without packing rules.
+struct dt_matrix {
+  const void* weight;
+  const float* bias;
+  int64_t rows, cols, format;
+};
+
+// Norm weights that a layer does not have are null.
+struct dt_layer {
+  const void *before_attention, *after_attention, *before_mlp, *after_mlp, *q_norm, *k_norm;
+  dt_matrix q, k, v, o, gate, up, down;
+  int64_t rope;    // which pair of cos and sin; -1 for none
+  int64_t group;   // which block table and slots
+  int64_t window;  // 0 for all
+};
+
+struct dt_decoder {
+  int64_t num_layers, hidden, num_heads, kv_heads, head_size, rotary, intermediate;
+  int64_t format, cache_format, block_size, activation, norms_heads;
+  double eps, norm_offset, residual_scale, attention_scale, soft_cap;
+  const dt_layer* layers;
+};
+
+// tables, slots: one for each group; cos, sin: one for each rope, [T, rotary]; keys, values: one for each layer.
+struct dt_step {
+  int64_t num_sequences, num_tokens;
+  const int32_t *query_starts, *kv_lengths;
+  const int32_t* const* tables;
+  const int64_t* table_strides;
+  const int64_t* const* slots;
+  const float* const* cos;
+  const float* const* sin;
+  void* const* keys;
+  void* const* values;
+};
+
+}  // extern "C"
+
+namespace {
+
+struct Workspace {
+  float* data = nullptr;
+  size_t size = 0;
+  ~Workspace() { free(data); }
+  void reserve(size_t count) {
+    if (count <= size) return;
+    free(data);
+    data = static_cast<float*>(aligned_alloc(64, (count * 4 + 63) / 64 * 64));
+    size = data ? count : 0;
+  }
+};
+
+// Any number of Python's threads may call at once, each with memory of its own: it grows to what the largest call needs.
+static thread_local Workspace workspace;
+
+static size_t rounded(size_t count) { return (count + 15) / 16 * 16; }
+
+static Matrix matrix_of(const dt_matrix& m) {
+  return Matrix{m.weight, m.bias, int(m.rows), int(m.cols), int(m.cols), Format(m.format)};
+}
+
+// Rows [T, size] in `format`, packed; `extra` floats behind them are for the caller. False when there is no memory.
+static bool taken(const void* x, int tokens, int size, int format, size_t extra, Activations& packed, float*& rest) {
+  Workspace& room = workspace;
+  size_t plain = format == int(Format::kFloat32) ? 0 : rounded(size_t(tokens) * size);
+  size_t space = rounded(packed_floats(tokens, size));
+  room.reserve(plain + space + extra);
+  if (!room.data) return false;
+  const float* rows = static_cast<const float*>(x);
+  if (plain) {
+    const bf16* in = static_cast<const bf16*>(x);
+    for (size_t i = 0; i < size_t(tokens) * size; i++) room.data[i] = to_float(in[i]);
+    rows = room.data;
+  }
+  packed = pack(rows, size, tokens, size, room.data + plain);
+  rest = room.data + plain + space;
+  return true;
+}
+
+// One step of one decoder.
+class Run {
+ public:
+  Run(const dt_decoder& model, const dt_step& step, float* x, Workspace& space)
+      : model_(model), step_(step), x_(x), tokens_(int(step.num_tokens)) {
+    int q = int(model.num_heads * model.head_size), kv = int(model.kv_heads * model.head_size);
+    int widest = int(model.hidden > model.intermediate ? model.hidden : model.intermediate);
+    if (q > widest) widest = q;
+    qkv_stride_ = q + 2 * kv;
+    size_t sizes[] = {size_t(tokens_) * model.hidden,
+                      size_t(tokens_) * qkv_stride_,
+                      size_t(tokens_) * widest,
+                      packed_floats(tokens_, widest),
+                      attention_floats(int(model.num_heads), int(model.kv_heads), int(model.head_size))};
+    size_t total = 0;
+    for (size_t size : sizes) total += rounded(size);
+    space.reserve(total);
+    float* next = space.data;
+    is_ready_ = next != nullptr;
+    normed_ = next;
+    qkv_ = normed_ + rounded(sizes[0]);
+    inner_ = qkv_ + rounded(sizes[1]);
+    packed_ = inner_ + rounded(sizes[2]);
+    parts_ = packed_ + rounded(sizes[3]);
+  }
+
+  bool is_ready() const { return is_ready_; }
+
+  void layer(int index) {
+    const dt_layer& layer = model_.layers[index];
+    attention(layer, index);
+    mlp(layer);
+  }
+
+ private:
+  Weights norm(const void* weight) const { return Weights{weight, Format(model_.format)}; }
+
+  // Rows that are normed when there is a weight, and packed for products.
+  Activations prepared(const float* rows, size_t stride, int size, const void* weight) {
+    if (!weight) return pack(rows, stride, tokens_, size, packed_);
+    for_tokens(size, [&](int t) {
+      rms_norm_row(rows + size_t(t) * stride, norm(weight), float(model_.eps), float(model_.norm_offset), size,
+                   normed_ + size_t(t) * size);
+    });
+    return pack(normed_, size, tokens_, size, packed_);
+  }
+
+  template <class F>
+  void for_tokens(int size, F&& body) {
+    int run = 8192 / (size > 0 ? size : 1);
+    if (run < 1) run = 1;
+    parallel((tokens_ + run - 1) / run, [&](int chunk, int) {
+      int end = (chunk + 1) * run < tokens_ ? (chunk + 1) * run : tokens_;
+      for (int t = chunk * run; t < end; t++) body(t);
+    });
+  }
+
+  // x += scale * product, with a norm in between where the layer has one.
+  void add_product(const Activations& in, const dt_matrix& m, const void* after) {
+    Matrix weights = matrix_of(m);
+    float scale = float(model_.residual_scale);
+    int size = int(model_.hidden);
+    if (!after) {
+      Sink sink{Sink::kAdd, x_, size_t(size), scale};
+      matmul(in, &weights, &sink, 1);
+      return;
+    }
+    Sink sink{Sink::kStore, normed_, size_t(size), 1.0f};
+    matmul(in, &weights, &sink, 1);
+    for_tokens(size, [&](int t) {
+      float* row = normed_ + size_t(t) * size;
+      rms_norm_row(row, norm(after), float(model_.eps), float(model_.norm_offset), size, row);
+      float* to = x_ + size_t(t) * size;
+      for (int i = 0; i < size; i++) to[i] += scale * row[i];
+    });
+  }
+
+  void attention(const dt_layer& layer, int index) {
+    int heads = int(model_.num_heads), kv_heads = int(model_.kv_heads), size = int(model_.head_size);
+    int q_size = heads * size, kv_size = kv_heads * size;
+    Activations in = prepared(x_, model_.hidden, int(model_.hidden), layer.before_attention);
+    Matrix matrices[] = {matrix_of(layer.q), matrix_of(layer.k), matrix_of(layer.v)};
+    Sink sinks[] = {{Sink::kStore, qkv_, size_t(qkv_stride_), 1.0f},
+                    {Sink::kStore, qkv_ + q_size, size_t(qkv_stride_), 1.0f},
+                    {Sink::kStore, qkv_ + q_size + kv_size, size_t(qkv_stride_), 1.0f}};
+    matmul(in, matrices, sinks, 3);
+
+    Batch batch{int(step_.num_sequences), tokens_,       step_.query_starts, step_.kv_lengths, step_.tables[layer.group],
+                int(step_.table_strides[layer.group]), step_.slots[layer.group]};
+    LayerCache cache{step_.keys[index],
+                     step_.values[index],
+                     int(model_.block_size),
+                     kv_heads,
+                     size,
+                     Format(model_.cache_format),
+                     float(model_.attention_scale),
+                     float(model_.soft_cap),
+                     int(layer.window)};
+    for_tokens(qkv_stride_, [&](int t) { turn_and_write(layer, cache, batch, t); });
+    attend(cache, batch, heads, qkv_, qkv_stride_, inner_, q_size, parts_);
+    add_product(pack(inner_, q_size, tokens_, q_size, packed_), layer.o, layer.after_attention);
+  }
+
+  // Head norms, rotary embedding and the cache, for one token.
+  void turn_and_write(const dt_layer& layer, const LayerCache& cache, const Batch& batch, int t) {
+    int heads = int(model_.num_heads), kv_heads = int(model_.kv_heads), size = int(model_.head_size);
+    float eps = float(model_.eps), offset = float(model_.norm_offset);
+    float* q = qkv_ + size_t(t) * qkv_stride_;
+    float* k = q + heads * size;
+    if (layer.q_norm && !model_.norms_heads) {
+      rms_norm_row(q, norm(layer.q_norm), eps, offset, heads * size, q);
+      rms_norm_row(k, norm(layer.k_norm), eps, offset, kv_heads * size, k);
+    }
+    for (int h = 0; h < heads + kv_heads; h++) {
+      float* head = q + h * size;
+      if (layer.q_norm && model_.norms_heads) rms_norm_row(head, norm(h < heads ? layer.q_norm : layer.k_norm), eps, offset, size, head);
+      if (layer.rope >= 0)
+        rotate(head, step_.cos[layer.rope] + size_t(t) * model_.rotary, step_.sin[layer.rope] + size_t(t) * model_.rotary,
+               int(model_.rotary));
+    }
+    Batch one = batch;
+    one.num_tokens = 1;
+    one.slots = batch.slots + t;
+    write_cache(cache, one, k, k + kv_heads * size, qkv_stride_);
+  }
+
+  void mlp(const dt_layer& layer) {
+    int inner = int(model_.intermediate);
+    Activations in = prepared(x_, model_.hidden, int(model_.hidden), layer.before_mlp);
+    gated_matmul(in, matrix_of(layer.gate), matrix_of(layer.up), Activation(model_.activation), inner_, inner);
+    add_product(pack(inner_, inner, tokens_, inner, packed_), layer.down, layer.after_mlp);
+  }
+
+  const dt_decoder& model_;
+  const dt_step& step_;
+  float* x_;
+  int tokens_, qkv_stride_;
+  float *normed_, *qkv_, *inner_, *packed_, *parts_;
+  bool is_ready_;
+};
+
+}  // namespace
+
+
+// Runs every layer on x [T, hidden] float32, in place. Returns 0, or 1 when there is no memory.
+DT_API int dt_decoder_forward(const dt_decoder* model, const dt_step* step, float* x) {
+  Run run(*model, *step, x, workspace);
+  if (!run.is_ready()) return 1;
+  for (int i = 0; i < model->num_layers; i++) run.layer(i);
+  return 0;
+}
+
+// y[T, O] = x[T, I] @ weight^T + bias. x and y in `io_format`, bias in float32 or null.
+DT_API int dt_linear(const void* x, int tokens, const dt_matrix* m, int io_format, void* y) {
+  Activations packed;
+  float* rest;
+  if (!taken(x, tokens, int(m->cols), io_format, 0, packed, rest)) return 1;
+  Matrix weights = matrix_of(*m);
+  Sink sink{io_format == int(Format::kFloat32) ? Sink::kStore : Sink::kStoreBf16, y, size_t(m->rows), 1.0f};
+  matmul(packed, &weights, &sink, 1);
+  return 0;
+}
+
+// y[T, O] = act(x @ gate^T) * (x @ up^T).
+DT_API int dt_gated_linear(const void* x, int tokens, const dt_matrix* gate, const dt_matrix* up, int activation, int io_format,
+                           void* y) {
+  Activations packed;
+  float* rest;
+  size_t count = size_t(tokens) * gate->rows;
+  bool is_plain = io_format == int(Format::kFloat32);
+  if (!taken(x, tokens, int(gate->cols), io_format, is_plain ? 0 : count, packed, rest)) return 1;
+  float* out = is_plain ? static_cast<float*>(y) : rest;
+  gated_matmul(packed, matrix_of(*gate), matrix_of(*up), Activation(activation), out, size_t(gate->rows));
+  if (!is_plain)
+    for (size_t i = 0; i < count; i++) static_cast<bf16*>(y)[i] = to_bf16(out[i]);
+  return 0;
+}
+
+// Attention of one layer, keys and values already written or written here (when k is not null). float32 rows.
+DT_API int dt_attend(const float* q, const float* k, const float* v, void* keys, void* values, int64_t num_heads, int64_t kv_heads,
+              int64_t head_size, int64_t block_size, int64_t cache_format, double scale, double soft_cap, int64_t window,
+              int64_t num_sequences, int64_t num_tokens, const int32_t* query_starts, const int32_t* kv_lengths,
+              const int32_t* tables, int64_t table_stride, const int64_t* slots, float* out) {
+  Workspace& room = workspace;
+  room.reserve(attention_floats(int(num_heads), int(kv_heads), int(head_size)));
+  if (!room.data) return 1;
+  Batch batch{int(num_sequences), int(num_tokens), query_starts, kv_lengths, tables, int(table_stride), slots};
+  LayerCache cache{keys,          values,       int(block_size), int(kv_heads), int(head_size), Format(cache_format),
+                   float(scale), float(soft_cap), int(window)};
+  if (k) write_cache(cache, batch, k, v, size_t(kv_heads * head_size));
+  attend(cache, batch, int(num_heads), q, size_t(num_heads * head_size), out, size_t(num_heads * head_size), room.data);
+  return 0;
+}

@@ -1,0 +1,300 @@
+#include "matmul.h"
+
+#include <cstdlib>
+
+#include "pool.h"
+#include "tile.h"
+
+namespace dt {
+namespace {
+
+static_assert(kChunk % kTile1 == 0 && kChunk % kTile2 == 0 && kChunk % W == 0);
+
+constexpr int kFewChunk = 32;  // outputs of one chunk when weights stream by
+static_assert(kFewChunk <= kChunk);
+
+struct Scratch {
+  float* data = nullptr;
+  size_t size = 0;
+  float* reserve(size_t count) {
+    if (count > size) {
+      free(data);
+      data = static_cast<float*>(aligned_alloc(64, (count * 4 + 63) / 64 * 64));
+      size = count;
+    }
+    return data;
+  }
+  ~Scratch() { free(data); }
+};
+
+thread_local Scratch decoded;  // weights of one chunk in float32
+
+// --- many rows -----------------------------------------------------------------------------------------------------------
+
+// Weights of a chunk as float32 rows: in place where they are, else decoded once for all tokens.
+static const float* rows_of(const Matrix& m, int first, int count, size_t& stride, Scratch& scratch) {
+  if (m.format == Format::kFloat32) {
+    stride = m.stride;
+    return static_cast<const float*>(m.weight) + size_t(first) * m.stride;
+  }
+  stride = (m.cols + W - 1) / W * W + W;  // rows do not start on the same cache set
+  float* out = scratch.reserve(size_t(count) * stride);
+  const bf16* in = static_cast<const bf16*>(m.weight) + size_t(first) * m.stride;
+  for (int r = 0; r < count; r++) {
+    const bf16* from = in + size_t(r) * m.stride;
+    float* to = out + r * stride;
+    int k = 0;
+    for (; k + W <= m.cols; k += W) store(to + k, load(from + k));
+    for (; k < m.cols; k++) to[k] = to_float(from[k]);
+  }
+  return out;
+}
+
+// Sums of a chunk and a panel, [count, width], turned into rows of tokens for `put(token, output, value)`.
+template <class Put>
+static void turn(const float* sums, int count, int width, int tokens, const float* bias, const Put& put) {
+  int o = 0;
+  for (; o + W <= count; o += W) {
+    for (int first = 0; first < tokens; first += W) {
+      vf rows[W];
+      for (int i = 0; i < W; i++) rows[i] = load(sums + (o + i) * width + first);
+      transpose(rows);
+      vf add = bias ? load(bias + o) : vf{};
+      int valid = tokens - first < W ? tokens - first : W;
+      for (int i = 0; i < valid; i++) put(first + i, o, rows[i] + add);
+    }
+  }
+  for (; o < count; o++)
+    for (int t = 0; t < tokens; t++) put(t, o, sums[o * width + t] + (bias ? bias[o] : 0.0f));
+}
+
+static inline int panel_width(int num_tokens, int panel) { return num_tokens - panel * kPanel <= W ? W : kPanel; }
+static inline int panel_tokens(int num_tokens, int panel) {
+  int left = num_tokens - panel * kPanel;
+  return left < kPanel ? left : kPanel;
+}
+
+static void panel_sums(const Activations& x, int panel, const float* w, size_t stride, int count, float* out) {
+  const float* packed = x.panels + size_t(panel) * kPanel * x.size;
+  bool is_wide = panel_width(x.num_tokens, panel) == kPanel;
+  if (panel > 0)  // the first has brought the weights into the cache
+    (is_wide ? tiles<2> : tiles<1>)(w, stride, 1, count, packed, x.size, out);
+  else
+    (is_wide ? tiles<2, false, true, true> : tiles<1, false, true, true>)(w, stride, 1, count, packed, x.size, out);
+}
+
+static void many_chunk(const Activations& x, const Matrix& m, const Sink& sink, int first) {
+  int count = m.rows - first < kChunk ? m.rows - first : kChunk;
+  size_t stride;
+  const float* w = rows_of(m, first, count, stride, decoded);
+  alignas(64) float sums[kChunk * kPanel];
+  int panels = (x.num_tokens + kPanel - 1) / kPanel;
+  for (int p = 0; p < panels; p++) {
+    panel_sums(x, p, w, stride, count, sums);
+    turn(sums, count, panel_width(x.num_tokens, p), panel_tokens(x.num_tokens, p), m.bias ? m.bias + first : nullptr,
+         [&](int t, int o, auto value) { sink.put(p * kPanel + t, first + o, value); });
+  }
+}
+
+// --- few rows ------------------------------------------------------------------------------------------------------------
+
+// bf16 weights come two vectors at a time, even places and odd ones; the rows of x are laid out alike (split_rows).
+template <class T>
+constexpr int kStep = W;
+template <>
+constexpr int kStep<bf16> = 2 * W;
+
+static inline void load_step(const float* p, vf (&v)[1]) { v[0] = load(p); }
+static inline void load_step(const bf16* p, vf (&v)[2]) { load_split(p, v[0], v[1]); }
+
+template <int R, int M, class T>
+static inline void dots(const T* __restrict w, size_t stride, const float* __restrict x, int size, float (*__restrict out)[kChunk],
+                        int at) {
+  constexpr int N = kStep<T> / W;
+  vf sums[R][M] = {};
+  int k = 0;
+  for (; k + kStep<T> <= size; k += kStep<T>) {
+    vf row[M][N];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+      for (int n = 0; n < N; n++) row[m][n] = load(x + size_t(m) * size + k + n * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      vf weight[N];
+      load_step(w + r * stride + k, weight);
+      __builtin_prefetch(w + (R + r) * stride + k, 0, 2);  // rows are short: ask for those behind these
+#pragma GCC unroll 4
+      for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int n = 0; n < N; n++) sums[r][m] += weight[n] * row[m][n];
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < M; m++) {
+    float totals[R];
+    if constexpr (R % 4 == 0) {
+#pragma GCC unroll 2
+      for (int r = 0; r < R; r += 4) sum4(sums[r][m], sums[r + 1][m], sums[r + 2][m], sums[r + 3][m], totals + r);
+    } else {
+      for (int r = 0; r < R; r++) totals[r] = sum(sums[r][m]);
+    }
+    for (int r = 0; r < R; r++) {
+      for (int rest = k; rest < size; rest++) totals[r] += get(w + r * stride + rest) * x[size_t(m) * size + rest];
+      out[m][at + r] = totals[r];
+    }
+  }
+}
+
+template <int M, class T>
+static void dots_of(const T* w, size_t stride, int count, const float* x, int size, float (*out)[kChunk]) {
+  constexpr int R = kRegisters == 32 ? (M == 1 ? 8 : 4) : (M <= 2 ? 4 : 2);
+  int r = 0;
+  for (; r + R <= count; r += R) dots<R, M>(w + r * stride, stride, x, size, out, r);
+  for (; r < count; r++) dots<1, M>(w + r * stride, stride, x, size, out, r);
+}
+
+template <class T>
+static void few_sums(const Activations& x, const float* rows, const T* w, size_t stride, int count, float (*out)[kChunk]) {
+  switch (x.num_tokens) {
+    case 1: return dots_of<1>(w, stride, count, rows, x.size, out);
+    case 2: return dots_of<2>(w, stride, count, rows, x.size, out);
+    case 3: return dots_of<3>(w, stride, count, rows, x.size, out);
+    default: return dots_of<4>(w, stride, count, rows, x.size, out);
+  }
+}
+
+static void few_sums(const Activations& x, const Matrix& m, int first, int count, float (*out)[kChunk]) {
+  if (m.format == Format::kFloat32)
+    few_sums(x, x.rows, static_cast<const float*>(m.weight) + size_t(first) * m.stride, m.stride, count, out);
+  else
+    few_sums(x, x.split, static_cast<const bf16*>(m.weight) + size_t(first) * m.stride, m.stride, count, out);
+  if (m.bias)
+    for (int t = 0; t < x.num_tokens; t++)
+      for (int o = 0; o < count; o++) out[t][o] += m.bias[first + o];
+}
+
+static void few_chunk(const Activations& x, const Matrix& m, const Sink& sink, int first) {
+  int count = m.rows - first < kFewChunk ? m.rows - first : kFewChunk;
+  float out[kFewRows][kChunk];
+  few_sums(x, m, first, count, out);
+  for (int t = 0; t < x.num_tokens; t++) {
+    int o = 0;
+    for (; o + W <= count; o += W) sink.put(t, first + o, load(out[t] + o));
+    for (; o < count; o++) sink.put(t, first + o, out[t][o]);
+  }
+}
+
+// Each 2 W features as W at even places, then W at odd ones; what is left over stays in order.
+static void split_row(const float* in, int size, float* out) {
+  int k = 0;
+  for (; k + 2 * W <= size; k += 2 * W)
+    for (int i = 0; i < W; i++) {
+      out[k + i] = in[k + 2 * i];
+      out[k + W + i] = in[k + 2 * i + 1];
+    }
+  for (; k < size; k++) out[k] = in[k];
+}
+
+static inline vf act(Activation kind, vf x) {
+  if (kind == Activation::kSilu) return x / (1.0f + vexp(-x));
+  return 0.5f * x * (1.0f + vtanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
+}
+static inline float act(Activation kind, float x) { return act(kind, splat(x))[0]; }
+
+}  // namespace
+
+size_t packed_floats(int num_tokens, int size) {
+  if (num_tokens <= kFewRows) return 2 * size_t(num_tokens) * size;
+  return size_t((num_tokens + kPanel - 1) / kPanel) * kPanel * size;
+}
+
+Activations pack(const float* rows, size_t stride, int num_tokens, int size, float* space) {
+  if (num_tokens <= kFewRows) {
+    float* split = space + size_t(num_tokens) * size;
+    for (int t = 0; t < num_tokens; t++) {
+      memcpy(space + size_t(t) * size, rows + size_t(t) * stride, size * 4);
+      split_row(rows + size_t(t) * stride, size, split + size_t(t) * size);
+    }
+    return Activations{num_tokens, size, space, split, nullptr};
+  }
+  int panels = (num_tokens + kPanel - 1) / kPanel;
+  constexpr int kSpan = 8 * W;  // features of one chunk
+  int spans = (size + kSpan - 1) / kSpan;
+  parallel(panels * spans, [&](int chunk, int) {
+    int panel = chunk / spans, begin = chunk % spans * kSpan;
+    int end = begin + kSpan < size ? begin + kSpan : size;
+    int width = panel_width(num_tokens, panel), tokens = panel_tokens(num_tokens, panel);
+    float* out = space + size_t(panel) * kPanel * size;
+    const float* in = rows + size_t(panel) * kPanel * stride;
+    for (int lane = 0; lane < width; lane += W) {
+      int valid = tokens - lane < W ? tokens - lane : W;
+      int k = begin;
+      for (; k + W <= end; k += W) {
+        vf block[W];
+        for (int i = 0; i < W; i++) block[i] = i < valid ? load(in + size_t(lane + i) * stride + k) : vf{};
+        transpose(block);
+        for (int i = 0; i < W; i++) store(out + size_t(k + i) * width + lane, block[i]);
+      }
+      for (; k < end; k++)
+        for (int i = 0; i < W; i++) out[size_t(k) * width + lane + i] = i < valid ? in[size_t(lane + i) * stride + k] : 0.0f;
+    }
+  });
+  return Activations{num_tokens, size, nullptr, nullptr, space};
+}
+
+void matmul(const Activations& x, const Matrix* matrices, const Sink* sinks, int count) {
+  bool is_few = x.num_tokens <= kFewRows;
+  int size = is_few ? kFewChunk : kChunk;
+  int total = 0;
+  for (int i = 0; i < count; i++) total += (matrices[i].rows + size - 1) / size;
+  parallel(total, [&](int chunk, int) {
+    int which = 0;
+    for (int chunks; chunk >= (chunks = (matrices[which].rows + size - 1) / size); which++) chunk -= chunks;
+    (is_few ? few_chunk : many_chunk)(x, matrices[which], sinks[which], chunk * size);
+  });
+}
+
+void gated_matmul(const Activations& x, const Matrix& gate, const Matrix& up, Activation kind, float* out, size_t stride) {
+  bool is_few = x.num_tokens <= kFewRows;
+  int size = is_few ? kFewChunk : kChunk;
+  parallel((gate.rows + size - 1) / size, [&](int chunk, int) {
+    int first = chunk * size, count = gate.rows - first < size ? gate.rows - first : size;
+    if (is_few) {
+      float gates[kFewRows][kChunk], ups[kFewRows][kChunk];
+      few_sums(x, gate, first, count, gates);
+      few_sums(x, up, first, count, ups);
+      for (int t = 0; t < x.num_tokens; t++) {
+        float* row = out + size_t(t) * stride + first;
+        int o = 0;
+        for (; o + W <= count; o += W) store(row + o, act(kind, load(gates[t] + o)) * load(ups[t] + o));
+        for (; o < count; o++) row[o] = act(kind, gates[t][o]) * ups[t][o];
+      }
+      return;
+    }
+    static thread_local Scratch decoded_up;
+    size_t gate_stride, up_stride;
+    const float* gate_rows = rows_of(gate, first, count, gate_stride, decoded);
+    const float* up_rows = rows_of(up, first, count, up_stride, decoded_up);
+    alignas(64) float sums[kChunk * kPanel];
+    int panels = (x.num_tokens + kPanel - 1) / kPanel;
+    for (int p = 0; p < panels; p++) {
+      int width = panel_width(x.num_tokens, p), tokens = panel_tokens(x.num_tokens, p);
+      float* rows = out + size_t(p) * kPanel * stride + first;
+      panel_sums(x, p, gate_rows, gate_stride, count, sums);
+      turn(sums, count, width, tokens, gate.bias ? gate.bias + first : nullptr, [&](int t, int o, auto value) {
+        auto gated = act(kind, value);
+        memcpy(rows + size_t(t) * stride + o, &gated, sizeof gated);
+      });
+      panel_sums(x, p, up_rows, up_stride, count, sums);
+      turn(sums, count, width, tokens, up.bias ? up.bias + first : nullptr, [&](int t, int o, auto value) {
+        decltype(value) gated;
+        memcpy(&gated, rows + size_t(t) * stride + o, sizeof gated);
+        gated = gated * value;
+        memcpy(rows + size_t(t) * stride + o, &gated, sizeof gated);
+      });
+    }
+  });
+}
+
+}  // namespace dt

@@ -1,0 +1,79 @@
+// y[T, O] = x[T, I] @ weight[O, I]^T, with the weights in rows as torch keeps them: they are read in place, never repacked.
+//
+// Two ways, by the number of rows T:
+//   few   (T <= kFewRows)  each weight row is a dot product with every row of x; the weights stream by once.
+//   many  x is packed so that W tokens lie side by side ([I, tokens], small and shared by all threads); then a register tile of
+//         outputs x tokens needs one broadcast a weight and no sum across a vector at its end.
+#pragma once
+#include <cstddef>
+
+#include "simd.h"
+
+namespace dt {
+
+enum class Format : int { kFloat32 = 0, kBfloat16 = 1 };
+
+// weight: [rows, cols] in `format`, rows `stride` elements apart. bias: [rows] in float32, or null.
+struct Matrix {
+  const void* weight;
+  const float* bias;
+  int rows, cols, stride;
+  Format format;
+};
+
+constexpr int kFewRows = 4;
+constexpr int kPanel = 2 * W;  // tokens in a panel
+constexpr int kChunk = 48;     // outputs that one thread takes at a time
+
+// Packed or plain activations, ready for products. Views into a workspace.
+struct Activations {
+  int num_tokens, size;
+  const float* rows;    // few: [T, I]
+  const float* split;   // few: the same with even and odd features apart, as bf16 weights are read
+  const float* panels;  // many: panel p at p * kPanel * I, as [I, width of the panel]
+};
+
+// What becomes of the sums. All pointers are rows of `stride` elements.
+struct Sink {
+  enum Mode { kStore, kStoreBf16, kAdd } mode;
+  void* out;
+  size_t stride;
+  float scale = 1.0f;  // kAdd: out += scale * sum
+
+  inline void put(int token, int o, vf value) const {
+    size_t at = size_t(token) * stride + o;
+    if (mode == kStore) {
+      store(static_cast<float*>(out) + at, value);
+    } else if (mode == kStoreBf16) {
+      store(static_cast<bf16*>(out) + at, value);
+    } else {
+      float* p = static_cast<float*>(out) + at;
+      store(p, load(p) + scale * value);
+    }
+  }
+  inline void put(int token, int o, float value) const {
+    size_t at = size_t(token) * stride + o;
+    if (mode == kStore)
+      static_cast<float*>(out)[at] = value;
+    else if (mode == kStoreBf16)
+      static_cast<bf16*>(out)[at] = to_bf16(value);
+    else
+      static_cast<float*>(out)[at] += scale * value;
+  }
+};
+
+enum class Activation : int { kSilu = 0, kGeluTanh = 1 };
+
+// Floats of workspace that pack needs for T rows of size I.
+size_t packed_floats(int num_tokens, int size);
+
+// Packs rows [T, I] (float32, `stride` apart) on all threads; `space` holds packed_floats() and must be aligned to 64 bytes.
+Activations pack(const float* rows, size_t stride, int num_tokens, int size, float* space);
+
+// Several products of the same activations, in one parallel region.
+void matmul(const Activations& x, const Matrix* matrices, const Sink* sinks, int count);
+
+// out[T, O] = act(x @ gate^T + bias) * (x @ up^T + bias), float32 rows.
+void gated_matmul(const Activations& x, const Matrix& gate, const Matrix& up, Activation activation, float* out, size_t stride);
+
+}  // namespace dt

@@ -1,0 +1,146 @@
+#include "pool.h"
+
+#include <pthread.h>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace dt {
+namespace {
+
+// One word says which region it is (16 bits), how many chunks it has and which is next (24 bits each), so that a worker that
+// comes late takes either a chunk of the present region or none.
+constexpr uint64_t kOne = 1, kMask = (kOne << 24) - 1;
+constexpr int kSpins = 2000;
+
+static inline void pause_briefly() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+struct Pool {
+  std::atomic<uint64_t> state{0};
+  std::atomic<int> completed{0};
+  Body body = nullptr;
+  void* context = nullptr;
+  std::atomic<bool> is_stopping{false};
+  std::atomic<int> sleeping{0};
+  std::mutex mutex;
+  std::condition_variable wake;
+  std::vector<std::thread> workers;
+
+  explicit Pool(int count) {
+    for (int i = 1; i < count; i++) workers.emplace_back([this, i] { work(i); });
+  }
+
+  void take_chunks(int thread) {
+    uint64_t seen = state.load(std::memory_order_acquire);
+    for (;;) {
+      uint64_t next = seen & kMask, count = (seen >> 24) & kMask;
+      if (next >= count) return;
+      if (!state.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel)) continue;
+      // The region can't end before this chunk does, so body and context are its own.
+      body(context, int(next), thread);
+      completed.fetch_add(1, std::memory_order_acq_rel);
+      seen = state.load(std::memory_order_acquire);
+    }
+  }
+
+  bool has_chunks() const {
+    uint64_t seen = state.load(std::memory_order_seq_cst);
+    return (seen & kMask) < ((seen >> 24) & kMask);
+  }
+
+  void work(int thread) {
+    while (!is_stopping.load(std::memory_order_acquire)) {
+      take_chunks(thread);
+      int spins = 0;
+      while (!has_chunks() && !is_stopping.load(std::memory_order_relaxed)) {
+        if (++spins < kSpins) {
+          pause_briefly();
+          continue;
+        }
+        std::unique_lock<std::mutex> lock(mutex);
+        sleeping.fetch_add(1);
+        wake.wait(lock, [this] { return has_chunks() || is_stopping.load(); });
+        sleeping.fetch_sub(1);
+      }
+    }
+  }
+
+  void run(int count, Body new_body, void* new_context) {
+    body = new_body;
+    context = new_context;
+    completed.store(0, std::memory_order_relaxed);
+    uint64_t region = (state.load(std::memory_order_relaxed) >> 48) + 1;
+    state.store((region << 48) | (uint64_t(count) << 24), std::memory_order_seq_cst);
+    if (sleeping.load(std::memory_order_seq_cst) > 0) {
+      std::lock_guard<std::mutex> lock(mutex);
+      wake.notify_all();
+    }
+    take_chunks(0);
+    for (int spins = 0; completed.load(std::memory_order_acquire) < count; spins++) {
+      if (spins < kSpins)
+        pause_briefly();
+      else
+        std::this_thread::yield();
+    }
+  }
+
+  ~Pool() {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      is_stopping.store(true);
+      wake.notify_all();
+    }
+    for (auto& worker : workers) worker.join();
+  }
+};
+
+std::mutex region_mutex;  // one region at a time; a second caller (another engine of the process) waits
+Pool* pool = nullptr;
+int wanted = 1, made = 0;
+
+// Threads do not survive a fork: the child makes its own pool, and leaves what the parent's was made of alone.
+void forget_after_fork() {
+  new (&region_mutex) std::mutex();
+  pool = nullptr;
+  made = 0;
+}
+
+}  // namespace
+
+void set_threads(int count) {
+  std::lock_guard<std::mutex> lock(region_mutex);
+  wanted = count < 1 ? 1 : count > kMaxThreads ? kMaxThreads : count;
+}
+
+int num_threads() { return wanted; }
+
+void run_chunks(int count, Body body, void* context) {
+  if (count <= 0) return;
+  std::lock_guard<std::mutex> lock(region_mutex);
+  if (wanted == 1) {
+    for (int i = 0; i < count; i++) body(context, i, 0);
+    return;
+  }
+  if (made != wanted) {
+    static bool is_registered = false;
+    if (!is_registered) {
+      pthread_atfork(nullptr, nullptr, forget_after_fork);
+      is_registered = true;
+    }
+    delete pool;
+    pool = new Pool(wanted);
+    made = wanted;
+  }
+  pool->run(count, body, context);
+}
+
+}  // namespace dt

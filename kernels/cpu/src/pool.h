@@ -1,0 +1,34 @@
+// A pool of threads for the short parallel regions of a step.
+//
+// Regions follow each other within microseconds, so workers spin for a moment before they sleep. Chunks are taken one at a
+// time, and a region ends when its chunks are done, not when its workers are: a thread that the system has put aside holds up
+// nobody unless it is in the middle of a chunk.
+#pragma once
+#include <type_traits>
+
+namespace dt {
+
+using Body = void (*)(void* context, int chunk, int thread);
+
+// Runs body for chunks 0 .. count - 1 on all threads and returns when all are done. Not to be called from within a body.
+void run_chunks(int count, Body body, void* context);
+
+// Threads that take part, the caller included. A pool that exists is made anew when the number changes.
+void set_threads(int count);
+int num_threads();
+
+constexpr int kMaxThreads = 256;
+
+template <class F>
+static inline void parallel(int count, F&& body) {
+  using Function = typename std::remove_reference<F>::type;
+  if (count == 1) {
+    body(0, 0);
+    return;
+  }
+  run_chunks(
+      count, [](void* context, int chunk, int thread) { (*static_cast<Function*>(context))(chunk, thread); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+}  // namespace dt

@@ -1,0 +1,201 @@
+// Vectors of W floats from one source: AVX-512 (W = 16), AVX2 (W = 8), NEON and plain SSE (W = 4).
+//
+// GCC's and clang's vector extensions give the arithmetic, and contraction to fused multiply-add is left to the compiler
+// (-ffp-contract=fast). Only what they can't say is written with intrinsics, elsewhere.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+// A function that Python calls.
+#define DT_API extern "C" __attribute__((visibility("default")))
+
+namespace dt {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+constexpr int kRegisters = 16;
+#else
+constexpr int W = 4;
+#if defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef float vf_any __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(W * 2), aligned(2), may_alias));
+
+typedef uint16_t bf16;
+
+static inline vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
+static inline void store(float* p, vf v) { *reinterpret_cast<vf_any*>(p) = v; }
+static inline vf splat(float x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_set1_ps(x);
+#else
+  return vf{x, x, x, x};
+#endif
+}
+
+static inline float to_float(bf16 x) {
+  uint32_t bits = uint32_t(x) << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+// Round to nearest, ties to even; a NaN stays one.
+static inline bf16 to_bf16(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16((bits >> 16) | 0x40u);
+  return bf16((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+static inline vf load(const bf16* p) {
+  vu wide = __builtin_convertvector(*reinterpret_cast<const vh_any*>(p), vu) << 16;
+  return (vf)wide;
+}
+
+static inline void store(bf16* p, vf v) {
+  vu bits = (vu)v;
+  vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  vu quiet = (bits >> 16) | 0x40u;
+  vu is_nan = (vu)((bits & 0x7fffffffu) > 0x7f800000u);
+  vu chosen = (is_nan & quiet) | (~is_nan & rounded);
+  *reinterpret_cast<vh_any*>(p) = __builtin_convertvector(chosen, vh);
+}
+
+// 2 W bf16 weights as two vectors: those at even places and those at odd ones. Two operations, and no shuffle.
+static inline void load_split(const bf16* p, vf& even, vf& odd) {
+  typedef uint32_t vu_any __attribute__((vector_size(W * 4), aligned(2), may_alias));
+  vu both = *reinterpret_cast<const vu_any*>(p);
+  even = (vf)(both << 16);
+  odd = (vf)(both & 0xffff0000u);
+}
+
+static inline float get(const float* p) { return *p; }
+static inline float get(const bf16* p) { return to_float(*p); }
+static inline void put(float* p, float x) { *p = x; }
+static inline void put(bf16* p, float x) { *p = to_bf16(x); }
+
+static inline vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+static inline vf vmax(vf a, vf b) { return select(a > b, a, b); }
+static inline vf vmin(vf a, vf b) { return select(a < b, a, b); }
+
+// The sums of four vectors.
+static inline void sum4(vf a, vf b, vf c, vf d, float* out) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  auto halves = [](vf v) {
+    return (__m256)(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+  };
+#else
+  auto halves = [](vf v) { return (__m256)v; };
+#endif
+  __m256 ab = _mm256_hadd_ps(halves(a), halves(b)), cd = _mm256_hadd_ps(halves(c), halves(d));
+  __m256 all = _mm256_hadd_ps(ab, cd);
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+#else
+  for (int i = 0; i < 4; i++) out[i] = 0;
+  for (int i = 0; i < W; i++) {
+    out[0] += a[i];
+    out[1] += b[i];
+    out[2] += c[i];
+    out[3] += d[i];
+  }
+#endif
+}
+
+static inline float sum(vf v) {
+  float out[4];
+  sum4(v, v, v, v, out);
+  return out[0];
+}
+
+static inline float largest(vf v) {
+  float best = v[0];
+  for (int i = 1; i < W; i++) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// exp to 1 ulp or so: x = n ln 2 + r, a polynomial of degree 6 in r (minimax on [-ln 2 / 2, ln 2 / 2], as in Cephes' expf), and
+// 2^n put together by bits. Below -87.3 it is 0, above 88.7 infinity, NaN stays NaN.
+static inline vf vexp(vf x) {
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  vf clamped = vmax(vmin(x, splat(88.8f)), splat(-87.4f));
+  vf n = (clamped * 1.44269504088896341f + magic) - magic;
+  vf r = clamped - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  // Two factors, because 2^128 has no float of its own.
+  vi k = __builtin_convertvector(n, vi);
+  vi half = k >> 1;
+  vf first = (vf)((half + 127) << 23);
+  vf second = (vf)((k - half + 127) << 23);
+  vf result = p * first * second;
+  result = select(x < splat(-87.336544f), vf{}, result);
+  return select(x == x, result, x);
+}
+
+static inline vf vtanh(vf x) { return 1.0f - 2.0f / (vexp(2.0f * x) + 1.0f); }
+
+// --- a W x W transpose in registers: log2(W) rounds that exchange blocks of 1, 2, 4, ... -----------------------------------
+
+template <int S>
+static inline void exchange(vf& a, vf& b) {
+  vi low, high;
+  for (int j = 0; j < W; j++) {
+    low[j] = (j & S) ? W + j - S : j;
+    high[j] = (j & S) ? W + j : j + S;
+  }
+#if defined(__clang__)
+  vf x, y;
+  for (int j = 0; j < W; j++) {
+    x[j] = (j & S) ? b[j - S] : a[j];
+    y[j] = (j & S) ? b[j] : a[j + S];
+  }
+  a = x;
+  b = y;
+#else
+  vf x = __builtin_shuffle(a, b, low), y = __builtin_shuffle(a, b, high);
+  a = x;
+  b = y;
+#endif
+}
+
+template <int S>
+static inline void transpose_round(vf (&rows)[W]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++)
+    if (!(i & S)) exchange<S>(rows[i], rows[i | S]);
+}
+
+static inline void transpose(vf (&rows)[W]) {
+  transpose_round<1>(rows);
+  transpose_round<2>(rows);
+  if constexpr (W > 4) transpose_round<4>(rows);
+  if constexpr (W > 8) transpose_round<8>(rows);
+}
+
+}  // namespace dt

@@ -1,0 +1,86 @@
+// The register tile of every product with many columns: out[R, tokens] (+)= weights[R, size] x[size, tokens].
+#pragma once
+#include <cstddef>
+#include <type_traits>
+
+#include "simd.h"
+
+namespace dt {
+
+// Outputs in a tile with two vectors and with one vector of tokens: sums, a row of x and a broadcast weight fit the registers,
+// and there are enough sums to hide the latency of a multiply-add.
+constexpr int kTile2 = kRegisters == 32 ? 12 : 6;
+constexpr int kTile1 = 12;
+
+// Weight (r, k) is at w[r * row_step + k * step], and dense rows have a step of 1; x and out are packed, N * W tokens a row.
+// kFetches: the weights come from memory, in order.
+template <int R, int N, bool kAdds, bool kIsDense, bool kFetches>
+static inline void tile(const float* w, size_t row_step, size_t step, const float* x, int size, float* __restrict out) {
+  vf sums[R][N];
+#pragma GCC unroll 24
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; n++) sums[r][n] = kAdds ? load(out + (r * N + n) * W) : vf{};
+  // Three rows share a pointer, so that all pointers of a tile stay in registers: a processor adds once or twice the row step
+  // while it forms an address.
+  constexpr int kPointers = (R + 2) / 3;
+  const char* rows[kPointers];
+  const size_t row_bytes = row_step * 4, step_bytes = step * 4;
+#pragma GCC unroll 8
+  for (int i = 0; i < kPointers; i++) rows[i] = reinterpret_cast<const char*>(w) + 3 * i * row_bytes;
+  auto multiply = [&](size_t ahead) __attribute__((always_inline)) {
+    vf row[N];
+#pragma GCC unroll 2
+    for (int n = 0; n < N; n++) row[n] = load(x + n * W);
+    x += N * W;
+#pragma GCC unroll 24
+    for (int r = 0; r < R; r++) {
+      vf weight = splat(*reinterpret_cast<const float*>(rows[r / 3] + r % 3 * row_bytes + ahead));
+#pragma GCC unroll 2
+      for (int n = 0; n < N; n++) sums[r][n] += weight * row[n];
+    }
+  };
+  // Rows are short, and the processor's own prefetching starts anew with each: ask for the rows behind these, evenly.
+  constexpr int kLines = (R * 16 + 63) / 64;
+  const char* next = reinterpret_cast<const char*>(w + R * row_step);
+  int k = 0;
+  if (kIsDense) {
+    for (; k + 4 <= size; k += 4) {
+      multiply(0);
+      multiply(4);
+      multiply(8);
+      multiply(12);
+#pragma GCC unroll 8
+      for (int i = 0; i < kPointers; i++) rows[i] += 16;
+      if (kFetches) {
+#pragma GCC unroll 4
+        for (int line = 0; line < kLines; line++) __builtin_prefetch(next + 64 * line, 0, 2);
+        next += 64 * kLines;
+      }
+    }
+  }
+  for (; k < size; k++) {
+    multiply(0);
+#pragma GCC unroll 8
+    for (int i = 0; i < kPointers; i++) rows[i] += step_bytes;
+  }
+#pragma GCC unroll 24
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; n++) store(out + (r * N + n) * W, sums[r][n]);
+}
+
+template <int N, bool kAdds = false, bool kIsDense = true, bool kFetches = false>
+static void tiles(const float* w, size_t row_step, size_t step, int count, const float* x, int size, float* out) {
+  constexpr int kFull = N == 2 ? kTile2 : kTile1;
+  int r = 0;
+  auto run = [&](auto rows) {
+    constexpr int R = decltype(rows)::value;
+    for (; r + R <= count; r += R) tile<R, N, kAdds, kIsDense, kFetches>(w + r * row_step, row_step, step, x, size, out + r * N * W);
+  };
+  run(std::integral_constant<int, kFull>());
+  run(std::integral_constant<int, 4>());
+  run(std::integral_constant<int, 1>());
+}
+
+}  // namespace dt

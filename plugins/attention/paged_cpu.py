@@ -1,0 +1,99 @@
+"""Attention of the CPU kernels: C++ that reads the pages where they lie, and opens them to coarse kernels.
+
+The cache is the one that ``sdpa`` keeps, so that a swap between the two keeps everything. Without a cache (training,
+scoring) attention is ``sdpa``'s: it is differentiable.
+
+Shapes: T query tokens of one step; H query heads; G key/value heads; D head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cached_property
+
+import torch
+
+from drivetrain.contracts.attention import AttentionBatch, AttentionSpec, AttentionStep, PagedCache, PagedView
+from drivetrain.contracts.plugin import Probe, ProbeContext, Tier
+from drivetrain.kernels.cpu.library import FORMATS, check, open_library
+from drivetrain.native import probe_compiler
+from drivetrain.plugins.attention.sdpa import SdpaAttention
+
+
+class PagedCpuStep:
+    """Attention of one step over open pages."""
+
+    def __init__(self, pages: PagedView, library: ctypes.CDLL) -> None:
+        self._pages = pages
+        self._library = library
+        self._group_of_layer = {layer: group.index for group in pages.spec.groups for layer in group.layers}
+
+    @property
+    def pages(self) -> PagedView:
+        """The pages of this step, for kernels that run whole layers."""
+        return self._pages
+
+    def attend(self, layer: int, q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> torch.Tensor:
+        pages, attention = self._pages, self._pages.spec.layers[layer]
+        batch, group = pages.batch, self._group_of_layer[layer]
+        q, k, v = (x.to(torch.float32, memory_format=torch.contiguous_format) for x in (q_THD, k_TGD, v_TGD))
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out_THD = torch.empty_like(q)
+        keys, values, table = pages.cache.keys[layer], pages.cache.values[layer], batch.block_tables[group]
+        status = self._library.dt_attend(
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            attention.num_heads,
+            attention.num_kv_heads,
+            attention.head_size,
+            pages.block_size,
+            FORMATS[keys.dtype],
+            attention.scale,
+            attention.soft_cap or 0.0,
+            attention.window or 0,
+            batch.num_sequences,
+            q.shape[0],
+            batch.query_starts.data_ptr(),
+            batch.kv_lengths.data_ptr(),
+            table.data_ptr(),
+            table.stride(0),
+            batch.slots[group].data_ptr(),
+            out_THD.data_ptr(),
+        )
+        check(status)
+        return out_THD.to(q_THD.dtype)
+
+
+class PagedCpuAttention(SdpaAttention):
+    """Paged attention in C++ on the CPU, over the same cache as sdpa; lets the CPU kernels run whole layers."""
+
+    tier = Tier.TUNED
+
+    @classmethod
+    def probe(cls, context: ProbeContext) -> Probe:
+        if context.platform is not None and context.platform.device_type != "cpu":
+            return Probe.no(
+                "other_device", "it computes on the CPU only", wanted="cpu", offered=context.platform.device_type
+            )
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in FORMATS]
+        if context.dtype is not None and context.dtype not in dtypes:
+            return Probe.no(
+                "unsupported_dtype", "no kernel for this dtype", wanted=", ".join(dtypes), offered=context.dtype
+            )
+        return probe_compiler()
+
+    @classmethod
+    def abilities(cls) -> frozenset[str]:
+        return super().abilities() - {"takes_written"} | {"opens_pages"}
+
+    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: PagedCache | None) -> AttentionStep:
+        if cache is None:
+            return super().begin(spec, batch, None)
+        return PagedCpuStep(PagedView(spec, batch, cache, self.config.block_size), self._library)
+
+    @cached_property
+    def _library(self) -> ctypes.CDLL:
+        return open_library()

@@ -1,0 +1,1 @@
+"""Stores: where training state is saved, and how."""

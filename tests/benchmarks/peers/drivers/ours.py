@@ -1,0 +1,79 @@
+"""Drivetrain through its public API: ``LLM`` with prompts of token ids."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from wire import serve
+
+import drivetrain
+from drivetrain import LLM, SamplingParams
+
+
+class Ours:
+    llm: LLM
+
+    def load(
+        self,
+        *,
+        model: str,
+        threads: int,
+        prefix_cache: bool,
+        precision: str,
+        quantizer: str,
+        overrides: list[str],
+        **_: Any,
+    ) -> dict[str, Any]:
+        self.llm = LLM(
+            model,
+            platform={"name": "cpu", "threads": threads},
+            precision=precision,
+            quantizer=quantizer,
+            engine={"prefix_cache": prefix_cache},
+            overrides=overrides,
+        )
+        return {
+            "versions": {"drivetrain": drivetrain.__version__, "torch": torch.__version__},
+            "parts": dict(self.llm.explain().chosen_names),
+            "weight_bytes": self._weight_bytes(),
+        }
+
+    def one(self, *, prompt: list[int], max_tokens: int) -> dict[str, Any]:
+        started = time.perf_counter()
+        self.llm.generate(prompt, _greedy(1))
+        prompt_seconds = time.perf_counter() - started
+        token_ids: list[int] = []
+        moments = []
+        for chunk in self.llm.stream(prompt, _greedy(max_tokens)):
+            if chunk.token_ids:
+                token_ids += chunk.token_ids
+                moments.append(time.perf_counter())
+        return {"token_ids": token_ids, "prompt_seconds": prompt_seconds, "decode_seconds": moments[-1] - moments[0]}
+
+    def batch(self, *, prompts: list[list[int]], max_tokens: list[int]) -> dict[str, Any]:
+        params = [_greedy(count) for count in max_tokens]
+        started = time.perf_counter()
+        results = self.llm.generate(prompts, params)
+        seconds = time.perf_counter() - started
+        return {"outputs": [list(result.token_ids) for result in results], "seconds": seconds}
+
+    def close(self) -> dict[str, Any]:
+        self.llm.close()
+        return {}
+
+    def _weight_bytes(self) -> int:
+        """Bytes of the module's tensors, each storage once: what a quantizer made of the weights."""
+        model = self.llm._stack.engine.runner.model
+        tensors = [*model.parameters(), *model.buffers()]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        return sum(storages.values())
+
+
+def _greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+
+
+if __name__ == "__main__":
+    serve(Ours())

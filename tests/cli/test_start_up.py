@@ -1,0 +1,42 @@
+"""Rule: what has to be read, imported and built before the first token stays small.
+
+Processor time is counted, not the time on the wall, so that a busy machine does not decide.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+MOST_SECONDS_OF_IMPORT = 0.1
+MOST_SECONDS_TO_FIRST_TOKEN = 6.0
+
+
+def processor_seconds(*command: str) -> float:
+    """User and system time of a command that must succeed."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # One thread: threads that wait for each other on a busy machine spin, and spinning counts.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *command], check=True, capture_output=True, env=environment)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_importing_the_package_takes_a_tenth_of_a_second() -> None:
+    empty = statistics.median(processor_seconds("-c", "pass") for _ in range(5))
+    whole = statistics.median(processor_seconds("-c", "import drivetrain") for _ in range(5))
+    assert whole - empty < MOST_SECONDS_OF_IMPORT
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_first_token_of_the_real_model_is_there_within_six_seconds() -> None:
+    words = ("--model", "smollm2-135m", "--max-tokens", "1", "--temperature", "0", "--set", "platform.threads=1")
+    command = ("-m", "drivetrain", "generate", "The capital of France is", *words)
+    processor_seconds(*command)  # fetches the model, and fills the caches
+    assert min(processor_seconds(*command) for _ in range(3)) < MOST_SECONDS_TO_FIRST_TOKEN

@@ -1,0 +1,200 @@
+"""Rule: a captured decode step gives what a plain one gives, from buffers that stay where they are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from drivetrain.config import EngineSettings
+from drivetrain.contracts.attention import AttentionBatch, AttentionSpec, AttentionStep
+from drivetrain.errors import GraphCaptureError
+from drivetrain.serving.blocks import KVManager
+from drivetrain.serving.engine import Engine, EngineLimits
+from drivetrain.serving.graphs import captured_sizes, why_no_graphs
+from drivetrain.serving.runner import ModelRunner
+from drivetrain.serving.types import FinishReason
+from support.fake_model import (
+    END_TOKENS,
+    VOCAB_SIZE,
+    FakeAttention,
+    FakeClock,
+    FakeLM,
+    LetterDecoder,
+    _FakeStep,
+    add,
+    finish,
+    greedy,
+    make_engine,
+    make_scheduler,
+    prompts,
+)
+
+torch.set_num_threads(1)
+WINDOWS = (None, 5)
+
+
+class GraphSafeAttention(FakeAttention):
+    """Reads of a batch only what lies on the device, at the time when it attends."""
+
+    @classmethod
+    def abilities(cls) -> frozenset[str]:
+        return frozenset({"graph_safe"})
+
+    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: list[torch.Tensor] | None) -> AttentionStep:
+        assert cache is not None
+        lengths = batch.query_starts.diff().tolist()
+        contexts = [length - own for length, own in zip(batch.kv_lengths.tolist(), lengths, strict=True)]
+        on_device = AttentionBatch(
+            lengths, contexts, batch.query_starts, batch.kv_lengths, batch.block_tables, batch.slots
+        )
+        return _FakeStep(spec, on_device, cache)
+
+
+class Recorder:
+    """A platform's capture: keeps what was recorded, and runs it again when it is replayed."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.num_captured = 0
+        self.num_replayed = 0
+        self._error = error
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        if self._error is not None:
+            raise self._error
+        self.num_captured += 1
+        function()
+
+        def replay() -> None:
+            self.num_replayed += 1
+            function()
+
+        return replay
+
+
+def make(
+    capture: Recorder | None,
+    *,
+    max_running: int = 6,
+    overlap: str = "off",
+    attention: type[FakeAttention] = GraphSafeAttention,
+    must_capture: bool = False,
+    num_blocks: Sequence[int] = (40, 40),
+) -> Engine:
+    model, backend = FakeLM(WINDOWS, 64), attention(4)
+    spec = model.spec.attention
+    kv = KVManager(spec.groups, num_blocks, 4, max_running=max_running, max_tokens=64, prefix_cache=True, salt="fake")
+    return Engine(
+        ModelRunner(model, backend, num_blocks, torch.device("cpu"), capture, must_capture=must_capture),
+        kv,
+        make_scheduler("fcfs", 16, max_running),
+        EngineLimits(64, VOCAB_SIZE, END_TOKENS),
+        EngineSettings(overlap=overlap),  # type: ignore[arg-type]
+        lambda prompt, skip: LetterDecoder(),
+        clock=FakeClock(),
+    )
+
+
+def outputs(engine: Engine, count: int = 9) -> dict[tuple[str, int], list[int]]:
+    for number, prompt in enumerate(prompts(count, length=7)):
+        add(engine, f"r{number}", prompt, greedy(5 + 3 * (number % 4)))
+    tokens = finish(engine).tokens
+    engine.close()
+    return tokens
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+@pytest.mark.parametrize("max_running", [1, 3, 6, 9])
+def test_captured_steps_give_what_plain_ones_give(max_running: int, overlap: str) -> None:
+    recorder = Recorder()
+    engine = make(recorder, max_running=max_running, overlap=overlap)
+    assert outputs(engine) == outputs(make(None, max_running=max_running))
+    assert recorder.num_replayed > 5
+    assert recorder.num_captured <= len(captured_sizes(max_running))
+
+
+def test_a_size_is_captured_once_and_prompts_are_not_replayed() -> None:
+    recorder = Recorder()
+    engine = make(recorder)
+    add(engine, "a", next(prompts(1)), greedy(12))
+    finish(engine)
+    assert (recorder.num_captured, recorder.num_replayed) == (1, 11)
+    add(engine, "b", next(prompts(1)), greedy(12))
+    finish(engine)
+    assert recorder.num_captured == 1
+
+
+def test_rows_that_fill_up_a_size_touch_no_block_of_anybody() -> None:
+    """Their block is one more than the books know: every block of a sequence is as a plain run leaves it."""
+    caches = []
+    for capture in (Recorder(), None):
+        engine = make(capture)
+        for number, prompt in enumerate(prompts(3)):
+            add(engine, f"r{number}", prompt, greedy(9))
+        finish(engine)
+        caches.append(engine.runner.cache)
+        assert [len(layer) for layer in engine.runner.cache] == [40 + (capture is not None)] * 2
+    for captured, plain in zip(*caches, strict=True):
+        assert torch.equal(captured[:-1].nan_to_num(-1), plain.nan_to_num(-1))
+
+
+def test_what_is_exchanged_is_captured_anew() -> None:
+    recorder = Recorder()
+    engine = make(recorder)
+    add(engine, "a", next(prompts(1)), greedy(6))
+    finish(engine)
+    runner = engine.runner
+    runner.exchange(runner.model, runner.attention, runner.cache, engine.kv)
+    add(engine, "b", next(prompts(1)), greedy(6))
+    finish(engine)
+    assert recorder.num_captured == 1, "nothing was exchanged"
+    cache = runner.attention.allocate(runner.spec, runner.blocks_to_allocate([40, 40]), runner.device)
+    engine.drop_prefixes()
+    runner.exchange(runner.model, runner.attention, cache, engine.kv)
+    add(engine, "c", next(prompts(1)), greedy(6))
+    assert finish(engine).tokens["c", 0] == outputs_of_one()
+    assert recorder.num_captured == 2
+
+
+def outputs_of_one() -> list[int]:
+    engine = make_engine(windows=WINDOWS)
+    add(engine, "c", next(prompts(1)), greedy(6))
+    return finish(engine).tokens["c", 0]
+
+
+def test_a_capture_that_fails_is_a_warning_and_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+    recorder = Recorder(RuntimeError("operation not permitted when stream is capturing"))
+    with caplog.at_level(logging.WARNING, "drivetrain"):
+        engine = make(recorder)
+        tokens = outputs(engine)
+    assert tokens == outputs(make(None))
+    assert engine.metrics.snapshot()["fallbacks"] == 1
+    assert [record.message for record in caplog.records if "not permitted" in record.message]
+
+
+def test_a_capture_that_was_asked_for_and_fails_ends_the_request(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "drivetrain")
+    engine = make(Recorder(RuntimeError("no")), must_capture=True)
+    add(engine, "a", next(prompts(1)), greedy(6))
+    last = finish(engine).last["a", 0]
+    assert last.finish_reason is FinishReason.ERROR
+    assert GraphCaptureError.__name__ in (last.error or "")
+
+
+def test_only_a_platform_that_captures_with_a_backend_that_claims_it_takes_part() -> None:
+    recorder = Recorder()
+    assert why_no_graphs(None, GraphSafeAttention(4)) == "the platform captures no graphs"
+    assert "graph_safe" in (why_no_graphs(recorder, FakeAttention(4)) or "")
+    assert why_no_graphs(recorder, GraphSafeAttention(4)) is None
+    outputs(make(recorder, attention=FakeAttention))
+    assert recorder.num_captured == 0
+
+
+@pytest.mark.parametrize(
+    ("max_running", "sizes"),
+    [(1, [1]), (2, [1, 2]), (3, [1, 2, 4]), (8, [1, 2, 4, 8]), (9, [1, 2, 4, 8, 16]), (30, [1, 2, 4, 8, 16, 24, 32])],
+)
+def test_sizes_reach_the_most_that_may_run(max_running: int, sizes: list[int]) -> None:
+    assert captured_sizes(max_running) == sizes

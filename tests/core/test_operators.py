@@ -1,0 +1,97 @@
+"""An operator is defined once, is what autograd and torch.compile see, and stays off the path without them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from drivetrain.errors import ContractError
+from drivetrain.operators import Operator, define, visible
+
+SCHEMA = "(Tensor x, float factor) -> Tensor"
+
+
+def scale(x: torch.Tensor, factor: float) -> torch.Tensor:
+    return x * factor
+
+
+def shape(x: torch.Tensor, factor: float) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def keep(ctx: Any, inputs: tuple[torch.Tensor, float], output: torch.Tensor) -> None:
+    ctx.factor = inputs[1]
+
+
+def back(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return gradient * ctx.factor, None
+
+
+def scaling(name: str = "scale") -> torch._ops.OpOverload:
+    return define(f"drivetrain_tests::{name}", SCHEMA, scale, fake=shape, save=keep, backward=back)
+
+
+def test_defining_it_again_gives_the_same_operator() -> None:
+    assert scaling() is scaling()
+
+
+def test_a_name_that_means_something_else_is_an_error() -> None:
+    scaling()
+    with pytest.raises(ContractError, match=r"drivetrain_tests::scale is defined already.*allowed: \(Tensor x, float"):
+        define("drivetrain_tests::scale", "(Tensor x) -> Tensor", scale, fake=shape)
+    with pytest.raises(ContractError, match="a namespace that only this provider has"):
+        define("drivetrain_tests::scale", SCHEMA, shape, fake=shape)
+
+
+def test_it_keeps_torch_s_rules_and_has_the_right_gradient() -> None:
+    overload = scaling()
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(overload, (x, 3.0))
+    assert torch.autograd.gradcheck(Operator(overload, (3.0,)), (x,))
+
+
+def test_the_plain_callable_serves_and_the_operator_is_what_autograd_and_the_compiler_see() -> None:
+    calls = []
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        calls.append("plain")
+        return x * 2.0
+
+    kernel = visible(plain, Operator(scaling(), (2.0,)))
+    x = torch.ones(3, requires_grad=True)
+    with torch.inference_mode():
+        assert kernel(x).tolist() == [2, 2, 2]
+    assert calls == ["plain"]
+    kernel(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [2, 2, 2]
+    graphs: list[str] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(module.code)
+        return module
+
+    with torch.no_grad():
+        assert torch.compile(kernel, fullgraph=True, backend=backend)(x).tolist() == [2, 2, 2]
+    assert "drivetrain_tests.scale" in graphs[0]
+    assert calls == ["plain"]
+
+
+def test_an_operator_that_writes_says_so() -> None:
+    def fill(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        out.copy_(x)
+        return x.sum()
+
+    overload = define(
+        "drivetrain_tests::fill",
+        "(Tensor x, Tensor(a!) out) -> Tensor",
+        fill,
+        fake=lambda x, out: x.new_empty(()),
+    )
+    torch.library.opcheck(overload, (torch.ones(3), torch.zeros(3)))
+    out = torch.zeros(3)
+    compiled = torch.compile(lambda x, out: overload(x, out) + out[0], fullgraph=True, backend="aot_eager")
+    assert compiled(torch.ones(3), out).item() == 4
+    assert out.tolist() == [1, 1, 1]
