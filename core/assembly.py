@@ -27,6 +27,7 @@ from drivetrain.contracts.scheduler import Limits, Scheduler
 from drivetrain.contracts.source import ListsNames, Progress, Source, silent
 from drivetrain.errors import (
     ConfigError,
+    FusionError,
     LoaderError,
     MemoryBudgetError,
     ModelNotFoundError,
@@ -43,6 +44,7 @@ from drivetrain.registry.selection import AUTO
 
 if TYPE_CHECKING:
     from drivetrain.binding import KernelBinder
+    from drivetrain.fusion import FusionReport
     from drivetrain.serving.blocks import KVManager
     from drivetrain.serving.engine import Engine
     from drivetrain.serving.graphs import Capture
@@ -299,6 +301,7 @@ class ServingStack:
             "model": parts.settings.model,
             "plan_digest": parts.plan.digest,
             "bindings": self.binder.by_operation(),
+            "fusion": None if self.binder.fusion is None else self.binder.fusion.to_dict(),
             "bound": self.binder.explained(),
             "epoch": self.engine.epoch,
             "notes": list(parts.notes),
@@ -398,7 +401,37 @@ def build_model(
     )
     dtype = getattr(torch, parts.precision.dtypes().param)
     context = BuildContext(parts.platform.device(), dtype, binder.bind, quantizer, progress)
-    return parts.model.build(parts.checkpoint, context), binder
+    model = parts.model.build(parts.checkpoint, context)
+    binder.fusion = _fuse(parts, model, binder)
+    return model, binder
+
+
+def _fuse(parts: Parts, model: CausalLM, binder: KernelBinder) -> FusionReport | None:
+    """Fuse as ``engine.fuse`` says. Under ``auto``, a model that can't be fused is used as it is, with a note.
+
+    Only for serving: partitioners, optimizers and saved states know parameters by the names of the checkpoint.
+    """
+    from drivetrain.fusion import fuse_model
+
+    wanted = parts.settings.engine.fuse
+    if wanted is False or parts.purpose is not Purpose.SERVE:
+        return None
+    try:
+        report = fuse_model(model, binder)
+    except FusionError as error:
+        if wanted is True:
+            raise
+        parts.notes.append(f"not fused: {error}")
+        return None
+    if report is None and wanted is True:
+        raise FusionError(
+            "the model is no torch module with an attention spec, so it can't be fused",
+            where="engine.fuse",
+            hint="Set engine.fuse to auto or false.",
+        )
+    if report is not None and report.fused and report.summary() not in parts.notes:
+        parts.notes.append(report.summary())
+    return report
 
 
 def with_fallbacks(report: SelectionReport, binder: KernelBinder) -> SelectionReport:

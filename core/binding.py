@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from drivetrain.contracts.kernels import OPERATIONS, BuildsAhead, KernelProvider, KernelSpec
 from drivetrain.contracts.plugin import Plugin
@@ -16,6 +16,9 @@ from drivetrain.registry import Outcome, PluginRef, Registry, Selection, load
 from drivetrain.registry.selection import AUTO
 
 _log = logging.getLogger("drivetrain")
+
+if TYPE_CHECKING:
+    from drivetrain.fusion.report import FusionReport
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class KernelBinder:
     is_auto:   nobody asked for the first by name: one that is faster by the record goes before it, and the next takes
                over what a provider fails to make. Otherwise such a failure is an error.
     record:    what was measured on this machine.
+    fusion:    what became of the model that was built with it; None when it was not fused.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class KernelBinder:
         self._failures: dict[tuple[str, str], str] = {}
         self.bindings: list[Binding] = []
         self.num_lookups = 0
+        self.fusion: FusionReport | None = None
 
     def bind(self, spec: KernelSpec) -> Callable[..., Any]:
         """The callable for this use.

@@ -133,6 +133,10 @@ class KernelBuildError(DrivetrainError):
         self.output = output
 
 
+class FusionError(DrivetrainError):
+    """A module could not be fused, or what it computes was no longer the same; the module is as it was before."""
+
+
 # --- models, sources and loaders -----------------------------------------------------------------------------------
 
 

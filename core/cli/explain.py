@@ -65,6 +65,9 @@ def explain(
     print(parts.report["kernels"].measured)
     for answer in answers:
         print(f"\n{_told(answer)}")
+    if settings.model is not None:
+        wanted = str(settings.engine.fuse).lower()
+        print(f"\nfusion {wanted}  (engine.fuse; what it did is in the selection report of a running engine)")
     print(f"\nplan {parts.plan.digest[:16]}  (drivetrain explain --json prints all of it)")
 
 

@@ -48,6 +48,11 @@ class EngineSettings(BaseModel):
     timeout_seconds: float | None = Field(
         default=None, gt=0, description="time limit of every request; a shorter one of its own wins"
     )
+    fuse: bool | Literal["auto"] = Field(
+        default="auto",
+        description="replace operations of the model by fewer bound ones: true, false, or auto, which goes on without "
+        "where the fused model's outputs are not the same",
+    )
     stall_seconds: float = Field(
         default=60.0, gt=0, description="a step that takes longer counts as stalled in /health"
     )

@@ -141,6 +141,31 @@ class AttentionStep(Protocol):
 
 
 @dataclass(frozen=True)
+class LayerPages:
+    """Where one layer's keys and values of this step belong.
+
+    keys, values: [B, N, G, D], of any strides but for a dense last dim.
+    slots:        int64 [T], block * N + offset.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    slots: torch.Tensor
+
+
+@runtime_checkable
+class TakesWritten(Protocol):
+    """Ability ``takes_written`` of a backend's steps: the model may write keys and values itself, by an operation that
+    rotates them on the way."""
+
+    def layer_pages(self, layer: int) -> LayerPages | None:
+        """Where to write; None when this step needs keys and values in :meth:`AttentionStep.attend`."""
+
+    def attend_written(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:
+        """As ``attend``, after everything of this step has been written to ``layer_pages(layer)``."""
+
+
+@dataclass(frozen=True)
 class PagedView:
     """What a coarse kernel needs to write into the cache and attend over it by itself."""
 
@@ -169,11 +194,11 @@ class AttentionBackend(Plugin):
     """Keeps keys and values, and attends over them. Stateless between steps but for the cache it was asked to make.
 
     Optional abilities: ``training`` (``begin`` works with ``cache=None``), ``windows``, ``soft_cap``, ``converts``
-    (:class:`ConvertsCache`), ``opens_pages`` (its steps are :class:`OpensPages`), ``batch_invariant`` (a sequence's
-    result does not depend on what else is in the batch, to the last bit), and ``graph_safe``: of a decode step,
-    ``begin`` and ``attend`` read the number of sequences and the device tensors only, launch the same work whatever
-    these hold, and wait for nothing, so that a platform may record the step and replay it with other values at the same
-    addresses. A backend that does not claim one of the
+    (:class:`ConvertsCache`), ``opens_pages`` (its steps are :class:`OpensPages`), ``takes_written`` (its steps are
+    :class:`TakesWritten`), ``batch_invariant`` (a sequence's result does not depend on what else is in the batch, to
+    the last bit), and ``graph_safe``: of a decode step, ``begin`` and ``attend`` read the number of sequences and the
+    device tensors only, launch the same work whatever these hold, and wait for nothing, so that a platform may record
+    the step and replay it with other values at the same addresses. A backend that does not claim one of the
     first three refuses, in its probe, a model that needs it.
     """
 

@@ -167,7 +167,7 @@ def _more_operations(plugin: type[Plugin]) -> type[Plugin]:
 
 @adapter("attention", from_minor=0)
 def _open_pages(plugin: type[Plugin]) -> type[Plugin]:
-    """1.1 brought the ability ``opens_pages``."""
+    """1.1 brought the abilities ``opens_pages`` and ``takes_written``."""
     return _as_it_is(plugin, "1.1")
 
 

@@ -320,11 +320,17 @@ def _settle_model(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run:
     return int(size)
 
 
+def _stored(model: CausalLM) -> dict[str, Any]:
+    """Parameters and buffers themselves. A state dict would list the views that a fusion hands out in their place."""
+    module = cast(Any, model)
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
 def share_parameters(old: CausalLM, new: CausalLM) -> int:
     """Let a model with the same weights use the old one's memory; returns the bytes that it still has of its own."""
-    theirs = dict(cast(Any, old).state_dict(keep_vars=True))
+    theirs = _stored(old)
     own = 0
-    for name, tensor in cast(Any, new).state_dict(keep_vars=True).items():
+    for name, tensor in _stored(new).items():
         other = theirs.get(name)
         if other is not None and other.shape == tensor.shape and other.dtype == tensor.dtype:
             tensor.data = other.data

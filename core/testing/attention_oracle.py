@@ -12,7 +12,15 @@ from dataclasses import dataclass
 
 import torch
 
-from drivetrain.contracts.attention import AttentionBackend, AttentionBatch, AttentionSpec, KVGroup, LayerAttention
+from drivetrain.contracts.attention import (
+    AttentionBackend,
+    AttentionBatch,
+    AttentionSpec,
+    AttentionStep,
+    KVGroup,
+    LayerAttention,
+    TakesWritten,
+)
 
 
 def plain_attention(
@@ -165,11 +173,15 @@ class Trial:
         self.book = BlockBook(spec, block_size, tokens // block_size + 48, seed)
         self.cache = backend.allocate(spec, self.book.num_blocks, device)
         self.loudness: dict[int, float] = {}
+        self.num_written = 0
         self._draws: dict[tuple[int, int], torch.Generator] = {}
         self._kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def step(self, new_tokens: Mapping[int, int]) -> list[Attended]:
-        """Add ``new_tokens[s]`` tokens to each sequence s, in one step."""
+    def step(self, new_tokens: Mapping[int, int], *, write: bool = False) -> list[Attended]:
+        """Add ``new_tokens[s]`` tokens to each sequence s, in one step.
+
+        write: write keys and values here, in place of the backend, in steps that offer their pages.
+        """
         batch = self.book.batch(new_tokens, self.device)
         step = self.backend.begin(self.spec, batch, self.cache)
         results = []
@@ -183,11 +195,23 @@ class Trial:
                 news.append((k, v))
             q_THD = torch.cat(queries).to(self.device)
             k_TGD, v_TGD = (torch.cat(parts).to(self.device) for parts in zip(*news, strict=True))
-            found_THD = step.attend(index, q_THD, k_TGD, v_TGD)
+            found_THD = self._attend(step, index, q_THD, k_TGD, v_TGD, write)
             split = found_THD.split(list(new_tokens.values()))
             for s, q, found in zip(new_tokens, queries, split, strict=True):
                 results.append(Attended(index, s, found, plain_attention(layer, q, *self._kept[index, s])))
         return results
+
+    def _attend(
+        self, step: AttentionStep, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, write: bool
+    ) -> torch.Tensor:
+        pages = step.layer_pages(layer) if write and isinstance(step, TakesWritten) else None
+        if pages is None or not isinstance(step, TakesWritten):
+            return step.attend(layer, q, k, v)
+        blocks, places = pages.slots // pages.keys.shape[1], pages.slots % pages.keys.shape[1]
+        for store, new in ((pages.keys, k), (pages.values, v)):
+            store[blocks, places] = new.to(store.dtype)
+        self.num_written += 1
+        return step.attend_written(layer, q)
 
     def release(self, s: int) -> list[list[int]]:
         """End a sequence; its blocks are the next to be used again. Returns them for each group."""

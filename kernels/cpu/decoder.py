@@ -19,6 +19,7 @@ from torch import nn
 
 from drivetrain.contracts.attention import AttentionStep, OpensPages, PagedView
 from drivetrain.contracts.kernels import Angles, DecoderLayer, DecoderLayerParts, KernelSpec, Projection
+from drivetrain.fusion.joint import Part
 from drivetrain.kernels.cpu.library import FORMATS, check
 from drivetrain.kernels.cpu.operations import MatrixFields, dense
 from drivetrain.kernels.reference.decoder import decoder_layers
@@ -97,6 +98,8 @@ class _Weights:
 
     def _matrix(self, projection: Projection) -> MatrixFields:
         linear = cast(nn.Linear, projection.module)
+        if isinstance(linear, Part):
+            self._keep(linear.joint_weight)  # of whose memory the part's weight is a view
         weight_OI = self._keep(linear.weight)
         row_bytes = weight_OI.shape[1] * weight_OI.element_size()
         count = projection.rows or weight_OI.shape[0]
@@ -212,7 +215,7 @@ def _is_plain(layer: DecoderLayer, spec: KernelSpec) -> bool:
     parts = layer.parts()
     dtype = getattr(torch, spec.dtype)
     projections: list[Projection] = [getattr(parts, name) for name in _PROJECTIONS]
-    if not all(isinstance(projection.module, nn.Linear) for projection in projections):
+    if not all(isinstance(projection.module, nn.Linear | Part) for projection in projections):
         return False
     weights = [cast(nn.Linear, projection.module).weight for projection in projections]
     weights += [weight for name in _NORMS if (weight := getattr(parts, name)) is not None]

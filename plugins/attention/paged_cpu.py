@@ -87,7 +87,7 @@ class PagedCpuAttention(SdpaAttention):
 
     @classmethod
     def abilities(cls) -> frozenset[str]:
-        return super().abilities() | {"opens_pages"}
+        return super().abilities() - {"takes_written"} | {"opens_pages"}
 
     def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: PagedCache | None) -> AttentionStep:
         if cache is None:

@@ -28,6 +28,7 @@ from drivetrain.contracts.attention import (
     KVContract,
     KVGroup,
     LayerAttention,
+    LayerPages,
     PagedCache,
 )
 from drivetrain.contracts.plugin import PluginConfig, Probe, ProbeContext, Tier
@@ -291,14 +292,32 @@ class SdpaStep:
         keys = values = None
         if self._cache is not None:
             keys, values = self._cache.keys[layer], self._cache.values[layer]
-            _write(keys, plan.slots, k_TGD)
-            _write(values, plan.slots, v_TGD)
+            write_tokens(keys, plan.slots, k_TGD)
+            write_tokens(values, plan.slots, v_TGD)
         if plan.prefills and not plan.decodes:
             parts = [self._prefill(attention, part, q_THD, k_TGD, v_TGD, keys, values) for part in plan.prefills]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if not plan.prefills:
+            return self.attend_written(layer, q_THD)
         o_THD = torch.empty_like(q_THD)
         for part in plan.prefills:
             o_THD[part.rows] = self._prefill(attention, part, q_THD, k_TGD, v_TGD, keys, values)
+        for bucket in plan.decodes:
+            o_THD.index_copy_(0, bucket.rows_s, self._decode(attention, bucket, q_THD, keys, values))
+        return o_THD
+
+    def layer_pages(self, layer: int) -> LayerPages | None:
+        """Only a step of decodes: a prompt with nothing before it attends without its pages."""
+        plan = self._plan_of_layer[layer]
+        if self._cache is None or plan.prefills or plan.slots is None:
+            return None
+        return LayerPages(self._cache.keys[layer], self._cache.values[layer], plan.slots)
+
+    def attend_written(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:
+        assert self._cache is not None
+        plan, attention = self._plan_of_layer[layer], self._layers[layer]
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        o_THD = torch.empty_like(q_THD)
         for bucket in plan.decodes:
             o_THD.index_copy_(0, bucket.rows_s, self._decode(attention, bucket, q_THD, keys, values))
         return o_THD
@@ -370,7 +389,7 @@ class SdpaStep:
         return o_GRtD.permute(2, 0, 1, 3).reshape(t, layer.num_heads, size)
 
 
-def _write(store_BNGD: torch.Tensor, slots_T: torch.Tensor | None, new_TGD: torch.Tensor) -> None:
+def write_tokens(store_BNGD: torch.Tensor, slots_T: torch.Tensor | None, new_TGD: torch.Tensor) -> None:
     assert slots_T is not None
     store_BNGD.flatten(0, 1).index_copy_(0, slots_T, new_TGD.to(store_BNGD.dtype))
 
@@ -406,7 +425,7 @@ class SdpaAttention(AttentionBackend):
 
     @classmethod
     def abilities(cls) -> frozenset[str]:
-        return frozenset({"training", "windows", "soft_cap"})
+        return frozenset({"training", "windows", "soft_cap", "takes_written"})
 
     def kv_contract(self, spec: AttentionSpec) -> KVContract:
         return KVContract(PAGED_BNGD, self.config.block_size, spec.dtype)

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from drivetrain.testing.suites.attention import AttentionSuite
 from drivetrain.testing.suites.loader import write_gguf
 from drivetrain.testing.suites.source import SourceSuite
 
 FOREIGN_SCHEMES = ("s3://bucket/model", "file:surely", "git+https://host/model")
+
+
+class FlexSuite(AttentionSuite):
+    """One block size: each is a program of its own, which takes seconds to compile."""
+
+    options = {"block_size": 16}
 
 
 class LocalSuite(SourceSuite):

@@ -21,7 +21,7 @@ OWN_SUITES = {
         ("pypi", "PypiSuite"),
         ("catalogue", "CatalogueSuite"),
     )
-}
+} | {"attention/flex": "conformance.suites_of_builtins:FlexSuite"}
 """KIND/NAME -> the suite that is used in place of the kind's own."""
 
 MANNERS = frozenset(name for name in vars(Suite) if name.startswith(("test_import_and_probe_", "test_works_in_a_")))
@@ -30,6 +30,9 @@ LENGTHY = MANNERS | {
 }
 LENGTHY |= {"test_facts_open_no_device"}
 """Tests that start processes of their own."""
+
+COMPILED = {"flex"}
+"""Plugins that are compiled for every shape under test, which takes minutes."""
 
 NOT_ON_EVERY_MACHINE = {"cuda", "rocm", "xpu"}
 REFS = [ref for ref in discover() if ref.distribution == "drivetrain" and ref.kind in SUITES.values()]
@@ -65,8 +68,8 @@ def expect_no_failure(report: Report, ref: PluginRef, tests: set[str]) -> None:
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    """All built-in plugins in one child process, but for the lengthy tests."""
-    return run_suites([target(ref, names_of_tests(ref) - LENGTHY) for ref in REFS])
+    """All built-in plugins in one child process, but for the lengthy tests and what is compiled."""
+    return run_suites([target(ref, names_of_tests(ref) - LENGTHY) for ref in REFS if ref.name not in COMPILED])
 
 
 @functools.cache
@@ -75,9 +78,19 @@ def lengthy_report(kind: str) -> Report:
     return run_suites([target(ref, lengthy_tests_of(ref)) for ref in REFS if ref.kind == kind])
 
 
-@pytest.mark.parametrize("ref", REFS, ids=lambda ref: f"{ref.kind}/{ref.name}")
+@pytest.mark.parametrize(
+    "ref", [ref for ref in REFS if ref.name not in COMPILED], ids=lambda ref: f"{ref.kind}/{ref.name}"
+)
 def test_no_test_fails(report: Report, ref: PluginRef) -> None:
     expect_no_failure(report, ref, names_of_tests(ref) - LENGTHY)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("ref", [ref for ref in REFS if ref.name in COMPILED], ids=lambda ref: f"{ref.kind}/{ref.name}")
+def test_no_test_of_what_is_compiled_fails(ref: PluginRef) -> None:
+    tests = names_of_tests(ref) - LENGTHY
+    expect_no_failure(run_suites([target(ref, tests)], test_time_limit_seconds=300), ref, tests)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from drivetrain.contracts.attention import (
     KVContract,
     KVGroup,
     LayerAttention,
+    LayerPages,
     PagedCache,
 )
 from drivetrain.contracts.plugin import Plugin, PluginConfig
@@ -258,6 +259,30 @@ class WritesToItsInputs(PlainPaged):
         return _ScalesInPlaceStep(super().begin(spec, batch, cache))
 
 
+class _CopiedPagesStep:
+    def __init__(self, step: Any) -> None:
+        self._step = step
+
+    def attend(self, layer: int, q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self._step.attend(layer, q_THD, k_TGD, v_TGD)
+        return out
+
+    def layer_pages(self, layer: int) -> LayerPages | None:
+        pages: LayerPages | None = self._step.layer_pages(layer)
+        return None if pages is None else dataclasses.replace(pages, keys=pages.keys.clone())
+
+    def attend_written(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self._step.attend_written(layer, q_THD)
+        return out
+
+
+class HandsOutACopy(SdpaAttention):
+    """The pages that it lets the model write are a copy."""
+
+    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: PagedCache | None) -> AttentionStep:
+        return _CopiedPagesStep(super().begin(spec, batch, cache))
+
+
 SOUND = PlainPaged
 """The backend without a fault: it passes."""
 
@@ -277,5 +302,6 @@ ZOO: dict[type[Plugin], str] = {
     EmptiesWhatItDoesNotKnow: "test_a_fresh_instance_goes_on_with_the_cache",
     TakesWindowsUnclaimed: "test_the_probe_refuses_what_is_not_claimed",
     WritesToItsInputs: "test_inputs_are_left_alone",
+    HandsOutACopy: "test_written_pages_are_as_good_as_given_keys",
 }
 """Broken backend -> the test that has to catch it."""

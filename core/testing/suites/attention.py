@@ -406,6 +406,22 @@ class AttentionSuite(DeviceSuite):
             step.attend(0, q, k, v)
         assert not traffic.operations, f"these brought tensors to the host: {', '.join(traffic.operations)}"
 
+    def test_written_pages_are_as_good_as_given_keys(self) -> None:
+        """Where a step takes keys and values that the model wrote itself, it attends as if they had been given."""
+        self.require_claim("takes_written")
+        spec = spec_of((None, 5) if self.claims("windows") else (None, None))
+        device = self.require_spec(spec)
+        num_written = 0
+        for backend in self.backends():
+            given, written = Trial(backend, spec, device), Trial(backend, spec, device)
+            for new_tokens in (*MIXED, {0: 1, 1: 1}, {2: 1}):
+                wanted = given.step(new_tokens)
+                found = written.step(new_tokens, write=True)
+                for one, other in zip(wanted, found, strict=True):
+                    torch.testing.assert_close(one.found, other.found, rtol=1e-5, atol=1e-5)
+            num_written += written.num_written
+        assert num_written, "no step offered its pages, not even one of decodes alone"
+
     # --- training ----------------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

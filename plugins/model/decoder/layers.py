@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from drivetrain.contracts.attention import AttentionStep
+from drivetrain.contracts.attention import AttentionStep, TakesWritten
 from drivetrain.contracts.kernels import Angles, DecoderLayerParts, KernelSpec, Projection
+from drivetrain.fusion import Fuser, is_plain_linear
 from drivetrain.plugins.model.decoder.config import DecoderConfig
 
 
@@ -26,11 +27,14 @@ class Kernels:
     device_type: str
     dtype: torch.dtype
 
+    def spec(self, operation: str, sizes: Mapping[str, int], params: Mapping[str, float] | None = None) -> KernelSpec:
+        dtype_name = str(self.dtype).removeprefix("torch.")
+        return KernelSpec(operation, self.device_type, dtype_name, sizes, params or {})
+
     def __call__(
         self, operation: str, sizes: Mapping[str, int], params: Mapping[str, float] | None = None
     ) -> Callable[..., Any]:
-        dtype_name = str(self.dtype).removeprefix("torch.")
-        return self.bind(KernelSpec(operation, self.device_type, dtype_name, sizes, params or {}))
+        return self.bind(self.spec(operation, sizes, params))
 
 
 class Linear(nn.Linear):
@@ -49,13 +53,14 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dim."""
+    """Root-mean-square norm over the last dim. ``bound`` tells a fusion what it is."""
 
     def __init__(self, size: int, config: DecoderConfig, kernels: Kernels) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, dtype=kernels.dtype))
         params = {"eps": config.norm_eps, "weight_offset": config.norm_offset}
-        self._norm = kernels("rms_norm", {"E": size}, params)
+        self.bound = kernels.spec("rms_norm", {"E": size}, params)
+        self._norm = kernels.bind(self.bound)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self._norm(x, self.weight)
@@ -84,7 +89,10 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_size if self.norms_heads else self.q_size, config, kernels)
             self.k_norm = RMSNorm(self.head_size if self.norms_heads else self.kv_size, config, kernels)
         sizes = {"H": config.num_heads, "G": config.num_kv_heads, "D": config.head_size}
-        self._rope = kernels("rope", {**sizes, "R": config.ropes[0].rotary_size})
+        sizes["R"] = config.ropes[0].rotary_size
+        self._rope = kernels("rope", sizes)
+        self._rope_write_spec = kernels.spec("rope_write", sizes)
+        self._rope_write: Callable[..., torch.Tensor] | None = None
 
     def _make_projections(self, config: DecoderConfig, kernels: Kernels) -> None:
         self.q_proj = Linear(config.hidden_size, self.q_size, config.qkv_bias, kernels)
@@ -106,11 +114,35 @@ class Attention(nn.Module):
         q_THD, k_TGD, v_TGD = (part.unflatten(-1, (-1, self.head_size)) for part in (q, k, v))
         if self.norms_heads:
             q_THD, k_TGD = self.q_norm(q_THD), self.k_norm(k_TGD)
-        if angles is not None:
-            q_THD, k_TGD = self._rope(q_THD, k_TGD, *angles)
-        o_THD = step.attend(self.layer, q_THD, k_TGD, v_TGD)
+        if angles is None:
+            o_THD = step.attend(self.layer, q_THD, k_TGD, v_TGD)
+        else:
+            o_THD = self._rotate_and_attend(q_THD, k_TGD, v_TGD, angles, step)
         out: torch.Tensor = self.o_proj(o_THD.flatten(1))
         return out
+
+    def _rotate_and_attend(
+        self, q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, angles: Angles, step: AttentionStep
+    ) -> torch.Tensor:
+        if self._rope_write is not None and not torch.is_grad_enabled() and isinstance(step, TakesWritten):
+            pages = step.layer_pages(self.layer)
+            if pages is not None:
+                q_THD = self._rope_write(q_THD, k_TGD, v_TGD, *angles, pages.keys, pages.values, pages.slots)
+                return step.attend_written(self.layer, q_THD)
+        q_THD, k_TGD = self._rope(q_THD, k_TGD, *angles)
+        return step.attend(self.layer, q_THD, k_TGD, v_TGD)
+
+    def fuse_with(self, fuser: Fuser) -> None:
+        """Rotate keys on their way into the cache, in the steps whose attention backend lets the model write."""
+        if not self.rotates or self._rope_write is not None:
+            return
+        where, spec = fuser.name_of(self), self._rope_write_spec
+        operation = fuser.better("rope_write", where, spec)
+        if operation is not None:
+            fuser.set_attribute(self, "_rope_write", operation)
+            # Rotated keys are not written and read before they are written to the cache.
+            num_bytes = 2 * self.kv_size * getattr(torch, spec.dtype).itemsize
+            fuser.did("rope_write", where, "rope + writes of keys and values", spec, num_bytes)
 
 
 class FusedAttention(Attention):
@@ -138,6 +170,8 @@ class MLP(nn.Module):
         self._make_projections(config, kernels)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias, kernels)
         self._activate = kernels(config.activation, {"E": config.intermediate_size})
+        self._activation = config.activation
+        self._gated_linear: Callable[..., torch.Tensor] | None = None
 
     def _make_projections(self, config: DecoderConfig, kernels: Kernels) -> None:
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias, kernels)
@@ -147,14 +181,47 @@ class MLP(nn.Module):
         """Gate and up, each [T, I]."""
         return self.gate_proj(x_TE), self.up_proj(x_TE)
 
+    def halves(self) -> tuple[nn.Module, ...]:
+        """The layers that gate and up come from."""
+        return self.gate_proj, self.up_proj
+
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights of gate and up, each [I, E]."""
+        return self.gate_proj.weight, self.up_proj.weight
+
     def projections(self) -> tuple[Projection, Projection]:
         """Where gate and up come from."""
         return Projection(self.gate_proj), Projection(self.up_proj)
 
     def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
-        gate_TI, up_TI = self.project(x_TE)
-        out: torch.Tensor = self.down_proj(self._activate(gate_TI, up_TI))
+        if self._gated_linear is not None:
+            gated_TI = self._gated_linear(x_TE, *self.weights())
+        else:
+            gated_TI = self._activate(*self.project(x_TE))
+        out: torch.Tensor = self.down_proj(gated_TI)
         return out
+
+    def fuse_with(self, fuser: Fuser) -> None:
+        """One operation for both products and the activation, where a kernel provider has it."""
+        where, halves = fuser.name_of(self), self.halves()
+        if self._gated_linear is not None or any(half in fuser.taken for half in halves):
+            return
+        if not all(is_plain_linear(half) for half in halves):
+            kinds = ", ".join(sorted({type(half).__name__ for half in halves}))
+            fuser.leave("gated_linear", where, f"gate and up are of {kinds}, not plain products of their own")
+            return
+        if any(half.bias is not None for half in halves):
+            fuser.leave("gated_linear", where, "gate and up have biases")
+            return
+        gate_IE = self.weights()[0]
+        params = {"activation": float(self._activation == "gelu_tanh_mul")}
+        spec = fuser.spec(gate_IE, "gated_linear", {"I": gate_IE.shape[1], "O": gate_IE.shape[0]}, params)
+        operation = fuser.better("gated_linear", where, spec)
+        if operation is not None:
+            fuser.set_attribute(self, "_gated_linear", operation)
+            fuser.taken |= set(halves)
+            num_bytes = 4 * gate_IE.shape[0] * gate_IE.element_size()
+            fuser.did("gated_linear", where, "gate + up + activation", spec, num_bytes)
 
 
 class FusedMLP(MLP):
@@ -166,6 +233,13 @@ class FusedMLP(MLP):
     def project(self, x_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate_TI, up_TI = self.gate_up_proj(x_TE).chunk(2, dim=-1)
         return gate_TI, up_TI
+
+    def halves(self) -> tuple[nn.Module, ...]:
+        return (self.gate_up_proj,)
+
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        gate_IE, up_IE = self.gate_up_proj.weight.chunk(2)
+        return gate_IE, up_IE
 
     def projections(self) -> tuple[Projection, Projection]:
         size = self.inner_size
