@@ -28,6 +28,7 @@ def prompts() -> list[list[int]]:
 
 def opened(folder: Path, fuse: object, **options: Any) -> LLM:
     settings = {"max_model_len": 64, "fuse": fuse}
+    options = {"kernels": "reference", "attention": "sdpa", **options}
     return LLM(folder, engine=settings, platform={"name": "cpu", "threads": 1}, **options)
 
 
@@ -45,6 +46,18 @@ def test_tokens_are_the_same(name: str, tmp_path: Path) -> None:
         report = llm.selection_dict()["fusion"]
         assert tokens(llm) == expected
     assert report["fused"] or report["left"]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-bias", "gemma2", "phi3"])
+def test_tokens_are_the_same_with_the_kernels_of_the_machine(name: str, tmp_path: Path) -> None:
+    """Whatever ``auto`` takes here, whole layers in one call too: they read the joined weights."""
+    save_tiny(name, tmp_path / name)
+    chosen = {"kernels": "auto", "attention": "auto"}
+    with opened(tmp_path / name, False, **chosen) as llm:
+        expected = tokens(llm)
+    with opened(tmp_path / name, True, **chosen) as llm:
+        assert tokens(llm) == expected
+        assert llm.selection_dict()["fusion"]["fused"]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "smollm3-window", "olmo2", "stablelm"])
