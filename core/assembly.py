@@ -416,6 +416,11 @@ def _fuse(parts: Parts, model: CausalLM, binder: KernelBinder) -> FusionReport |
     wanted = parts.settings.engine.fuse
     if wanted is False or parts.purpose is not Purpose.SERVE:
         return None
+    coarse = _runs_whole_layers(parts, binder)
+    if coarse is not None and wanted is not True:
+        note = f"not fused: the kernels of {coarse} run whole layers in one call"
+        parts.notes += [note] if note not in parts.notes else []
+        return None
     try:
         report = fuse_model(model, binder)
     except FusionError as error:
@@ -432,6 +437,14 @@ def _fuse(parts: Parts, model: CausalLM, binder: KernelBinder) -> FusionReport |
     if report is not None and report.fused and report.summary() not in parts.notes:
         parts.notes.append(report.summary())
     return report
+
+
+def _runs_whole_layers(parts: Parts, binder: KernelBinder) -> str | None:
+    """The provider whose coarse kernel leaves nothing to fuse in a step; None where layers are called one by one."""
+    if "opens_pages" not in type(parts.attention).abilities():
+        return None
+    providers = (b.provider for b in binder.bindings if b.spec.operation == "decoder_layers")
+    return next((provider for provider in providers if provider != "reference"), None)
 
 
 def with_fallbacks(report: SelectionReport, binder: KernelBinder) -> SelectionReport:

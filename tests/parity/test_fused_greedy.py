@@ -88,6 +88,18 @@ def test_what_was_fused_is_told_in_a_note(tmp_path: Path) -> None:
         assert [note for note in llm.selection_dict()["notes"] if note.startswith("fusion: 6 places")]
 
 
+def test_layers_that_run_in_one_call_are_left_alone_unless_told(tmp_path: Path) -> None:
+    """There is nothing to gain, and joining weights takes time and memory at the start."""
+    save_tiny("llama", tmp_path / "llama")
+    parts = {"kernels": "cpu", "attention": "paged-cpu"}
+    with opened(tmp_path / "llama", "auto", **parts) as llm:
+        assert llm.selection_dict()["fusion"] is None
+        assert "not fused: the kernels of cpu run whole layers in one call" in llm.selection_dict()["notes"]
+    for changed in ({"kernels": "reference"}, {"attention": "sdpa"}):
+        with opened(tmp_path / "llama", "auto", **{**parts, **changed}) as llm:
+            assert llm.selection_dict()["fusion"] is not None
+
+
 def test_a_model_that_changes_is_an_error_or_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(model: object, binder: object) -> None:
         raise FusionError("the outputs are not the same")
