@@ -302,6 +302,7 @@ class ServingStack:
             "plan_digest": parts.plan.digest,
             "bindings": self.binder.by_operation(),
             "fusion": None if self.binder.fusion is None else self.binder.fusion.to_dict(),
+            "not_fused": self.binder.not_fused,
             "bound": self.binder.explained(),
             "epoch": self.engine.epoch,
             "notes": list(parts.notes),
@@ -418,8 +419,7 @@ def _fuse(parts: Parts, model: CausalLM, binder: KernelBinder) -> FusionReport |
         return None
     coarse = _runs_whole_layers(parts, binder)
     if coarse is not None and wanted is not True:
-        note = f"not fused: the kernels of {coarse} run whole layers in one call"
-        parts.notes += [note] if note not in parts.notes else []
+        binder.not_fused = f"the kernels of {coarse} run whole layers in one call"
         return None
     try:
         report = fuse_model(model, binder)
@@ -434,7 +434,8 @@ def _fuse(parts: Parts, model: CausalLM, binder: KernelBinder) -> FusionReport |
             where="engine.fuse",
             hint="Set engine.fuse to auto or false.",
         )
-    if report is not None and report.fused and report.summary() not in parts.notes:
+    # Under auto the selection report tells; a line at every start would be in the way.
+    if wanted is True and report is not None and report.fused and report.summary() not in parts.notes:
         parts.notes.append(report.summary())
     return report
 

@@ -43,6 +43,7 @@ class KernelBinder:
                over what a provider fails to make. Otherwise such a failure is an error.
     record:    what was measured on this machine.
     fusion:    what became of the model that was built with it; None when it was not fused.
+    not_fused: why there was nothing to fuse.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class KernelBinder:
         self.bindings: list[Binding] = []
         self.num_lookups = 0
         self.fusion: FusionReport | None = None
+        self.not_fused: str | None = None
 
     def bind(self, spec: KernelSpec) -> Callable[..., Any]:
         """The callable for this use.

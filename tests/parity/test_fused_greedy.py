@@ -82,10 +82,13 @@ def test_a_swap_of_kernels_fuses_the_new_model_and_shares_its_weights(tmp_path: 
         assert llm.selection_dict()["fusion"] == before
 
 
-def test_what_was_fused_is_told_in_a_note(tmp_path: Path) -> None:
+def test_what_was_fused_is_told_in_a_note_to_who_asked_for_it(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "llama")
-    with opened(tmp_path / "llama", "auto") as llm:
-        assert [note for note in llm.selection_dict()["notes"] if note.startswith("fusion: 6 places")]
+    for fuse, is_told in ((True, True), ("auto", False)):
+        with opened(tmp_path / "llama", fuse) as llm:
+            notes = [note for note in llm.selection_dict()["notes"] if note.startswith("fusion: 6 places")]
+            assert bool(notes) is is_told
+            assert len(llm.selection_dict()["fusion"]["fused"]) > 0
 
 
 def test_layers_that_run_in_one_call_are_left_alone_unless_told(tmp_path: Path) -> None:
@@ -94,7 +97,7 @@ def test_layers_that_run_in_one_call_are_left_alone_unless_told(tmp_path: Path) 
     parts = {"kernels": "cpu", "attention": "paged-cpu"}
     with opened(tmp_path / "llama", "auto", **parts) as llm:
         assert llm.selection_dict()["fusion"] is None
-        assert "not fused: the kernels of cpu run whole layers in one call" in llm.selection_dict()["notes"]
+        assert llm.selection_dict()["not_fused"] == "the kernels of cpu run whole layers in one call"
     for changed in ({"kernels": "reference"}, {"attention": "sdpa"}):
         with opened(tmp_path / "llama", "auto", **{**parts, **changed}) as llm:
             assert llm.selection_dict()["fusion"] is not None
