@@ -43,7 +43,7 @@ def test_nobody_covers_the_use() -> None:
 
 
 def test_an_unknown_operation_names_the_nearest() -> None:
-    with pytest.raises(NoCandidateError, match=r"'rms_nrm'; allowed: gelu_tanh_mul, .*Did you mean 'rms_norm'\?"):
+    with pytest.raises(NoCandidateError, match=r"'rms_nrm'; allowed: add_rms_norm, .*Did you mean 'rms_norm'\?"):
         KernelBinder([("one", provider())]).bind(KernelSpec("rms_nrm", "cpu", "float32"))
 
 
