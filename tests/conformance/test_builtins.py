@@ -26,7 +26,7 @@ LENGTHY = MANNERS | {name for name in vars(PartitionerSuite) if name.startswith(
 LENGTHY |= {"test_facts_open_no_device"}
 """Tests that start processes of their own."""
 
-NOT_ON_EVERY_MACHINE = {"cuda", "rocm", "xpu"}
+NOT_ON_EVERY_MACHINE = {"cuda", "rocm", "xpu", "triton", "paged-triton"}
 REFS = [ref for ref in discover() if ref.distribution == "drivetrain" and ref.kind in SUITES.values()]
 
 
