@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-quick lint types bench bench-peers contracts format clean
+.PHONY: help demo test test-quick test-gpu lint types bench bench-peers bench-gpu contracts format clean
 
 help:  ## list the chores
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test: $(VENV)/.dev  ## run every test
 test-quick: $(VENV)/.dev  ## run the tests that take seconds
 	$(BIN)/pytest -m "not slow"
 
+test-gpu: $(VENV)/.dev  ## run the tests that need a GPU; without one each is skipped
+	$(BIN)/pytest tests/gpu
+
 lint: $(VENV)/.dev  ## style and import law
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,6 +46,9 @@ bench: $(VENV)/.dev  ## compare with transformers in one run
 
 bench-peers: $(VENV)/.dev  ## compare with llama.cpp, vLLM and transformers, and write docs/benchmarks/cpu.md
 	$(BIN)/python tests/benchmarks/against_peers.py --docs docs/benchmarks
+
+bench-gpu: $(VENV)/.dev  ## compare the Triton kernels with the ceilings of the GPU; writes docs/benchmarks/gpu.md
+	$(BIN)/python tests/benchmarks/gpu/run.py
 
 contracts: $(VENV)/.dev  ## rewrite the snapshot of the public contracts after a versioned change
 	$(BIN)/python tests/support/contract_snapshot.py

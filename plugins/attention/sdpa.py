@@ -403,7 +403,7 @@ def _gather(store_BNGD: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
 # --- the plugin ----------------------------------------------------------------------------------------------------
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros; in main memory, pages that the system hands out as they are first written, so that a large cache costs
     nothing before it is used (torch.zeros writes them all)."""
     if device.type != "cpu":
@@ -443,7 +443,7 @@ class SdpaAttention(AttentionBackend):
             layer = spec.layers[index]
             shape = (blocks_of_layer[index], self.config.block_size, layer.num_kv_heads, layer.head_size)
             # Zeros, because a masked slot still takes part in the product: 0 * NaN would be NaN.
-            return _zeros(shape, dtype, device)
+            return lazy_zeros(shape, dtype, device)
 
         indices = range(len(spec.layers))
         return PagedCache(tuple(store(i) for i in indices), tuple(store(i) for i in indices))

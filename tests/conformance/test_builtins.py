@@ -34,7 +34,7 @@ LENGTHY |= {"test_facts_open_no_device"}
 COMPILED = {"flex"}
 """Plugins that are compiled for every shape under test, which takes minutes."""
 
-NOT_ON_EVERY_MACHINE = {"cuda", "rocm", "xpu"}
+NOT_ON_EVERY_MACHINE = {"cuda", "rocm", "xpu", "triton", "paged-triton"}
 REFS = [ref for ref in discover() if ref.distribution == "drivetrain" and ref.kind in SUITES.values()]
 
 

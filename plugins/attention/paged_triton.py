@@ -1,0 +1,380 @@
+"""Attention in Triton: flash attention for prompts and training, split decode attention, over the plain paged cache.
+
+A step is planned on the host, once for all layers: prompts are cut into tiles of queries, decodes into chunks of keys
+(:mod:`drivetrain.kernels.triton.flash`, :mod:`drivetrain.kernels.triton.decode`). Plans are lists of a few integers a
+tile, so a batch of any lengths is one launch of each kernel.
+
+Shapes: T query tokens of a step; S sequences; H query heads; G key/value heads; D head size; B blocks of the cache; N
+tokens in a block.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from drivetrain.contracts.attention import (
+    PAGED_BNGD,
+    AttentionBackend,
+    AttentionBatch,
+    AttentionSpec,
+    AttentionStep,
+    KVContract,
+    KVGroup,
+    LayerAttention,
+    PagedCache,
+)
+from drivetrain.contracts.plugin import PluginConfig, Probe, ProbeContext, Tier
+from drivetrain.errors import EngineError
+from drivetrain.kernels.triton import tuner_of
+from drivetrain.kernels.triton.availability import DTYPES, probe
+from drivetrain.kernels.triton.tuning import DEFAULT_FOLDER, Choice
+from drivetrain.plugins.attention.sdpa import lazy_zeros
+
+if TYPE_CHECKING:
+    from drivetrain.kernels.triton.decode import Chunks
+    from drivetrain.kernels.triton.flash_backward import BackwardInputs
+    from drivetrain.kernels.triton.tuning import Blocks, Tuner
+
+MAX_HEAD_SIZE = 256
+"""A tile of queries and its sums lie in the registers of one program."""
+
+_WORTH_TIMING_ROWS = 2048
+"""Query rows (tokens times heads) from which on a step tells something about block sizes."""
+
+_WORTH_TIMING_KEYS = 65536
+"""Keys (tokens times key/value heads) from which on a step tells something about block sizes for decodes."""
+
+
+class PagedTritonConfig(PluginConfig):
+    """Settings of the paged-triton backend."""
+
+    block_size: int = Field(16, ge=1, description="Tokens in a block of the cache; 16 or more read fastest.")
+    chunk_size: int | None = Field(
+        None,
+        ge=1,
+        description="Keys of a sequence that a program of a decode takes; unset divides a step's keys over the device.",
+    )
+    tune: bool = Field(True, description="Time block sizes on a GPU once for each head size and keep the fastest.")
+    record: Path = Field(DEFAULT_FOLDER, description="Folder of the files that keep what was fastest.")
+
+
+# --- the plan of one step ------------------------------------------------------------------------------------------
+
+
+class StepPlan:
+    """How one step's queries and keys are cut. Made on the host; each list goes to the device once.
+
+    prefills:        sequences with several new tokens, or all when there is no cache.
+    decodes:         the others.
+    num_decode_keys: tokens that all decodes together see, were there no windows.
+    """
+
+    def __init__(self, batch: AttentionBatch, has_cache: bool, chunk_size: int | None) -> None:
+        self.batch = batch
+        self.device = batch.query_starts.device
+        self.lengths = np.asarray(batch.query_lengths, dtype=np.int64)
+        self.contexts = np.asarray(batch.context_lengths, dtype=np.int64)
+        is_decode = (self.lengths == 1) & has_cache
+        self.prefills, self.decodes = np.flatnonzero(~is_decode), np.flatnonzero(is_decode)
+        self.num_decode_keys = int(self.contexts[is_decode].sum()) + len(self.decodes)
+        self._chunk_size = chunk_size
+        self._tiles: dict[tuple[int, int], torch.Tensor] = {}
+        self._chunks: dict[tuple[int | None, int], Chunks] = {}
+
+    def tiles(self, rows_of_token: int, rows_of_tile: int) -> torch.Tensor:
+        """int32 [tiles, 2]: sequence and first row of each tile of the prefills, those with most keys first."""
+        key = (rows_of_token, rows_of_tile)
+        if key not in self._tiles:
+            counts = -(-self.lengths[self.prefills] * rows_of_token // rows_of_tile)
+            sequences = np.repeat(self.prefills, counts)
+            first_rows = _within(counts) * rows_of_tile
+            last_key = self.contexts[sequences] + (first_rows + rows_of_tile) // rows_of_token
+            order = np.argsort(-last_key, kind="stable")
+            self._tiles[key] = self._on_device(np.stack((sequences[order], first_rows[order]), axis=1))
+        return self._tiles[key]
+
+    def chunks(self, window: int | None, num_kv_heads: int) -> Chunks:
+        """The keys of the decodes, cut so that every processor has work."""
+        key = (window, num_kv_heads)
+        if key not in self._chunks:
+            self._chunks[key] = self._cut(window, num_kv_heads)
+        return self._chunks[key]
+
+    def _cut(self, window: int | None, num_kv_heads: int) -> Chunks:
+        from drivetrain.kernels.triton import decode
+        from drivetrain.kernels.triton.launch import num_processors
+
+        ends = self.contexts[self.decodes] + 1
+        begins = np.zeros_like(ends) if window is None else np.maximum(0, ends - window)
+        size = self._chunk_size
+        if size is None:
+            size = decode.chunk_size(int((ends - begins).sum()), num_kv_heads, num_processors(self.device))
+        counts = -(-(ends - begins) // size)
+        sequences = np.repeat(np.arange(len(ends)), counts)
+        firsts = begins[sequences] + _within(counts) * size
+        lasts = np.minimum(firsts + size, ends[sequences])
+        starts = np.concatenate(([0], counts.cumsum()))
+        rows = (self.lengths.cumsum() - self.lengths)[self.decodes]
+        # One transfer for all three lists.
+        items = np.stack((self.decodes[sequences], firsts, lasts), axis=1).reshape(-1)
+        packed = self._on_device(np.concatenate((items, starts, rows)))
+        items_C3, starts_s, rows_s = packed.split([len(items), len(starts), len(rows)])
+        return decode.Chunks(items_C3.view(-1, 3), starts_s, rows_s, is_cut=bool((counts > 1).any()))
+
+    def _on_device(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
+        host = torch.from_numpy(values.astype(np.int32))
+        if self.device.type == "cpu":
+            return host
+        return host.pin_memory().to(self.device, non_blocking=True)
+
+
+def _within(counts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """0 .. counts[0] - 1, 0 .. counts[1] - 1, ..., flat."""
+    ends = counts.cumsum()
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+
+
+# --- attention by the plan -----------------------------------------------------------------------------------------
+
+
+class _Kernels:
+    """The launches of all layers, with their blocks."""
+
+    def __init__(self, tuner: Tuner) -> None:
+        from drivetrain.kernels.triton import decode, flash, flash_backward
+
+        self.flash, self.flash_backward, self.decoding, self._tuner = flash, flash_backward, decode, tuner
+        self._choices: dict[tuple[str, LayerAttention, torch.dtype], Choice] = {}
+
+    def prepare(self, spec: AttentionSpec, plan: StepPlan, block_size: int) -> None:
+        """Make the lists that the step's layers will need, so that no layer waits for one; block_size 0: no cache."""
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        for layer in set(spec.layers):
+            if len(plan.prefills):
+                candidates = functools.partial(self.flash.forward_candidates, layer, dtype.itemsize)
+                blocks = self._choice("flash", layer, dtype).known((block_size,), candidates)
+                plan.tiles(layer.num_heads // layer.num_kv_heads, blocks["BLOCK_M"])
+            if len(plan.decodes):
+                plan.chunks(layer.window, layer.num_kv_heads)
+
+    def prefill(
+        self,
+        layer: LayerAttention,
+        q_THD: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out_THD: torch.Tensor,
+        log_TH: torch.Tensor | None,
+        table: torch.Tensor | None,
+        plan: StepPlan,
+    ) -> None:
+        starts, kv_lengths = plan.batch.query_starts, plan.batch.kv_lengths
+
+        def launch(blocks: Blocks) -> None:
+            self.flash.forward(
+                layer, q_THD, keys, values, out_THD, log_TH, starts, kv_lengths, table, plan.tiles, blocks
+            )
+
+        choice = self._choice("flash", layer, q_THD.dtype)
+        block_size = 0 if table is None else keys.shape[1]
+        worth_it = q_THD.shape[0] * q_THD.shape[1] >= _WORTH_TIMING_ROWS
+        candidates = functools.partial(self.flash.forward_candidates, layer, q_THD.dtype.itemsize)
+        launch(choice((block_size,), candidates, launch, worth_it))
+
+    def decode(
+        self,
+        layer: LayerAttention,
+        q_THD: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out_THD: torch.Tensor,
+        table: torch.Tensor,
+        plan: StepPlan,
+    ) -> None:
+        chunks = plan.chunks(layer.window, layer.num_kv_heads)
+
+        def launch(blocks: Blocks) -> None:
+            starts = plan.batch.query_starts
+            self.decoding.decode(layer, q_THD, keys, values, out_THD, starts, table, chunks, blocks)
+
+        choice = self._choice("decode", layer, q_THD.dtype)
+        worth_it = plan.num_decode_keys * layer.num_kv_heads >= _WORTH_TIMING_KEYS
+        candidates = functools.partial(self.decoding.candidates, layer, q_THD.dtype.itemsize)
+        launch(choice((keys.shape[1],), candidates, launch, worth_it))
+
+    def backward(
+        self, inputs: BackwardInputs, layer: LayerAttention, plan: StepPlan
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of queries, keys and values."""
+        q_grad, k_grad, v_grad = (
+            torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (inputs.q_THD, inputs.k_TGD, inputs.v_TGD)
+        )
+        worth_it = q_grad.shape[0] * q_grad.shape[1] >= _WORTH_TIMING_ROWS
+        launches: dict[str, Callable[[Blocks], None]] = {
+            "keys": lambda blocks: inputs.key_gradients((k_grad, v_grad), plan.tiles, blocks),
+            "queries": lambda blocks: inputs.query_gradients(q_grad, plan.tiles, blocks),
+        }
+        for name, launch in launches.items():
+            choice = self._choice(f"flash/{name}", layer, q_grad.dtype)
+            candidates = functools.partial(self.flash_backward.backward_candidates, layer, q_grad.dtype.itemsize)
+            launch(choice((), candidates, launch, worth_it))
+        return q_grad, k_grad, v_grad
+
+    def _choice(self, kernel: str, layer: LayerAttention, dtype: torch.dtype) -> Choice:
+        key = (kernel, layer, dtype)
+        choice = self._choices.get(key)
+        if choice is None:
+            choice = self._choices[key] = Choice(self._tuner, f"{kernel}/{_layer_class(layer, dtype)}")
+        return choice
+
+
+def _layer_class(layer: LayerAttention, dtype: torch.dtype) -> str:
+    """What of a layer bears on which blocks are fastest."""
+    kind = f"{'windowed' if layer.window else 'full'}{'+cap' if layer.soft_cap is not None else ''}"
+    return f"{str(dtype).removeprefix('torch.')}/{layer.head_size}/{layer.num_heads // layer.num_kv_heads}/{kind}"
+
+
+class _Attention(torch.autograd.Function):
+    """Attention of packed sequences without a cache."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        kernels: _Kernels,
+        layer: LayerAttention,
+        plan: StepPlan,
+        q_THD: torch.Tensor,
+        k_TGD: torch.Tensor,
+        v_TGD: torch.Tensor,
+    ) -> torch.Tensor:
+        out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+        log_TH = torch.empty(q_THD.shape[:2], dtype=torch.float32, device=q_THD.device)
+        kernels.prefill(layer, q_THD, k_TGD, v_TGD, out_THD, log_TH, None, plan)
+        context.kernels, context.layer, context.plan = kernels, layer, plan
+        context.save_for_backward(q_THD, k_TGD, v_TGD, out_THD, log_TH)
+        return out_THD
+
+    @staticmethod
+    def backward(context: Any, grad_THD: torch.Tensor) -> Any:
+        kernels, layer, plan = context.kernels, context.layer, context.plan
+        saved = context.saved_tensors
+        inputs = kernels.flash_backward.BackwardInputs(layer, *saved, grad_THD, plan.batch.query_starts)
+        return None, None, None, *kernels.backward(inputs, layer, plan)
+
+
+class PagedTritonStep:
+    """Attention of one step by its plan."""
+
+    def __init__(self, spec: AttentionSpec, plan: StepPlan, cache: PagedCache | None, kernels: _Kernels) -> None:
+        self._layers = spec.layers
+        self._group_of = {layer: group.index for group in spec.groups for layer in group.layers}
+        self._plan, self._cache, self._kernels = plan, cache, kernels
+
+    def attend(self, layer: int, q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> torch.Tensor:
+        q_THD, k_TGD, v_TGD = (x if x.stride(2) == 1 else x.contiguous() for x in (q_THD, k_TGD, v_TGD))
+        attention, plan, kernels = self._layers[layer], self._plan, self._kernels
+        if self._cache is None:
+            return _Attention.apply(kernels, attention, plan, q_THD, k_TGD, v_TGD)
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        group = self._group_of[layer]
+        table = plan.batch.block_tables[group]
+        kernels.decoding.write(keys, values, k_TGD, v_TGD, plan.batch.slots[group])
+        out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+        if len(plan.prefills):
+            kernels.prefill(attention, q_THD, keys, values, out_THD, None, table, plan)
+        if len(plan.decodes):
+            kernels.decode(attention, q_THD, keys, values, out_THD, table, plan)
+        return out_THD
+
+
+# --- the plugin ----------------------------------------------------------------------------------------------------
+
+
+class PagedTritonAttention(AttentionBackend):
+    """Flash attention and split decode attention in Triton, over the plain paged cache."""
+
+    tier = Tier.TUNED
+    Config = PagedTritonConfig
+    config: PagedTritonConfig
+
+    @classmethod
+    def probe(cls, context: ProbeContext) -> Probe:
+        answer = probe(context)
+        if answer.ok and context.model is not None:
+            largest = max(layer.head_size for layer in context.model.attention.layers)
+            if largest > MAX_HEAD_SIZE:
+                return Probe.no(
+                    "unsupported_shape",
+                    f"heads of more than {MAX_HEAD_SIZE} do not fit into one program",
+                    wanted=str(largest),
+                    offered=str(MAX_HEAD_SIZE),
+                )
+            if context.model.attention.dtype not in DTYPES:
+                return Probe.no(
+                    "unsupported_dtype",
+                    f"the kernels compute in {', '.join(DTYPES)}",
+                    wanted=context.model.attention.dtype,
+                    offered=", ".join(DTYPES),
+                )
+        return answer
+
+    @classmethod
+    def abilities(cls) -> frozenset[str]:
+        return frozenset({"training", "windows", "soft_cap"})
+
+    def kv_contract(self, spec: AttentionSpec) -> KVContract:
+        return KVContract(PAGED_BNGD, self.config.block_size, spec.dtype)
+
+    def bytes_per_block(self, spec: AttentionSpec, group: KVGroup) -> int:
+        itemsize: int = getattr(torch, spec.dtype).itemsize
+        features = sum(spec.layers[i].num_kv_heads * spec.layers[i].head_size for i in group.layers)
+        return 2 * self.config.block_size * features * itemsize
+
+    def allocate(self, spec: AttentionSpec, num_blocks: Sequence[int], device: torch.device) -> PagedCache:
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        blocks_of_layer = {layer: num_blocks[group.index] for group in spec.groups for layer in group.layers}
+
+        def store(index: int) -> torch.Tensor:
+            layer = spec.layers[index]
+            shape = (blocks_of_layer[index], self.config.block_size, layer.num_kv_heads, layer.head_size)
+            # Zeros, because another backend may take the cache over, and masked slots take part in its products.
+            return lazy_zeros(shape, dtype, device)
+
+        indices = range(len(spec.layers))
+        return PagedCache(tuple(store(i) for i in indices), tuple(store(i) for i in indices))
+
+    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: PagedCache | None) -> AttentionStep:
+        if cache is None and any(batch.context_lengths):
+            raise EngineError(
+                "a sequence has context in a cache, but no cache was given",
+                where="attention/paged-triton",
+                found=list(batch.context_lengths),
+                allowed="context_lengths of 0",
+            )
+        plan = StepPlan(batch, cache is not None, self.config.chunk_size)
+        self._kernels.prepare(spec, plan, 0 if cache is None else self.config.block_size)
+        return PagedTritonStep(spec, plan, cache, self._kernels)
+
+    @functools.cached_property
+    def _kernels(self) -> _Kernels:
+        return _Kernels(tuner_of(self.config.record, self.config.tune))
+
+    def copy_blocks(self, cache: PagedCache, group: KVGroup, pairs: Sequence[tuple[int, int]]) -> None:
+        if not pairs:
+            return
+        source, destination = torch.tensor(pairs, device=cache.keys[group.layers[0]].device).unbind(1)
+        for layer in group.layers:
+            for store in (cache.keys[layer], cache.values[layer]):
+                store.index_copy_(0, destination, store.index_select(0, source))
+
+    def clear_blocks(self, cache: PagedCache, group: KVGroup, blocks: Sequence[int]) -> None:
+        for layer in group.layers:
+            for store in (cache.keys[layer], cache.values[layer]):
+                store[list(blocks)] = 0

@@ -1,0 +1,248 @@
+"""The Triton kernels against the ceilings of this GPU, in one run; writes docs/benchmarks/gpu.md.
+
+    python tests/benchmarks/gpu/run.py [--quick] [--output docs/benchmarks/gpu.md]
+
+Pointwise kernels and decode attention are bound by memory: their bytes a second are shown as a share of what a plain
+copy of 1 GiB reaches here. Prefill attention is compared with the fastest of torch's own backends, forward and back. A
+figure is the median of eleven launches, each after the cache of the device was overwritten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from drivetrain.contracts.attention import AttentionBatch, AttentionSpec, LayerAttention
+from drivetrain.contracts.kernels import KernelSpec
+from drivetrain.kernels.triton import TritonKernels
+from drivetrain.plugins.attention.paged_triton import PagedTritonAttention
+from drivetrain.testing.attention_oracle import whole_batch
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "benchmarks" / "gpu.md"
+DTYPE = torch.bfloat16
+TOKENS, FEATURES, INNER, HEADS, KV_HEADS, SIZE, BLOCK = 8192, 4096, 14_336, 32, 8, 128, 16
+"""The shape of an 8B Llama."""
+
+REPEATS = 11
+POINTWISE_TARGET, DECODE_TARGET, PREFILL_TARGET = 0.85, 0.80, 0.9
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a table: what ran, its milliseconds, and what that is a share of what."""
+
+    name: str
+    milliseconds: float
+    rate: float
+    share: float
+    target: float
+
+    def cells(self, unit: str) -> str:
+        verdict = "yes" if self.share >= self.target else "no"
+        return f"| {self.name} | {self.milliseconds:.3f} | {self.rate:,.0f} {unit} | {self.share:.0%} | {verdict} |"
+
+
+class Clock:
+    """Times launches with a cold cache."""
+
+    def __init__(self) -> None:
+        self._cache = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+
+    def milliseconds(self, launch: Callable[[], object]) -> float:
+        for _ in range(3):
+            launch()
+        times = []
+        for _ in range(REPEATS):
+            self._cache.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            launch()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        return statistics.median(times)
+
+
+def randn(*shape: int, grad: bool = False) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=DTYPE).requires_grad_(grad)
+
+
+def copy_bandwidth(clock: Clock) -> float:
+    """Bytes a second of a plain copy, read and written."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / clock.milliseconds(lambda: target.copy_(source)) * 1e3
+
+
+def pointwise(clock: Clock, bandwidth: float) -> Iterator[Line]:
+    kernels = TritonKernels(TritonKernels.Config())
+
+    def make(operation: str) -> Callable[..., object]:
+        return kernels.make(KernelSpec(operation, "cuda", "bfloat16", {}, {"eps": 1e-5}))
+
+    x, residual, weight = randn(TOKENS, FEATURES), randn(TOKENS, FEATURES), randn(FEATURES)
+    gate, up = randn(TOKENS, INNER), randn(TOKENS, INNER)
+    q, k, v = randn(TOKENS, HEADS, SIZE), randn(TOKENS, KV_HEADS, SIZE), randn(TOKENS, KV_HEADS, SIZE)
+    angles = torch.rand(TOKENS, SIZE // 2, device="cuda").repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    caches = [torch.zeros(TOKENS // BLOCK, BLOCK, KV_HEADS, SIZE, device="cuda", dtype=DTYPE) for _ in range(2)]
+    slots = torch.randperm(TOKENS, device="cuda")
+    written = q.nbytes + k.nbytes + v.nbytes
+    uses: list[tuple[str, tuple[torch.Tensor, ...], int]] = [
+        ("rms_norm", (x, weight), 2 * x.nbytes),
+        ("add_rms_norm", (x, residual, weight), 4 * x.nbytes),
+        ("silu_mul", (gate, up), 3 * gate.nbytes),
+        ("gelu_tanh_mul", (gate, up), 3 * gate.nbytes),
+        ("rope", (q, k, cos, sin), 2 * (q.nbytes + k.nbytes) + 2 * cos.nbytes),
+        ("rope_write", (q, k, v, cos, sin, *caches, slots), 2 * written + 2 * cos.nbytes),
+    ]
+    for operation, arguments, num_bytes in uses:
+        kernel = make(operation)
+        with torch.no_grad():
+            taken = clock.milliseconds(lambda kernel=kernel, arguments=arguments: kernel(*arguments))  # type: ignore[misc]
+        rate = num_bytes / taken * 1e3
+        yield Line(f"`{operation}`", taken, rate / 1e9, rate / bandwidth, POINTWISE_TARGET)
+
+
+def decode(clock: Clock, bandwidth: float, quick: bool) -> Iterator[Line]:
+    layer = LayerAttention(HEADS, KV_HEADS, SIZE, SIZE**-0.5)
+    spec, device = AttentionSpec((layer,), "bfloat16"), torch.device("cuda")
+    backend = PagedTritonAttention(PagedTritonAttention.Config(block_size=BLOCK))
+    room = torch.cuda.mem_get_info()[0] * 0.6
+    for batch in (1, 16, 256) if quick else (1, 4, 16, 64, 256):
+        for length in (512, 8192) if quick else (512, 2048, 8192, 32_768, 131_072):
+            num_bytes = 2 * batch * length * KV_HEADS * SIZE * DTYPE.itemsize
+            if num_bytes > room:
+                continue
+            blocks = length // BLOCK
+            cache = backend.allocate(spec, [batch * blocks], device)
+            table = torch.randperm(batch * blocks, device=device, dtype=torch.int32).view(batch, blocks)
+            slots = table[:, -1].long() * BLOCK + BLOCK - 1
+            plain = whole_batch([1] * batch, device)
+            step = AttentionBatch(
+                [1] * batch,
+                [length - 1] * batch,
+                plain.query_starts,
+                torch.full((batch,), length, dtype=torch.int32, device=device),
+                (table,),
+                (slots,),
+            )
+            q, k, v = randn(batch, HEADS, SIZE), randn(batch, KV_HEADS, SIZE), randn(batch, KV_HEADS, SIZE)
+            attending = backend.begin(spec, step, cache)
+            taken = clock.milliseconds(lambda: attending.attend(0, q, k, v))  # noqa: B023
+            rate = num_bytes / taken * 1e3
+            yield Line(f"batch {batch}, context {length:,}", taken, rate / 1e9, rate / bandwidth, DECODE_TARGET)
+
+
+def prefill(clock: Clock, quick: bool) -> Iterator[Line]:
+    """Milliseconds of torch's fastest backend, as a share of ours."""
+    layer = LayerAttention(HEADS, KV_HEADS, SIZE, SIZE**-0.5)
+    spec, device = AttentionSpec((layer,), "bfloat16"), torch.device("cuda")
+    backend = PagedTritonAttention(PagedTritonAttention.Config())
+    for length in (1024, 4096) if quick else (512, 1024, 4096, 16_384):
+        count = max(1, 16_384 // length)
+        heads = (HEADS, KV_HEADS, KV_HEADS)
+        own = [randn(count * length, n, SIZE, grad=True) for n in heads]
+        theirs = [x.detach().view(count, length, -1, SIZE).transpose(1, 2).requires_grad_() for x in own]
+        step = backend.begin(spec, whole_batch([length] * count, device), None)
+        products = 2 * count * HEADS * length * length * SIZE  # two products, half of each hidden
+        for name, factor in (("forward", 1.0), ("backward", 2.5)):
+            mine = _times(clock, lambda: step.attend(0, *own), own, name)  # noqa: B023
+            best, backend_name = min(
+                (_times(clock, lambda: _torch_attention(theirs), theirs, name), kind.name)  # noqa: B023
+                for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+                for _ in _with_backend(kind, theirs)
+            )
+            rate = products * factor / mine / 1e9
+            told = f"{count} x {length:,}, {name} (torch: {backend_name.lower()}, {best:.3f} ms)"
+            yield Line(told, mine, rate, best / mine, PREFILL_TARGET)
+
+
+def _torch_attention(inputs: list[torch.Tensor]) -> torch.Tensor:
+    return functional.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+
+
+def _with_backend(kind: SDPBackend, inputs: list[torch.Tensor]) -> Iterator[None]:
+    """Once with this backend alone; not at all where it refuses these inputs."""
+    with sdpa_kernel(kind):
+        try:
+            _torch_attention(inputs)
+        except RuntimeError as error:
+            print(f"torch's {kind.name} refuses: {str(error).splitlines()[0]}", file=sys.stderr)
+            return
+        yield
+
+
+def _times(clock: Clock, attend: Callable[[], torch.Tensor], inputs: list[torch.Tensor], name: str) -> float:
+    if name == "forward":
+        with torch.no_grad():
+            return clock.milliseconds(attend)
+    out = attend()
+    grad = torch.randn_like(out)
+    return clock.milliseconds(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
+
+
+def page(tables: dict[str, tuple[str, str, list[Line]]], bandwidth: float, command: str) -> str:
+    properties = torch.cuda.get_device_properties(0)
+    lines = [
+        "# Benchmarks on a GPU",
+        "",
+        f"{datetime.date.today()}, {properties.name} ({properties.multi_processor_count} processors,",
+        f"{properties.total_memory / 2**30:.0f} GiB), torch {torch.__version__}, triton {triton.__version__},",
+        f"bfloat16, the shape of an 8B Llama. Medians of {REPEATS} launches with a cold cache. A copy of 1 GiB reaches",
+        f"{bandwidth / 1e9:,.0f} GB/s.",
+        "",
+        "```console other",
+        f"$ {command}",
+        "```",
+    ]
+    for title, (unit, head, rows) in tables.items():
+        lines += ["", f"## {title}", "", head, "|---|---|---|---|---|", *(row.cells(unit) for row in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes; prints and writes nothing")
+    parser.add_argument("--output", type=Path, default=PAGE, help="the page to write")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: this machine has no GPU that torch can use; nothing was measured and nothing written")
+    torch.manual_seed(0)
+    clock = Clock()
+    bandwidth = copy_bandwidth(clock)
+    tables = {
+        "Norms, activations, rotary embedding": (
+            "GB/s",
+            "| kernel | ms | rate | share of copy | 85% |",
+            list(pointwise(clock, bandwidth)),
+        ),
+        "Decode attention": (
+            "GB/s",
+            "| batch | ms | rate | share of copy | 80% |",
+            list(decode(clock, bandwidth, options.quick)),
+        ),
+        "Prefill attention": (
+            "TFLOP/s",
+            "| sequences | ms | rate | of torch's best | 90% |",
+            list(prefill(clock, options.quick)),
+        ),
+    }
+    text = page(tables, bandwidth, "make bench-gpu")
+    print(text)
+    if not options.quick:
+        options.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Run by ``tests/kernels/test_triton_kernels.py`` in a process with Triton's interpreter on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from drivetrain import LLM, SamplingParams
+from drivetrain.contracts.kernels import OPERATIONS, KernelSpec
+from drivetrain.kernels.reference import ReferenceKernels
+from drivetrain.kernels.triton import TritonKernels, cross_entropy, products
+from drivetrain.kernels.triton.tuning import Blocks, Tuner
+from support.tiny_models import save_tiny
+
+torch.set_num_threads(1)
+
+
+def both(operation: str, dtype: str = "float32", **params: float) -> tuple[Any, Any]:
+    """Ours and the reference's."""
+    spec = KernelSpec(operation, "cpu", dtype, {}, params)
+    return tuple(kind(kind.Config()).make(spec) for kind in (TritonKernels, ReferenceKernels))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_chunks_of_logits_give_what_all_of_them_give(cap: float) -> None:
+    torch.manual_seed(0)
+    spec = KernelSpec("linear_cross_entropy", "cpu", "float32", {}, {"soft_cap": cap})
+    x, weight, targets = torch.randn(7, 12), torch.randn(300, 12), torch.randint(0, 300, (7,))
+    targets[4] = -100
+    found = []
+    for chunk_bytes in (1 << 20, 3 * 300 * 4, 1):  # all rows, three, one
+        own = [value.clone().requires_grad_() for value in (x, weight)]
+        losses = cross_entropy.make_linear_cross_entropy(spec, chunk_bytes)(*own, targets)
+        (losses * torch.linspace(0.5, 2, 7)).sum().backward()
+        found.append((losses.detach(), *(value.grad for value in own)))
+    for other in found[1:]:
+        for one, all_ in zip(other, found[0], strict=True):
+            torch.testing.assert_close(one, all_)
+    _, reference = both("linear_cross_entropy", soft_cap=cap)
+    torch.testing.assert_close(found[0][0], reference(x, weight, targets))
+
+
+def test_what_asks_for_no_gradient_gets_none() -> None:
+    """As when most of a model is frozen."""
+    torch.manual_seed(6)
+    x, weight, up = torch.randn(3, 8, requires_grad=True), torch.randn(40, 8), torch.randn(40, 8, requires_grad=True)
+    found = []
+    for loss, gated in zip(both("linear_cross_entropy"), both("gated_linear", activation=0), strict=True):
+        x.grad = up.grad = None
+        (loss(x, weight, torch.tensor([1, 39, 0])).sum() + gated(x, weight, up).sum()).backward()
+        assert x.grad is not None
+        assert up.grad is not None
+        found.append((x.grad, up.grad))
+    assert weight.grad is None
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_no_more_logits_than_a_chunk_are_ever_held() -> None:
+    loss = cross_entropy._Loss(KernelSpec("linear_cross_entropy", "cpu", "float32"), 5 * 1000)
+    chunks = loss.chunks(12, 1000)
+    assert [(rows.start, rows.stop) for rows in chunks] == [(0, 5), (5, 10), (10, 12)]
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4])
+@pytest.mark.parametrize("operation", ["linear_int8", "linear_int4"])
+def test_split_sums_are_whole(operation: str, splits: int) -> None:
+    """However the inputs are split, also into more parts than there are blocks of them."""
+    torch.manual_seed(1)
+
+    class Fixed(Tuner):
+        def choose(self, key: str, candidates: Any, launch: Any, worth_it: bool = True) -> Blocks:
+            return Blocks.of(SPLITS=splits, BLOCK_M=16, BLOCK_O=16, BLOCK_I=32)
+
+    spec = KernelSpec(operation, "cpu", "float32", {}, {"group": 32})
+    x, bias = torch.randn(3, 96), torch.randn(20)
+    if operation == "linear_int8":
+        weights: tuple[torch.Tensor, ...] = (torch.randint(-128, 128, (20, 96), dtype=torch.int8), torch.rand(20))
+        ours = products.make_linear_by_row(spec, Fixed())
+    else:
+        weights = (torch.randint(0, 256, (20, 48), dtype=torch.uint8), torch.rand(20, 3), torch.rand(20, 3))
+        ours = products.make_linear_int4(spec, Fixed())
+    _, reference = both(operation, group=32)
+    torch.testing.assert_close(ours(x, *weights, bias), reference(x, *weights, bias), rtol=1e-5, atol=1e-3)
+
+
+def test_every_float8_number_is_read_exactly() -> None:
+    weight = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(256, 1)
+    ours, _ = both("linear_fp8")
+    found = ours(torch.ones(1, 1), weight, torch.ones(256), None)[0]
+    assert torch.equal(found.isnan(), weight.float()[:, 0].isnan())
+    assert torch.equal(found.nan_to_num(), weight.float()[:, 0].nan_to_num())
+
+
+def test_a_large_vocabulary_is_drawn_from_as_the_reference_does() -> None:
+    """Several blocks of the vocabulary, ties across their borders, and draws at both ends."""
+    torch.manual_seed(2)
+    rows, vocab = 12, 1100
+    logits = (torch.randn(rows, vocab) * 8).round() / 4  # many ties
+    heat = torch.full((rows,), 0.8)
+    top_k = torch.tensor([0, 1, 40, 1099] * 3)
+    top_p = torch.tensor([1.0, 0.95, 0.4] * 4)
+    min_p = torch.tensor([0.0, 0.02] * 6)
+    draws = torch.rand(rows, dtype=torch.float64)
+    draws[:3], draws[3:6] = 0.0, 1 - 1e-12
+    ours, reference = both("sample")
+    settings = (heat, top_k, top_p, min_p, draws)
+    assert torch.equal(ours(logits, *settings), reference(logits, *settings))
+
+
+def test_rows_without_a_number_give_a_token_of_the_vocabulary() -> None:
+    logits = torch.full((4, 600), float("nan"))
+    logits[1:3] = -float("inf")
+    logits[3, 7] = 1.0
+    one = torch.ones(4)
+    ours, _ = both("sample")
+    found = ours(logits, one, torch.tensor([0, 2, 0, 2]), one * 0.9, one * 0.1, one.double() / 2)
+    assert ((found >= 0) & (found < 600)).all()
+    assert found[3] == 7
+
+
+def test_activations_of_a_chunked_tensor_need_no_copy() -> None:
+    torch.manual_seed(3)
+    both_halves = torch.randn(5, 2, 40)
+    ours, reference = both("silu_mul")
+    halves = both_halves.view(5, 80).chunk(2, dim=-1)
+    torch.testing.assert_close(ours(*halves), reference(*halves))
+
+
+def test_gradients_of_views_reach_what_they_are_views_of() -> None:
+    torch.manual_seed(4)
+    found = []
+    for norm, activation in zip(both("rms_norm", eps=1e-5), both("silu_mul"), strict=True):
+        torch.manual_seed(5)
+        x, weight = torch.randn(4, 24, requires_grad=True), torch.randn(24, requires_grad=True)
+        activation(*norm(x.T.contiguous().T, weight).chunk(2, dim=-1)).sum().backward()
+        found.append((x.grad, weight.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_every_operation_has_its_name_in_the_contract() -> None:
+    assert TritonKernels(TritonKernels.Config()).operations() == OPERATIONS.keys() - {"linear"}
+
+
+def test_a_model_served_by_these_parts_gives_the_references_tokens(tmp_path: Path) -> None:
+    """And a swap to sdpa in between keeps the cache and the tokens."""
+    save_tiny("llama", tmp_path / "model")
+    options: dict[str, Any] = {"platform": {"name": "cpu", "threads": 1}, "engine": {"max_model_len": 64}}
+    prompts = ["The quick brown fox", "There is more", "x"]
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    with LLM(tmp_path / "model", **options, attention="sdpa", kernels="reference") as llm:
+        wanted = [result.token_ids for result in llm.generate(prompts, params)]
+    attention = {"name": "paged-triton", "block_size": 16}
+    with LLM(tmp_path / "model", **options, attention=attention, kernels="triton") as llm:
+        assert [result.token_ids for result in llm.generate(prompts, params)] == wanted
+        llm.swap(attention={"name": "sdpa", "block_size": 16})
+        assert [result.token_ids for result in llm.generate(prompts, params)] == wanted

@@ -1,0 +1,64 @@
+"""Every kernel compiles for an H100, fits into its memory, and is what it is meant to be: products on tensor cores,
+loads of 128 bits where memory is the bound. The interpreter takes code that the compiler refuses; this needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.interpreted import has_triton
+
+pytestmark = [pytest.mark.slow, has_triton]
+
+SHARED_BYTES_OF_AN_H100 = 232_448
+ON_TENSOR_CORES = {
+    "products._by_row", "products._by_group", "products._gated", "decode._decode",
+    "flash._forward", "flash_backward._key_gradients", "flash_backward._query_gradients",
+}  # fmt: skip
+BOUND_BY_MEMORY = {
+    "norms._forward", "norms._backward", "activations._forward", "activations._backward", "rotary._rope",
+    "decode._write", "decode._decode", "cross_entropy._losses", "cross_entropy._logit_gradients", "sampling._sample",
+}  # fmt: skip
+OTHERS = {"products._sum_parts", "decode._merge", "flash_backward._row_products"}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    folder = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "error", str(folder / "support" / "compile_for_hopper.py")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=290,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    head, *lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert "triton" in head
+    return lines
+
+
+def test_every_kernel_is_compiled(compiled: list[dict[str, Any]]) -> None:
+    assert {facts["kernel"] for facts in compiled} == ON_TENSOR_CORES | BOUND_BY_MEMORY | OTHERS
+
+
+def test_each_fits_into_the_shared_memory(compiled: list[dict[str, Any]]) -> None:
+    for facts in compiled:
+        assert facts["shared_bytes"] <= SHARED_BYTES_OF_AN_H100, facts
+
+
+def test_products_are_those_of_the_tensor_cores(compiled: list[dict[str, Any]]) -> None:
+    for facts in compiled:
+        assert (facts["tensor_core_products"] > 0) == (facts["kernel"] in ON_TENSOR_CORES), facts
+
+
+def test_loads_are_as_wide_as_can_be(compiled: list[dict[str, Any]]) -> None:
+    for facts in compiled:
+        assert facts["wide_loads"] > 0 or facts["kernel"] not in BOUND_BY_MEMORY, facts

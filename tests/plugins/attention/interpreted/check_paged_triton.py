@@ -1,0 +1,78 @@
+"""Run by ``tests/plugins/attention/test_paged_triton.py`` in a process with Triton's interpreter on."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from drivetrain.plugins.attention.paged_triton import PagedTritonAttention
+from drivetrain.testing.attention_oracle import PlainStep, Trial, whole_batch
+from drivetrain.testing.suites.attention import MIXED, assert_as_plain, spec_of
+
+torch.set_num_threads(1)
+
+CPU = torch.device("cpu")
+
+
+def backend(**options: int) -> PagedTritonAttention:
+    return PagedTritonAttention(PagedTritonAttention.Config.model_validate(options))
+
+
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (5, None), (None, 2.0)])
+@pytest.mark.parametrize("chunk_size", [1, 3, 7])
+def test_chunks_of_any_size_merge_to_the_whole(chunk_size: int, window: int | None, cap: float | None) -> None:
+    spec = spec_of((window,), heads=(4, 2, 16), cap=cap)
+    trial = Trial(backend(block_size=4, chunk_size=chunk_size), spec, CPU)
+    for new_tokens in MIXED:
+        assert_as_plain(trial.backend, spec, trial.step(new_tokens))
+
+
+def test_more_chunks_than_are_merged_at_once() -> None:
+    spec = spec_of((None,), heads=(2, 1, 8))
+    trial = Trial(backend(block_size=16, chunk_size=2), spec, CPU)
+    for new_tokens in ({0: 90, 1: 3}, {0: 1, 1: 1}):
+        assert_as_plain(trial.backend, spec, trial.step(new_tokens))
+
+
+@pytest.mark.parametrize("heads", [(20, 1, 8), (17, 1, 16)])
+def test_more_query_heads_than_the_smallest_product(heads: tuple[int, int, int]) -> None:
+    spec = spec_of((None,), heads=heads)
+    trial = Trial(backend(block_size=4), spec, CPU)
+    for new_tokens in ({0: 5, 1: 2}, {0: 1, 1: 1}):
+        assert_as_plain(trial.backend, spec, trial.step(new_tokens))
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_gradients_over_several_tiles_of_queries_and_of_keys(window: int | None) -> None:
+    torch.manual_seed(0)
+    spec, lengths = spec_of((window,), heads=(6, 2, 12)), [130, 1, 66]
+    qkv = [torch.randn(sum(lengths), count, 12) for count in (6, 2, 2)]
+    weight = torch.randn(sum(lengths), 6, 12)
+    found = []
+    for step in (backend().begin(spec, whole_batch(lengths, CPU), None), PlainStep(spec, lengths)):
+        own = [x.clone().requires_grad_() for x in qkv]
+        (step.attend(0, *own) * weight).sum().backward()
+        found.append([x.grad for x in own])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_what_lies_in_hidden_places_may_be_no_number() -> None:
+    """The rest of a block, the blocks of others, and blocks that a window has left."""
+    spec = spec_of((6,), heads=(2, 1, 8))
+    trial = Trial(backend(block_size=4), spec, CPU)
+    for store in (*trial.cache.keys, *trial.cache.values):
+        store.fill_(math.nan)
+    for new_tokens in ({0: 9, 1: 2}, {0: 1, 1: 1}, {0: 3, 1: 7}, {0: 1}):
+        assert_as_plain(trial.backend, spec, trial.step(new_tokens))
+
+
+def test_a_cache_that_is_a_part_of_a_wider_one_is_written_and_read_in_place() -> None:
+    spec = spec_of((None,), heads=(4, 2, 8))
+    trial = Trial(backend(block_size=4), spec, CPU)
+    wide = torch.zeros(*trial.cache.keys[0].shape[:2], 4, 8)
+    trial.cache = type(trial.cache)((wide[:, :, :2],), (wide[:, :, 2:],))
+    for new_tokens in ({0: 6, 1: 1}, {0: 1, 1: 3}):
+        assert_as_plain(trial.backend, spec, trial.step(new_tokens))

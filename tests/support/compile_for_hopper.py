@@ -1,0 +1,136 @@
+"""Compiles every Triton kernel for an H100 on a machine without a GPU, and prints what came of it as JSON lines.
+
+Run as a script, in a process without the interpreter: a driver that knows its target but has no device takes the place
+of Triton's own, the wrappers are called with small tensors in main memory, and every launch ends after compiling.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from drivetrain.contracts.attention import AttentionSpec, LayerAttention
+from drivetrain.contracts.kernels import KernelSpec
+from drivetrain.kernels.triton import TritonKernels, tuner_of
+from drivetrain.kernels.triton import launch as launching
+from drivetrain.kernels.triton.tuning import Tuner
+from drivetrain.plugins.attention import paged_triton
+from drivetrain.plugins.attention.paged_triton import PagedTritonAttention
+from drivetrain.testing.attention_oracle import BlockBook, whole_batch
+
+CPU = torch.device("cpu")
+DTYPE = torch.bfloat16
+
+
+class HopperWithoutADevice:
+    """What Triton asks a driver before it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only() -> None:
+    """From here on, a launch compiles and prints, and nothing runs."""
+    driver.set_active(HopperWithoutADevice())
+    launch, seen = JITFunction.run, set()
+
+    def run(self: Any, *arguments: Any, grid: Any, warmup: bool = False, **options: Any) -> Any:
+        kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
+        if kernel.metadata.hash not in seen:
+            seen.add(kernel.metadata.hash)
+            ptx = kernel.asm["ptx"]
+            facts = {
+                "kernel": f"{self.fn.__module__.rpartition('.')[2]}.{self.__name__}",
+                "shared_bytes": kernel.metadata.shared,
+                "tensor_core_products": ptx.count("wgmma.mma_async") + ptx.count("mma.sync"),
+                "wide_loads": ptx.count(".v4.b32"),
+            }
+            print(json.dumps(facts), flush=True)
+        return kernel
+
+    JITFunction.run = run
+    for module in (launching, *_modules()):
+        if hasattr(module, "num_processors"):
+            module.num_processors = lambda device: 132
+
+
+def _modules() -> tuple[Any, ...]:
+    from drivetrain.kernels.triton import norms, products
+
+    return norms, products
+
+
+def randn(*shape: int, grad: bool = False) -> torch.Tensor:
+    return torch.randn(*shape, dtype=DTYPE, requires_grad=grad)
+
+
+def make(operation: str, **params: float) -> Any:
+    kernels = TritonKernels(TritonKernels.Config(tune=False))
+    return kernels.make(KernelSpec(operation, "cuda", "bfloat16", {}, params))
+
+
+def pointwise() -> None:
+    weight = randn(4096, grad=True)
+    make("rms_norm")(randn(16, 4096, grad=True), weight).sum().backward()
+    normed, summed = make("add_rms_norm")(randn(16, 4096, grad=True), randn(16, 4096), weight)
+    (normed.sum() + summed.sum()).backward()
+    for operation in ("silu_mul", "gelu_tanh_mul"):
+        make(operation)(randn(16, 1024, grad=True), randn(16, 1024)).sum().backward()
+    angles = torch.randn(2, 16, 128)
+    q, k = make("rope")(randn(16, 8, 128, grad=True), randn(16, 2, 128, grad=True), *angles)
+    (q.sum() + k.sum()).backward()
+    caches, slots = randn(2, 3, 16, 2, 128), torch.arange(16)
+    make("rope_write")(randn(16, 8, 128), randn(16, 2, 128), randn(16, 2, 128), *angles, *caches, slots)
+
+
+def vocabulary() -> None:
+    x, weight = randn(8, 64, grad=True), randn(4096, 64)
+    make("linear_cross_entropy", soft_cap=30.0)(x, weight, torch.arange(8)).sum().backward()
+    one = torch.ones(4)
+    make("sample")(randn(4, 32_768), one, torch.ones(4, dtype=torch.int64), one, one, one.double() / 2)
+
+
+def products_() -> None:
+    int8, fp8 = torch.zeros(256, 1024, dtype=torch.int8), torch.zeros(256, 1024).to(torch.float8_e4m3fn)
+    int4, groups = torch.zeros(256, 512, dtype=torch.uint8), torch.ones(256, 8)
+    for rows in (1, 300):
+        x = randn(rows, 1024)
+        make("linear_int8")(x, int8, torch.ones(256), randn(256))
+        make("linear_fp8")(x, fp8, torch.ones(256), None)
+        make("linear_int4", group=128)(x, int4, groups, groups, None)
+        make("gated_linear", activation=0)(x, randn(256, 1024), randn(256, 1024))
+
+
+def attention() -> None:
+    backend = PagedTritonAttention(PagedTritonAttention.Config(tune=False, chunk_size=32))
+    for layer in (LayerAttention(8, 2, 128, 0.1), LayerAttention(4, 4, 80, 0.1, window=40, soft_cap=30.0)):
+        spec, heads = AttentionSpec((layer,), "bfloat16"), (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads)
+        book = BlockBook(spec, 16, 64)
+        cache = backend.allocate(spec, book.num_blocks, CPU)
+        for new_tokens in ({0: 70, 1: 1}, {0: 1, 1: 1}):
+            batch = book.batch(new_tokens, CPU)
+            rows = [randn(batch.num_tokens, count, layer.head_size) for count in heads]
+            backend.begin(spec, batch, cache).attend(0, *rows)
+        rows = [randn(70, count, layer.head_size, grad=True) for count in heads]
+        backend.begin(spec, whole_batch([70], CPU), None).attend(0, *rows).sum().backward()
+
+
+if __name__ == "__main__":
+    compile_only()
+    paged_triton.tuner_of = lambda folder, tune: Tuner()
+    tuner_of.cache_clear()
+    print(json.dumps({"triton": triton.__version__}))
+    for part in (pointwise, vocabulary, products_, attention):
+        part()

@@ -1,0 +1,98 @@
+"""Triton's interpreter in a process of its own: it has to be on before Triton is imported. It is slow, so that suites
+are thinned out; ``TRITON_INTERPRET=1 drivetrain plugins test kernels/triton`` runs them whole."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from drivetrain.contracts.attention import AttentionBackend
+from drivetrain.testing.kernel_oracle import Case
+from drivetrain.testing.run import Outcome, Report, Result, Target, run_suites
+from drivetrain.testing.suite import Suite
+from drivetrain.testing.suites.attention import AttentionSuite
+from drivetrain.testing.suites.kernels import KernelsSuite
+
+
+def _why_not() -> str | None:
+    if find_spec("triton") is None:
+        return "there is no Triton for this machine"
+    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    if triton < (3, 7) and numpy >= (2, 4):
+        return "the interpreter of Triton before 3.7 does not work with numpy 2.4"
+    return None
+
+
+has_triton = pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton for this machine")
+has_interpreter = pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))
+
+INTERPRETER = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+TESTS_FOLDER = Path(__file__).resolve().parents[1]
+MANNERS = frozenset(name for name in vars(Suite) if name.startswith(("test_import_and_probe_", "test_works_in_a_")))
+"""What ``tests/conformance`` looks at, without the interpreter."""
+
+
+class InterpretedKernels(KernelsSuite):
+    """Every second of the supported cases; the dtypes, an odd number, change fastest, so all of them are met."""
+
+    @classmethod
+    def covered(cls, operation: str, *dtypes: str) -> list[tuple[Case, str, str]]:
+        return super().covered(operation, *dtypes)[::2]
+
+
+class InterpretedAttention(AttentionSuite):
+    """With blocks of one size: smaller than a tile, and no divisor of it."""
+
+    @classmethod
+    def backends(cls) -> list[AttentionBackend]:
+        return [cls.make(block_size=6)]
+
+
+def names_of_tests(suite: type[Suite]) -> list[str]:
+    return sorted({name for name in dir(suite) if name.startswith("test_")} - MANNERS)
+
+
+def run_interpreted_suite(suite: type[Suite], plugin: str) -> Report:
+    """All tests of the suite but those of manners."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in INTERPRETER.items():
+            patch.setenv(name, value)
+        target = Target(f"{suite.__module__}:{suite.__qualname__}", plugin, tests=tuple(names_of_tests(suite)))
+        return run_suites([target], test_time_limit_seconds=280)
+
+
+def expect_no_failure(report: Report, test: str, *, may_skip: Sequence[str] = ()) -> None:
+    """The test ran, none of its cases failed, and only tests that the suite skips by a claim came to nothing."""
+    results = [result for result in report.results if result.test.partition("[")[0] == test]
+    assert results, f"{test} did not run"
+    bad = [result for result in results if result.outcome not in (Outcome.PASSED, Outcome.SKIPPED)]
+    assert not bad, "\n".join(map(_told, bad))
+    if test not in may_skip:
+        assert any(result.outcome is Outcome.PASSED for result in results), "\n".join(map(_told, results))
+
+
+def _told(result: Result) -> str:
+    return f"{result.test}: {result.outcome}: {result.message}"
+
+
+def run_in_interpreter(file: Path) -> None:
+    """Run a file of tests in a pytest of its own with the interpreter on; fails with what it printed."""
+    own_warnings = "ignore::DeprecationWarning:triton.runtime.interpreter"
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "pyproject.toml"]
+    done = subprocess.run(
+        [*command, "-W", own_warnings, str(file)],
+        cwd=TESTS_FOLDER.parent,
+        env={**os.environ, **INTERPRETER},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
