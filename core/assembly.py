@@ -7,6 +7,7 @@ sizes the cache by the memory that is left, and returns an engine that is ready 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from drivetrain.config import Settings
 from drivetrain.contracts.attention import AttentionBackend, KVGroup
 from drivetrain.contracts.frontend import Frontend
-from drivetrain.contracts.kernels import KernelProvider
+from drivetrain.contracts.kernels import BuildsAhead, KernelProvider
 from drivetrain.contracts.kinds import KINDS
 from drivetrain.contracts.loader import Checkpoint, Loader
 from drivetrain.contracts.model import BuildContext, CausalLM, Model, ModelSpec
@@ -28,6 +29,7 @@ from drivetrain.contracts.source import ListsNames, Progress, Source, silent
 from drivetrain.errors import (
     ConfigError,
     FusionError,
+    KernelBuildError,
     LoaderError,
     MemoryBudgetError,
     ModelNotFoundError,
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from drivetrain.serving.graphs import Capture
     from drivetrain.serving.master_copy import MasterCopy
     from drivetrain.serving.tokenizer import Tokenizer
+
+_log = logging.getLogger("drivetrain")
 
 _KV_SHARE = {"cpu": 0.25}
 """Share of the free memory that ``kv_memory: auto`` may take; devices that do nothing else give 0.9."""
@@ -322,6 +326,7 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
     if parts.checkpoint is None or parts.spec is None:
         raise ConfigError("no model is named", hint="Give one with --model NAME, for example smollm2-135m.")
     parts.platform.activate()
+    _build_attention(parts, progress)
     device = parts.platform.device()
     tokenizer = Tokenizer(parts.checkpoint.tokenizer())
     master = _keep_master_copy(parts)
@@ -359,6 +364,26 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
         if parts.checkpoint.generation_config.get(name) is not None
     }
     return ServingStack(engine, parts, tokenizer, binder, max_model_len, defaults)
+
+
+def _build_attention(parts: Parts, progress: Progress) -> None:
+    """Have the attention backend compile what it needs. Under ``auto``, one that can't gives way to the next, which is
+    a fallback; one that was named is an error (KernelBuildError)."""
+    refs = list(parts.registry.refs)
+    while isinstance(parts.attention, BuildsAhead):
+        try:
+            parts.attention.build_ahead(progress)
+            return
+        except KernelBuildError as error:
+            failed = parts.report["attention"]
+            if failed.requested != AUTO:
+                raise
+            refs.remove(failed.chosen)
+            selector = Selector(Registry(refs, parts.registry.barred), parts.settings.parts)
+            selector.prefer(parts.platform.preferences)
+            parts.plugins["attention"] = selector.choose("attention", parts.report.contexts["attention"])
+            parts.report = parts.report.with_selection(selector.report["attention"].in_place_of(failed, str(error)))
+            _log.warning("fallback: %s", parts.report["attention"].fallback)
 
 
 def _keep_master_copy(parts: Parts) -> MasterCopy | None:
@@ -454,8 +479,7 @@ def with_fallbacks(report: SelectionReport, binder: KernelBinder) -> SelectionRe
         return report
     kernels = report["kernels"]
     fallback = "; ".join(filter(None, (kernels.fallback, *binder.fallbacks)))
-    new = dataclasses.replace(kernels, fallback=fallback)
-    return dataclasses.replace(report, selections=tuple(new if s.kind == "kernels" else s for s in report.selections))
+    return report.with_selection(dataclasses.replace(kernels, fallback=fallback))
 
 
 def _capture(parts: Parts) -> Capture | None:

@@ -200,6 +200,9 @@ class AttentionBackend(Plugin):
     device tensors only, launch the same work whatever these hold, and wait for nothing, so that a platform may record
     the step and replay it with other values at the same addresses. A backend that does not claim one of the
     first three refuses, in its probe, a model that needs it.
+
+    One that compiles has ``build_ahead`` (:class:`drivetrain.contracts.kernels.BuildsAhead`), which is called before
+    anything else of it when an engine is built.
     """
 
     kind = "attention"

@@ -101,6 +101,22 @@ class Selection:
     fallback: str | None = None
     measured: str = ""
 
+    def in_place_of(self, failed: Selection, reason: str) -> Selection:
+        """This selection, made because what ``failed`` chose turned out not to work."""
+        name, mine = failed.chosen.name, failed.chosen.distribution
+        broken = [
+            dataclasses.replace(candidate, outcome=Outcome.BROKEN, code="not_built", reason=reason)
+            for candidate in failed.candidates
+            if (candidate.name, candidate.distribution) == (name, mine)
+        ]
+        texts = (
+            failed.fallback,
+            self.fallback,
+            f"{self.kind} {self.chosen.name!r} is used in place of {name!r}: {reason}",
+        )
+        fallback = "; ".join(text for text in texts if text)
+        return dataclasses.replace(self, candidates=(*self.candidates, *broken), fallback=fallback)
+
 
 @dataclass(frozen=True)
 class SelectionReport:
@@ -118,6 +134,11 @@ class SelectionReport:
             if selection.kind == kind:
                 return selection
         raise KeyError(kind)
+
+    def with_selection(self, new: Selection) -> SelectionReport:
+        """The report with another selection for its kind."""
+        selections = tuple(new if selection.kind == new.kind else selection for selection in self.selections)
+        return dataclasses.replace(self, selections=selections)
 
     @property
     def chosen_names(self) -> dict[str, str]:

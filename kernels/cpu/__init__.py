@@ -10,6 +10,7 @@ from pydantic import Field
 
 from drivetrain.contracts.kernels import KernelProvider, KernelSpec
 from drivetrain.contracts.plugin import PluginConfig, Probe, ProbeContext, Tier
+from drivetrain.contracts.source import Progress
 from drivetrain.errors import ConfigError
 from drivetrain.native import probe_compiler
 
@@ -77,6 +78,12 @@ class CpuKernels(KernelProvider):
         if spec.dtype not in _DTYPES:
             return Probe.no("unsupported_dtype", "no kernel", wanted=spec.dtype, offered=", ".join(_DTYPES))
         return probe_compiler()
+
+    def build_ahead(self, progress: Progress) -> None:
+        """Have the C++ compiled. Raises KernelBuildError."""
+        from drivetrain.kernels.cpu.library import open_library
+
+        open_library(self.config.instructions, progress)
 
     def make(self, spec: KernelSpec) -> Callable[..., Any]:
         probe = self.supports(spec)

@@ -6,12 +6,13 @@ The sources are the same for all: ``src/simd.h`` says how wide a vector is by wh
 from __future__ import annotations
 
 import ctypes
-import functools
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from drivetrain.contracts.source import Progress, silent
 from drivetrain.hardware import read_processor
 from drivetrain.native import SourceBuild
 
@@ -61,6 +62,10 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 """Function -> type of its result (None for none) and of its arguments."""
 
 
+_GUARD = threading.Lock()
+_OPENED: dict[str, ctypes.CDLL] = {}
+
+
 def best_variant() -> str:
     """The widest variant that this processor runs. Reads files; starts nothing."""
     found = set(read_processor().instruction_sets)
@@ -82,19 +87,20 @@ def source_build(variant: str) -> SourceBuild:
     )
 
 
-def open_library(variant: str = "auto") -> ctypes.CDLL:
+def open_library(variant: str = "auto", progress: Progress = silent) -> ctypes.CDLL:
     """The library, built where it is not yet, set to torch's number of threads. Raises KernelBuildError.
 
     variant: a key of ``VARIANTS``, or ``auto`` for the widest that the processor runs.
     """
-    library = _opened(best_variant() if variant == "auto" else variant)
+    chosen = best_variant() if variant == "auto" else variant
+    with _GUARD:
+        library = _OPENED.get(chosen) or _OPENED.setdefault(chosen, _opened(chosen, progress))
     library.dt_set_threads(torch.get_num_threads())
     return library
 
 
-@functools.cache
-def _opened(variant: str) -> ctypes.CDLL:
-    library = source_build(variant).library()
+def _opened(variant: str, progress: Progress) -> ctypes.CDLL:
+    library = source_build(variant).library(progress=progress)
     library.variant = variant  # type: ignore[attr-defined]
     for name, (result, *arguments) in _SIGNATURES.items():
         function = getattr(library, name)

@@ -15,6 +15,7 @@ import torch
 
 from drivetrain.contracts.attention import AttentionBatch, AttentionSpec, AttentionStep, PagedCache, PagedView
 from drivetrain.contracts.plugin import Probe, ProbeContext, Tier
+from drivetrain.contracts.source import Progress
 from drivetrain.kernels.cpu.library import FORMATS, check, open_library
 from drivetrain.native import probe_compiler
 from drivetrain.plugins.attention.sdpa import SdpaAttention
@@ -93,6 +94,10 @@ class PagedCpuAttention(SdpaAttention):
         if cache is None:
             return super().begin(spec, batch, None)
         return PagedCpuStep(PagedView(spec, batch, cache, self.config.block_size), self._library)
+
+    def build_ahead(self, progress: Progress) -> None:
+        """Have the C++ compiled. Raises KernelBuildError."""
+        open_library(progress=progress)
 
     @cached_property
     def _library(self) -> ctypes.CDLL:

@@ -108,3 +108,29 @@ def test_what_was_measured_to_be_slower_is_served_by_the_reference_and_the_recor
     assert stack.selection_dict()["bindings"]["rms_norm"].keys() == {"reference"}
     by_name = stack_with(folder, NativeNorm, "mine")
     assert by_name.selection_dict()["bindings"]["rms_norm"].keys() == {"mine"}
+
+
+def test_attention_that_can_not_be_built_gives_way_under_auto_and_is_an_error_by_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler that is there and does not work: the engine serves on plain torch, and says why."""
+    bad = tmp_path / "bin" / "g++"
+    bad.parent.mkdir()
+    bad.write_text(
+        "#!/bin/sh\ncase $1 in --version) echo broken 1.0;; *) echo 'error: no such header' >&2; exit 1;; esac\n"
+    )
+    bad.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bad.parent}:/usr/bin:/bin")
+    monkeypatch.setattr("drivetrain.kernels.cpu.library._OPENED", {})
+    platform = {"name": "cpu", "threads": 1}
+    settings = {"model": str(folder), "platform": platform, "precision": "fp32"}
+    stack = build_engine(resolve_parts(load_settings(None, settings), leave_out=("frontend",)))
+    report = stack.parts.report
+    assert report.chosen_names["attention"] == "sdpa"
+    assert "'sdpa' is used in place of 'paged-cpu'" in (report["attention"].fallback or "")
+    assert any(c.name == "paged-cpu" and c.code == "not_built" for c in report["attention"].candidates)
+    assert list(stack.selection_dict()["bindings"]["linear"]) == ["reference"]
+    assert stack.engine.metrics.snapshot()["fallbacks"] == 2
+    for named in ({"attention": "paged-cpu"}, {"kernels": "cpu"}):
+        with pytest.raises(KernelBuildError, match="no such header"):
+            build_engine(resolve_parts(load_settings(None, {**settings, **named}), leave_out=("frontend",)))
