@@ -98,13 +98,13 @@ class Run {
   Run(const dt_decoder& model, const dt_step& step, float* x, Workspace& space)
       : model_(model), step_(step), x_(x), tokens_(int(step.num_tokens)) {
     int q = int(model.num_heads * model.head_size), kv = int(model.kv_heads * model.head_size);
-    int widest = int(model.hidden > model.intermediate ? model.hidden : model.intermediate);
-    if (q > widest) widest = q;
+    int widest = int(model.hidden > q ? model.hidden : q);
     qkv_stride_ = q + 2 * kv;
     size_t sizes[] = {size_t(tokens_) * model.hidden,
                       size_t(tokens_) * qkv_stride_,
-                      size_t(tokens_) * widest,
+                      size_t(tokens_) * q,
                       packed_floats(tokens_, widest),
+                      packed_floats(tokens_, int(model.intermediate)),
                       attention_floats(int(model.num_heads), int(model.kv_heads), int(model.head_size))};
     size_t total = 0;
     for (size_t size : sizes) total += rounded(size);
@@ -113,9 +113,10 @@ class Run {
     is_ready_ = next != nullptr;
     normed_ = next;
     qkv_ = normed_ + rounded(sizes[0]);
-    inner_ = qkv_ + rounded(sizes[1]);
-    packed_ = inner_ + rounded(sizes[2]);
-    parts_ = packed_ + rounded(sizes[3]);
+    attended_ = qkv_ + rounded(sizes[1]);
+    packed_ = attended_ + rounded(sizes[2]);
+    gated_ = packed_ + rounded(sizes[3]);
+    parts_ = gated_ + rounded(sizes[4]);
   }
 
   bool is_ready() const { return is_ready_; }
@@ -191,8 +192,8 @@ class Run {
                      float(model_.soft_cap),
                      int(layer.window)};
     for_tokens(qkv_stride_, [&](int t) { turn_and_write(layer, cache, batch, t); });
-    attend(cache, batch, heads, qkv_, qkv_stride_, inner_, q_size, parts_);
-    add_product(pack(inner_, q_size, tokens_, q_size, packed_), layer.o, layer.after_attention);
+    attend(cache, batch, heads, qkv_, qkv_stride_, attended_, q_size, parts_);
+    add_product(pack(attended_, q_size, tokens_, q_size, packed_), layer.o, layer.after_attention);
   }
 
   // Head norms, rotary embedding and the cache, for one token.
@@ -219,17 +220,16 @@ class Run {
   }
 
   void mlp(const dt_layer& layer) {
-    int inner = int(model_.intermediate);
     Activations in = prepared(x_, model_.hidden, int(model_.hidden), layer.before_mlp);
-    gated_matmul(in, matrix_of(layer.gate), matrix_of(layer.up), Activation(model_.activation), inner_, inner);
-    add_product(pack(inner_, inner, tokens_, inner, packed_), layer.down, layer.after_mlp);
+    Activations gated = gated_matmul(in, matrix_of(layer.gate), matrix_of(layer.up), Activation(model_.activation), gated_);
+    add_product(gated, layer.down, layer.after_mlp);
   }
 
   const dt_decoder& model_;
   const dt_step& step_;
   float* x_;
   int tokens_, qkv_stride_;
-  float *normed_, *qkv_, *inner_, *packed_, *parts_;
+  float *normed_, *qkv_, *attended_, *packed_, *gated_, *parts_;
   bool is_ready_;
 };
 
@@ -260,11 +260,13 @@ DT_API int dt_gated_linear(const void* x, int tokens, const dt_matrix* gate, con
                            void* y) {
   Activations packed;
   float* rest;
-  size_t count = size_t(tokens) * gate->rows;
+  int size = int(gate->rows);
+  size_t count = size_t(tokens) * size, space = rounded(packed_floats(tokens, size));
   bool is_plain = io_format == int(Format::kFloat32);
-  if (!taken(x, tokens, int(gate->cols), io_format, is_plain ? 0 : count, packed, rest)) return 1;
-  float* out = is_plain ? static_cast<float*>(y) : rest;
-  gated_matmul(packed, matrix_of(*gate), matrix_of(*up), Activation(activation), out, size_t(gate->rows));
+  if (!taken(x, tokens, int(gate->cols), io_format, space + (is_plain ? 0 : count), packed, rest)) return 1;
+  Activations gated = gated_matmul(packed, matrix_of(*gate), matrix_of(*up), Activation(activation), rest);
+  float* out = is_plain ? static_cast<float*>(y) : rest + space;
+  unpack(gated, out);
   if (!is_plain)
     for (size_t i = 0; i < count; i++) static_cast<bf16*>(y)[i] = to_bf16(out[i]);
   return 0;

@@ -255,45 +255,65 @@ void matmul(const Activations& x, const Matrix* matrices, const Sink* sinks, int
   });
 }
 
-void gated_matmul(const Activations& x, const Matrix& gate, const Matrix& up, Activation kind, float* out, size_t stride) {
+static inline vf bias_of(const Matrix& m, int o) { return m.bias ? splat(m.bias[o]) : vf{}; }
+
+static void gated_many(const Activations& x, const Matrix& gate, const Matrix& up, Activation kind, int first, int count, float* packed) {
+  static thread_local Scratch decoded_up;
+  size_t gate_stride, up_stride;
+  const float* gate_rows = rows_of(gate, first, count, gate_stride, decoded);
+  const float* up_rows = rows_of(up, first, count, up_stride, decoded_up);
+  alignas(64) float ups[kChunk * kPanel];
+  int panels = (x.num_tokens + kPanel - 1) / kPanel;
+  for (int p = 0; p < panels; p++) {
+    int width = panel_width(x.num_tokens, p);
+    float* gates = packed + size_t(p) * kPanel * gate.rows + size_t(first) * width;
+    panel_sums(x, p, gate_rows, gate_stride, count, gates);
+    panel_sums(x, p, up_rows, up_stride, count, ups);
+    for (int o = 0; o < count; o++) {
+      vf gate_bias = bias_of(gate, first + o), up_bias = bias_of(up, first + o);
+      for (int lane = 0; lane < width; lane += W) {
+        float* at = gates + o * width + lane;
+        store(at, act(kind, load(at) + gate_bias) * (load(ups + o * width + lane) + up_bias));
+      }
+    }
+  }
+}
+
+static void gated_few(const Activations& x, const Matrix& gate, const Matrix& up, Activation kind, int first, int count, float* rows) {
+  float gates[kFewRows][kChunk], ups[kFewRows][kChunk];
+  few_sums(x, gate, first, count, gates);
+  few_sums(x, up, first, count, ups);
+  for (int t = 0; t < x.num_tokens; t++) {
+    float* row = rows + size_t(t) * gate.rows + first;
+    int o = 0;
+    for (; o + W <= count; o += W) store(row + o, act(kind, load(gates[t] + o)) * load(ups[t] + o));
+    for (; o < count; o++) row[o] = act(kind, gates[t][o]) * ups[t][o];
+  }
+}
+
+Activations gated_matmul(const Activations& x, const Matrix& gate, const Matrix& up, Activation kind, float* space) {
   bool is_few = x.num_tokens <= kFewRows;
   int size = is_few ? kFewChunk : kChunk;
   parallel((gate.rows + size - 1) / size, [&](int chunk, int) {
     int first = chunk * size, count = gate.rows - first < size ? gate.rows - first : size;
-    if (is_few) {
-      float gates[kFewRows][kChunk], ups[kFewRows][kChunk];
-      few_sums(x, gate, first, count, gates);
-      few_sums(x, up, first, count, ups);
-      for (int t = 0; t < x.num_tokens; t++) {
-        float* row = out + size_t(t) * stride + first;
-        int o = 0;
-        for (; o + W <= count; o += W) store(row + o, act(kind, load(gates[t] + o)) * load(ups[t] + o));
-        for (; o < count; o++) row[o] = act(kind, gates[t][o]) * ups[t][o];
-      }
-      return;
-    }
-    static thread_local Scratch decoded_up;
-    size_t gate_stride, up_stride;
-    const float* gate_rows = rows_of(gate, first, count, gate_stride, decoded);
-    const float* up_rows = rows_of(up, first, count, up_stride, decoded_up);
-    alignas(64) float sums[kChunk * kPanel];
-    int panels = (x.num_tokens + kPanel - 1) / kPanel;
-    for (int p = 0; p < panels; p++) {
-      int width = panel_width(x.num_tokens, p), tokens = panel_tokens(x.num_tokens, p);
-      float* rows = out + size_t(p) * kPanel * stride + first;
-      panel_sums(x, p, gate_rows, gate_stride, count, sums);
-      turn(sums, count, width, tokens, gate.bias ? gate.bias + first : nullptr, [&](int t, int o, auto value) {
-        auto gated = act(kind, value);
-        memcpy(rows + size_t(t) * stride + o, &gated, sizeof gated);
-      });
-      panel_sums(x, p, up_rows, up_stride, count, sums);
-      turn(sums, count, width, tokens, up.bias ? up.bias + first : nullptr, [&](int t, int o, auto value) {
-        decltype(value) gated;
-        memcpy(&gated, rows + size_t(t) * stride + o, sizeof gated);
-        gated = gated * value;
-        memcpy(rows + size_t(t) * stride + o, &gated, sizeof gated);
-      });
-    }
+    (is_few ? gated_few : gated_many)(x, gate, up, kind, first, count, space);
+  });
+  if (!is_few) return Activations{x.num_tokens, gate.rows, nullptr, nullptr, space};
+  float* split = space + size_t(x.num_tokens) * gate.rows;
+  for (int t = 0; t < x.num_tokens; t++) split_row(space + size_t(t) * gate.rows, gate.rows, split + size_t(t) * gate.rows);
+  return Activations{x.num_tokens, gate.rows, space, split, nullptr};
+}
+
+void unpack(const Activations& x, float* rows) {
+  if (x.rows) {
+    memcpy(rows, x.rows, size_t(x.num_tokens) * x.size * 4);
+    return;
+  }
+  int panels = (x.num_tokens + kPanel - 1) / kPanel;
+  parallel(panels, [&](int p, int) {
+    float* to = rows + size_t(p) * kPanel * x.size;
+    turn(x.panels + size_t(p) * kPanel * x.size, x.size, panel_width(x.num_tokens, p), panel_tokens(x.num_tokens, p), nullptr,
+         [&](int t, int o, auto value) { memcpy(to + size_t(t) * x.size + o, &value, sizeof value); });
   });
 }
 

@@ -73,7 +73,11 @@ Activations pack(const float* rows, size_t stride, int num_tokens, int size, flo
 // Several products of the same activations, in one parallel region.
 void matmul(const Activations& x, const Matrix* matrices, const Sink* sinks, int count);
 
-// out[T, O] = act(x @ gate^T + bias) * (x @ up^T + bias), float32 rows.
-void gated_matmul(const Activations& x, const Matrix& gate, const Matrix& up, Activation activation, float* out, size_t stride);
+// act(x @ gate^T + bias) * (x @ up^T + bias), ready for the next product: the sums of a tile lie as packed activations do.
+// `space` holds packed_floats(T, O), aligned to 64 bytes.
+Activations gated_matmul(const Activations& x, const Matrix& gate, const Matrix& up, Activation activation, float* space);
+
+// Packed activations as rows [T, I] of float32.
+void unpack(const Activations& x, float* rows);
 
 }  // namespace dt
