@@ -22,6 +22,7 @@ from drivetrain.errors import ConfigError, KernelBuildError
 from drivetrain.native.compilers import Compiler, need_compiler, with_host
 from drivetrain.native.jobs import run_recipes
 from drivetrain.native.recipe import (
+    FLAGS_THAT_FLUSH,
     FORMAT,
     Recipe,
     Step,
@@ -158,7 +159,8 @@ class SourceBuild:
         )
         steps = tuple(self._compile(found, flags, number, unit) for number, unit in enumerate(units))
         objects = [step.command[-1] for step in steps]
-        link = (found.path, *flags, *link_flags(found), *objects, *self.libraries, "-o", "library.so")
+        safe = [flag for flag in flags if flag not in FLAGS_THAT_FLUSH]
+        link = (found.path, *safe, *link_flags(found), *objects, *self.libraries, "-o", "library.so")
         return Recipe(self.name, key, found, steps, Step(link), self.limit_seconds)
 
     def _compile(self, compiler: Compiler, flags: Sequence[str], number: int, unit: Unit) -> Step:

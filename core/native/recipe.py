@@ -16,8 +16,12 @@ from drivetrain.errors import KernelBuildError
 from drivetrain.hardware import ROOT, read_text
 from drivetrain.native.compilers import VARIABLES, Compiler
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same description would be built in another way than before."""
+
+FLAGS_THAT_FLUSH = frozenset({"-ffast-math", "-Ofast", "-funsafe-math-optimizations"})
+"""At the link, gcc takes them for the wish that the whole process flush subnormal numbers to zero from the moment the
+library is opened: Python's and torch's numbers too. They are for the compiler only."""
 
 _INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*(?:"([^"\n]+)"|<([^>\n]+)>)', re.MULTILINE)
 _FIRST_PROCESSOR_BYTES = 8192

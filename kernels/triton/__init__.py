@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from drivetrain.kernels.triton.tuning import Tuner
 
 _DTYPES = ", ".join(DTYPES)
-_OPERATIONS = frozenset(OPERATIONS) - {"linear"}
+_OPERATIONS = frozenset(name for name, it in OPERATIONS.items() if not it.takes_modules) - {"linear"}
 _MAX_FEATURES = 32768
 """A row lies in the registers of one program."""
 

@@ -44,7 +44,8 @@ def test_the_published_error_bounds_of_quantizers_are_those_in_use() -> None:
 
 def test_every_operation_of_the_core_has_an_oracle_and_a_grid() -> None:
     """A new operation without one would be tested by nothing."""
-    assert set(kernels.ORACLES) == set(OPERATIONS)
-    for operation in OPERATIONS:
+    operations = {name for name, operation in OPERATIONS.items() if not operation.takes_modules}
+    assert set(kernels.ORACLES) == operations
+    for operation in operations:
         shapes = [case.shapes[0] for case in kernels.cases(operation)]
         assert {shape[0] for shape in shapes if shape} >= {0, 1, 3}, operation

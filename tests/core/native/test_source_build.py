@@ -533,3 +533,14 @@ def test_gpus_of_amd_are_never_built_for_by_nvcc(tmp_path: Path, cache: Path) ->
     (tmp_path / "add.cu").write_text(KERNEL)
     with pytest.raises(KernelBuildError, match=r"no cuda compiler is here.*allowed: hipcc"):
         SourceBuild("add", (tmp_path / "add.cu",), language="cuda", architectures=("gfx942",)).build(cache=cache)
+
+
+def test_a_library_leaves_the_numbers_of_the_process_alone(tmp_path: Path) -> None:
+    """Opened with -ffast-math at its link, it would flush subnormal numbers to zero, Python's own too."""
+    source = tmp_path / "fast.cpp"
+    source.write_text('extern "C" float twice(float x) { return x + x; }')
+    library = SourceBuild("fast", (source,), flags=("-ffast-math",)).library(cache=tmp_path / "cache")
+    library.twice.restype, library.twice.argtypes = ctypes.c_float, [ctypes.c_float]
+    assert library.twice(1.5) == 3.0
+    assert 5e-324 / 1.0 > 0.0
+    assert sys.float_info.min / 2 > 0.0

@@ -132,8 +132,8 @@ def report() -> Report:
 @pytest.mark.slow
 @pytest.mark.parametrize("test", names_of_tests(InterpretedAttention))
 def test_the_suite_passes(report: Report, test: str) -> None:
-    not_claimed = ("test_a_sequence_does_not_feel_its_neighbours", "test_a_step_stays_on_the_device")
-    may_skip = (*not_claimed, "test_a_cache_of_another_layout_is_converted")
+    not_claimed = ("test_a_sequence_does_not_feel_its_neighbours", "test_written_pages_are_as_good_as_given_keys")
+    may_skip = (*not_claimed, "test_a_cache_of_another_layout_is_converted", "test_a_step_stays_on_the_device")
     expect_no_failure(report, test, may_skip=may_skip)
 
 
