@@ -289,8 +289,8 @@ class EngineLoop:
                 self._drain_inbox()
                 if self.engine.has_work:
                     self._deliver(self.engine.step())
-                else:
-                    self.engine.end_probation()  # nothing runs that could show a fault
+                if not self.engine.has_work:
+                    self.engine.end_probation()  # nothing runs that could show a fault, or will before the next request
                 self._last_progress = time.monotonic()
         except BaseException as error:
             _log.critical("the engine's loop failed", exc_info=error)

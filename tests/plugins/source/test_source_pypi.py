@@ -164,7 +164,7 @@ def test_an_index_out_of_reach_is_told(wheels: Path, source: PypiSource, monkeyp
 def test_an_environment_without_pip_says_how_to_get_it(
     wheels: Path, source: PypiSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pypi.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pypi.importlib.metadata, "distributions", lambda name: ())
     with pytest.raises(MissingDependencyError, match="ensurepip"):
         source.fetch(NAME, silent)
 
