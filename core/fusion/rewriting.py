@@ -9,7 +9,10 @@ own ``forward``.
 from __future__ import annotations
 
 import copy
+import sys
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +24,8 @@ from drivetrain.fusion.observing import Call
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _INNER = "inner"
+_TRACING = threading.Lock()
+"""fx takes its wrappers off again in the order in which it put them on: one trace at a time."""
 
 
 class _Mismatch(Exception):
@@ -90,8 +95,35 @@ class Form:
 
 
 class _ChildrenAsLeaves(fx.Tracer):
+    """fx wraps calls and attributes of every module in the process while it traces, and a swap fuses beside an engine that
+    goes on with its steps: what other threads do passes through as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    @property
+    def _is_elsewhere(self) -> bool:
+        return threading.get_ident() != self._thread
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name != _INNER
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        return forward(*args, **kwargs) if self._is_elsewhere else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self._is_elsewhere else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def _beside_compiled_code() -> AbstractContextManager[object]:
+    """Code that another thread has compiled runs uncompiled while this one traces, where it would be an error."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    patch: AbstractContextManager[object] = torch._dynamo.config.patch(error_on_nested_fx_trace=False)
+    return patch
 
 
 @dataclass
@@ -186,5 +218,6 @@ def trace(module: nn.Module, call: Call) -> Traced:
     exec(f"def forward(self, {names}): return run(self, ({names}{',' if leaves else ''}))", scope)
     root = type("Root", (nn.Module,), {"forward": scope["forward"]})()
     root.add_module(_INNER, module)
-    graph = _ChildrenAsLeaves().trace(root)
+    with _TRACING, _beside_compiled_code():
+        graph = _ChildrenAsLeaves().trace(root)
     return Traced(module, form, leaves, root, graph)

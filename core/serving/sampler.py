@@ -237,7 +237,7 @@ class Sampler:
         # A temperature of 0 with draws wanted means 1, as in distributions().
         floats = [[max(p.temperature or 1.0, _LEAST_TEMPERATURE), p.top_p, p.min_p] for p in params]
         temperature_S, top_p_S, min_p_S = torch.tensor(floats, dtype=torch.float32, device=self._device).unbind(1)
-        top_k_S = torch.tensor([max(p.top_k, 0) for p in params], device=self._device)
+        top_k_S = torch.tensor([min(max(p.top_k, 0), self._vocab_size) for p in params], device=self._device)
         return temperature_S, top_k_S, top_p_S, min_p_S
 
     def _doubles(self, draws: Sequence[float]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -286,3 +287,32 @@ def test_layers_that_read_a_changed_tensor_are_not_joined() -> None:
 def test_a_module_without_an_example_is_an_error() -> None:
     with pytest.raises(FusionError, match="needs an example"):
         fuse(nn.Linear(4, 4))
+
+
+def test_modules_of_other_threads_go_on_while_one_is_traced() -> None:
+    """A swap fuses the new model beside an engine's steps, and fx wraps the calls of every module in the process."""
+    busy = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    x = torch.randn(3, 4)
+    wanted = busy(x).detach()
+    is_over = threading.Event()
+    faults: list[BaseException] = []
+    calls: list[int] = []
+
+    def work() -> None:
+        try:
+            while not is_over.is_set():
+                torch.testing.assert_close(busy(x).detach(), wanted)
+                calls.append(1)
+        except BaseException as error:
+            faults.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(30):
+            fuse(Model(), example=((torch.randn(2, 8),), {}))
+    finally:
+        is_over.set()
+        thread.join()
+    assert not faults
+    assert calls
