@@ -95,8 +95,8 @@ class Form:
 
 
 class _ChildrenAsLeaves(fx.Tracer):
-    """fx wraps calls and attributes of every module in the process while it traces, and a swap fuses beside an engine that
-    goes on with its steps: what other threads do passes through as it is."""
+    """fx wraps calls and attributes of every module in the process while it traces, and a swap fuses beside an engine
+    that goes on with its steps: what other threads do passes through as it is."""
 
     def __init__(self) -> None:
         super().__init__()
