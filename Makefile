@@ -1,6 +1,7 @@
 # One way to do each chore; CI uses the same. `make help` lists them.
 VENV ?= .venv
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: help demo test test-quick test-gpu lint types bench bench-peers bench-gpu contracts format clean
@@ -22,11 +23,11 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/pip
 demo: $(VENV)/.base  ## serve a real model: what was chosen and why, an answer, a mixed batch
 	$(BIN)/drivetrain demo
 
-test: $(VENV)/.dev  ## run every test
-	$(BIN)/pytest
+test: $(VENV)/.dev  ## run every test, in WORKERS processes
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 test-quick: $(VENV)/.dev  ## run the tests that take seconds
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-gpu: $(VENV)/.dev  ## run the tests that need a GPU; without one each is skipped
 	$(BIN)/pytest tests/gpu
