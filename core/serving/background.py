@@ -18,9 +18,15 @@ _log = logging.getLogger("drivetrain")
 T = TypeVar("T")
 
 
-def start(work: Callable[[], T], name: str) -> Future[T]:
+class Work(Future[T]):
+    """What comes of a daemon thread's work."""
+
+    thread: threading.Thread
+
+
+def start(work: Callable[[], T], name: str) -> Work[T]:
     """Run ``work`` in a daemon thread called ``name``."""
-    future: Future[T] = Future()
+    future: Work[T] = Work()
 
     def run() -> None:
         try:
@@ -30,11 +36,12 @@ def start(work: Callable[[], T], name: str) -> Future[T]:
         else:
             future.set_result(result)
 
-    threading.Thread(target=run, name=name, daemon=True).start()
+    future.thread = threading.Thread(target=run, name=name, daemon=True)
+    future.thread.start()
     return future
 
 
-def result_by(deadline_seconds: float, future: Future[T], name: str) -> T:
+def result_by(deadline_seconds: float, future: Work[T], name: str) -> T:
     """The result of ``future`` if it is there by ``deadline_seconds`` of ``time.monotonic``. Raises what it raises.
 
     Raises LateError otherwise, and when the wait itself is broken off; what comes afterwards is dropped, and logged.
@@ -47,6 +54,9 @@ def result_by(deadline_seconds: float, future: Future[T], name: str) -> T:
     if not done:
         future.add_done_callback(lambda late: _drop(late, name))
         raise LateError(name)
+    # It has only to let go of what it held: a daemon thread that frees tensors while the interpreter ends aborts the
+    # process.
+    future.thread.join()
     return future.result()
 
 
