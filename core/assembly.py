@@ -416,6 +416,7 @@ def build_model(
     import torch
 
     from drivetrain.binding import KernelBinder, kernel_providers
+    from drivetrain.packed import bind_packed
 
     assert parts.checkpoint is not None
     selection = (report or parts.report)["kernels"]
@@ -428,6 +429,7 @@ def build_model(
     dtype = getattr(torch, parts.precision.dtypes().param)
     context = BuildContext(parts.platform.device(), dtype, binder.bind, quantizer, progress)
     model = parts.model.build(parts.checkpoint, context)
+    bind_packed(model, binder.bind, dtype)
     binder.fusion = _fuse(parts, model, binder)
     return model, binder
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import tokenizers
     import torch
 
+    from drivetrain.contracts.packed import PackedWeight
+
 
 @dataclass(frozen=True)
 class TokenizerData:
@@ -78,6 +80,11 @@ class Checkpoint(ABC):
 
         The result may share memory with the mapped file: callers copy before they write.
         """
+
+    def packed(self, name: str) -> PackedWeight | None:
+        """One linear layer's weight as the files hold it, on the CPU, when that is a packed form that a logical
+        operation multiplies by; None otherwise. Nothing is decoded; the tensors may be views of the mapped file."""
+        return None
 
     @abstractmethod
     def tokenizer(self) -> TokenizerData:

@@ -1,14 +1,58 @@
-"""Contract of a quantizer: the formats in which a model's weights are kept."""
+"""Contract of a quantizer: the formats in which a model's weights, activations and keys and values are kept."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from drivetrain.contracts.plugin import Plugin
+from pydantic import Field
+
+from drivetrain.contracts.plugin import Plugin, PluginConfig
 
 if TYPE_CHECKING:
     import torch
+
+    from drivetrain.contracts.packed import PackedWeight
+
+FULL = "full"
+"""In ``Declaration.starts_from``: weights of 16 bits or more."""
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a quantizer does, before any weight is there.
+
+    weights, activations: their formats in words; None where they stay as they are.
+    group_size:           how many weights of a row share a scale; None for whole rows, or where there are no scales.
+    needs_calibration:    whether it wants inputs of each layer (``drivetrain quantize``), and not the weights alone.
+    starts_from:          ``"full"``, and the operations of packed weights that it takes as they are stored.
+    operations:           the logical operations that its layers need.
+    """
+
+    weights: str | None = None
+    activations: str | None = None
+    group_size: int | None = None
+    needs_calibration: bool = False
+    starts_from: frozenset[str] = frozenset({FULL})
+    operations: tuple[str, ...] = ()
+
+
+class QuantizerConfig(PluginConfig):
+    """What the core decides for every quantizer; a quantizer's own Config adds to it.
+
+    rules: the first pattern that matches a layer's name decides. A pattern is parts of a dotted name side by side,
+           with ``*`` for anything within a part: ``lm_head``, ``layers.0``, ``mlp.down_proj``.
+    """
+
+    rules: dict[str, str | dict[str, Any]] = Field(
+        default_factory=dict,
+        description="layer pattern -> another quantizer for those layers: {lm_head: none, layers.0: int8}",
+    )
+    kv: Literal["auto", "int8", "fp8"] = Field(
+        "auto", description="what keys and values are kept in; auto: the precision's dtype"
+    )
+    allow_lossy: bool = Field(False, description="quantize weights that are quantized in the files already")
 
 
 class Quantizer(Plugin):
@@ -19,6 +63,8 @@ class Quantizer(Plugin):
 
     kind = "quantizer"
 
+    Config = QuantizerConfig
+
     @abstractmethod
     def bits_per_weight(self) -> float | None:
         """Bits one quantized weight takes, scales included; None when weights keep the precision's dtype."""
@@ -28,5 +74,25 @@ class Quantizer(Plugin):
         """The module that replaces ``linear`` (weights loaded, on the device): same call, [..., in] -> [..., out].
 
         name: dotted path of the layer, so that a quantizer can leave out the ones it must not touch; returning
-        ``linear`` itself keeps it as it is.
+        ``linear`` itself keeps it as it is. A :class:`drivetrain.packed.PackedLinear` is bound to kernels once the
+        model is built, run by the coarse ones, and saved; a module of another kind is called as it is.
+        """
+
+    def declares(self) -> Declaration:
+        """What it does to weights and activations. Pure."""
+        bits = self.bits_per_weight()
+        return Declaration() if bits is None else Declaration(weights=f"{bits:g} bits")
+
+
+@runtime_checkable
+class TakesStored(Protocol):
+    """A quantizer that uses packed weights as the files hold them."""
+
+    def takes(self, name: str, stored: PackedWeight) -> bool:
+        """Whether this layer's weight is used as it is stored. Pure."""
+
+    def convert_stored(self, name: str, stored: PackedWeight, bias: torch.Tensor | None) -> torch.nn.Module:
+        """The module for a layer whose weight the files hold in packed form; nothing is decoded.
+
+        Tensors are on the device, and may be views of a mapped file: nobody writes to them.
         """

@@ -13,6 +13,7 @@ from enum import StrEnum
 import torch
 
 from drivetrain.contracts.loader import Checkpoint, TokenizerData
+from drivetrain.contracts.packed import PackedWeight
 from drivetrain.errors import ConfigError, MemoryBudgetError
 from drivetrain.hardware import read_memory
 
@@ -90,6 +91,9 @@ class MasterCopy(Checkpoint):
             # A copy: what the loader hands out may be a view of the mapped file.
             self._kept[name] = self._files.tensor(name, dtype).clone()
         return self._kept[name]
+
+    def packed(self, name: str) -> PackedWeight | None:
+        return self._files.packed(name)
 
     def tokenizer(self) -> TokenizerData:
         return self._files.tokenizer()

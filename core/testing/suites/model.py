@@ -54,7 +54,7 @@ class RecordingQuantizer(Quantizer):
     """Leaves every layer as it is, and remembers what it was shown."""
 
     def __init__(self) -> None:
-        super().__init__(self.Config())
+        super().__init__(self.Config.model_validate({}))
         self.seen: list[tuple[str, torch.Tensor]] = []
 
     def bits_per_weight(self) -> float | None:

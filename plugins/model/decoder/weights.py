@@ -9,6 +9,8 @@ from torch import nn
 
 from drivetrain.contracts.loader import Checkpoint
 from drivetrain.contracts.model import BuildContext
+from drivetrain.contracts.packed import PackedWeight
+from drivetrain.contracts.quantizer import Quantizer, TakesStored
 from drivetrain.errors import LoaderError, MissingTensorError
 
 _HARMLESS_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -88,10 +90,30 @@ def load_weights(
     total = len(list(module.named_parameters()))
     loaded: dict[int, nn.Parameter] = {}
     for prefix, part in list(module.named_modules()):
+        stored = _stored(checkpoint, prefix, part, context)
         for own_name, placeholder in list(part.named_parameters(prefix="", recurse=False)):
+            if stored is not None and own_name == "weight":
+                continue
             if id(placeholder) not in loaded:
                 loaded[id(placeholder)] = _read(checkpoint, f"{prefix}.{own_name}" if prefix else own_name, context)
                 context.progress(f"loading {checkpoint.architecture}", len(loaded), total, "tensors")
             setattr(part, own_name, loaded[id(placeholder)])
         if isinstance(part, nn.Linear) and context.quantizer is not None:
-            module.set_submodule(prefix, context.quantizer.convert(prefix, part))
+            module.set_submodule(prefix, _converted(prefix, part, stored, context.quantizer))
+
+
+def _stored(checkpoint: Checkpoint, prefix: str, part: nn.Module, context: BuildContext) -> PackedWeight | None:
+    """The layer's weight as the files hold it, on the device, where the quantizer uses it so."""
+    if not isinstance(part, nn.Linear) or not isinstance(context.quantizer, TakesStored):
+        return None
+    stored = checkpoint.packed(f"{prefix}.weight")
+    if stored is None or not context.quantizer.takes(prefix, stored):
+        return None
+    return stored.to(context.device)
+
+
+def _converted(name: str, linear: nn.Linear, stored: PackedWeight | None, quantizer: Quantizer) -> nn.Module:
+    if stored is None:
+        return quantizer.convert(name, linear)
+    assert isinstance(quantizer, TakesStored)
+    return quantizer.convert_stored(name, stored, None if linear.bias is None else linear.bias.detach())

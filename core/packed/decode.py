@@ -1,0 +1,63 @@
+"""What packed weights stand for: one function for each operation's layout, in plain torch.
+
+Shapes: O output features; I input features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from drivetrain.contracts.packed import PackedWeight
+from drivetrain.errors import ConfigError
+
+Decoder = Callable[..., torch.Tensor]
+"""The operation's weight arguments, the dtype of the result (float32 or wider) and its spec's params -> [O, I]."""
+
+
+def by_row(
+    weight_OI: torch.Tensor, scales_O: torch.Tensor, dtype: torch.dtype, params: Mapping[str, float]
+) -> torch.Tensor:
+    """Integers or small floats with one scale for each output."""
+    return weight_OI.to(dtype) * scales_O.to(dtype).unsqueeze(1)
+
+
+def by_nibble(
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    mins: torch.Tensor,
+    dtype: torch.dtype,
+    params: Mapping[str, float],
+) -> torch.Tensor:
+    """Two weights a byte, the even one in the low nibble; ``nibble * scale + min`` of its group of inputs."""
+    nibbles_OI = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(1)
+    group = nibbles_OI.shape[1] // scales.shape[1]
+    grouped = nibbles_OI.to(dtype).unflatten(1, (-1, group))
+    return (grouped * scales.to(dtype).unsqueeze(2) + mins.to(dtype).unsqueeze(2)).flatten(1)
+
+
+DECODERS: dict[str, Decoder] = {
+    "linear_int8": by_row,
+    "linear_fp8": by_row,
+    "linear_int4": by_nibble,
+}
+"""Operation -> what its packed weights stand for."""
+
+
+def decode(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The weights that ``packed`` stands for, [O, I], with inputs in the layer's own order."""
+    decoder = DECODERS.get(packed.operation)
+    if decoder is None:
+        raise ConfigError(
+            "no packed weights belong to this operation",
+            where="drivetrain.packed",
+            found=packed.operation,
+            allowed=sorted(DECODERS),
+        )
+    weight_OI = decoder(*packed.tensors.values(), dtype, packed.params)
+    if packed.order is None:
+        return weight_OI
+    in_order = torch.empty_like(weight_OI)
+    in_order[:, packed.order] = weight_OI
+    return in_order
