@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 
+#include "packed.h"
 #include "pool.h"
 #include "tile.h"
 
@@ -39,6 +40,10 @@ static const float* rows_of(const Matrix& m, int first, int count, size_t& strid
   }
   stride = (m.cols + W - 1) / W * W + W;  // rows do not start on the same cache set
   float* out = scratch.reserve(size_t(count) * stride);
+  if (m.is_packed()) {
+    decode_rows(m, first, count, out, stride);
+    return out;
+  }
   const bf16* in = static_cast<const bf16*>(m.weight) + size_t(first) * m.stride;
   for (int r = 0; r < count; r++) {
     const bf16* from = in + size_t(r) * m.stride;
@@ -165,10 +170,17 @@ static void few_sums(const Activations& x, const float* rows, const T* w, size_t
 }
 
 static void few_sums(const Activations& x, const Matrix& m, int first, int count, float (*out)[kChunk]) {
-  if (m.format == Format::kFloat32)
+  if (m.is_packed() && streams(m)) {
+    few_packed_sums(x, m, first, count, out);
+  } else if (m.is_packed()) {
+    size_t stride = 0;
+    const float* rows = rows_of(m, first, count, stride, decoded);
+    few_sums(x, x.rows, rows, stride, count, out);
+  } else if (m.format == Format::kFloat32) {
     few_sums(x, x.rows, static_cast<const float*>(m.weight) + size_t(first) * m.stride, m.stride, count, out);
-  else
+  } else {
     few_sums(x, x.split, static_cast<const bf16*>(m.weight) + size_t(first) * m.stride, m.stride, count, out);
+  }
   if (m.bias)
     for (int t = 0; t < x.num_tokens; t++)
       for (int o = 0; o < count; o++) out[t][o] += m.bias[first + o];

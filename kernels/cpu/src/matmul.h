@@ -11,14 +11,21 @@
 
 namespace dt {
 
-enum class Format : int { kFloat32 = 0, kBfloat16 = 1 };
+// From kInt8 on, weights are packed (packed.h). kBlocks + a type of ggml: the blocks of GGUF files.
+enum class Format : int { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kFloat8 = 3, kInt4 = 4, kInt3 = 5, kBlocks = 16 };
 
-// weight: [rows, cols] in `format`, rows `stride` elements apart. bias: [rows] in float32, or null.
+// weight: [rows, cols] in `format`, rows `stride` elements apart (packed: bytes). bias: [rows] in float32, or null.
 struct Matrix {
   const void* weight;
   const float* bias;
   int rows, cols, stride;
   Format format;
+  // Of packed weights: one scale a row, or scales and minima of each `group` of inputs, in float32 (0), bfloat16 (1) or float16 (2).
+  const void *scales = nullptr, *mins = nullptr;
+  const void* high = nullptr;  // kInt3: the third bits
+  int group = 0, scale_format = 0;
+
+  bool is_packed() const { return format >= Format::kInt8; }
 };
 
 constexpr int kFewRows = 4;
