@@ -8,6 +8,10 @@ constexpr int kAtom = 32;           // inputs
 constexpr int kPieces = kAtom / W;  // vectors of floats in an atom
 constexpr int kSpan = 64;           // atoms whose scales are made ready at a time
 
+// Rows are short, and the processor's own prefetching starts anew with each: what is asked for is some rows below, so many bytes
+// away that memory has the time. Measured: 1 and 12 KiB are a fifth slower.
+constexpr size_t kAheadBytes = 4096;
+
 typedef uint8_t v32u __attribute__((vector_size(32)));
 typedef uint8_t v16u __attribute__((vector_size(16)));
 typedef uint8_t vb_any __attribute__((vector_size(W), aligned(1), may_alias));
@@ -221,7 +225,22 @@ static inline void atom_scales(const uint8_t* row, int first, int count, float* 
     }
   } else {
     const uint8_t* block = row + size_t(first) * block_bytes(T);
-    for (int a = 0; a < count; a++, block += block_bytes(T)) {
+    int a = 0;
+#if defined(__AVX512F__)
+    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const vi even = lane * 2, odd = lane * 2 + 1;
+    for (; a + 16 <= count; a += 16, block += 16 * block_bytes(T)) {  // the first four bytes of 16 blocks: pairs of float16
+      __m512i pairs = _mm512_i32gather_epi32((__m512i)(lane * block_bytes(T)), block, 1);
+      __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(pairs)), high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(pairs, 1));
+      vf scale = (vf)_mm512_permutex2var_ps(low, (__m512i)even, high);
+      store(scales + a, scale);
+      if constexpr (T == kQ4_0) store(mins + a, scale * -8.0f);
+      if constexpr (T == kQ5_0) store(mins + a, scale * -16.0f);
+      if constexpr (T == kQ4_1 || T == kQ5_1) store(mins + a, (vf)_mm512_permutex2var_ps(low, (__m512i)odd, high));
+      if constexpr (T == kQ8_0) store(mins + a, vf{});
+    }
+#endif
+    for (; a < count; a++, block += block_bytes(T)) {
 #if defined(__F16C__)
       int32_t both;
       memcpy(&both, block, 4);

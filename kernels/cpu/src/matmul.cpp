@@ -11,7 +11,9 @@ namespace {
 
 static_assert(kChunk % kTile1 == 0 && kChunk % kTile2 == 0 && kChunk % W == 0);
 
-constexpr int kFewChunk = 32;  // outputs of one chunk when weights stream by
+constexpr int kFewChunk = 32;            // outputs at a time when weights stream by
+constexpr size_t kFewBytes = 96 << 10;  // of weights that one thread takes at a time
+constexpr int kFewShares = 4;           // of a product for each thread
 static_assert(kFewChunk <= kChunk);
 
 struct Scratch {
@@ -186,14 +188,16 @@ static void few_sums(const Activations& x, const Matrix& m, int first, int count
       for (int o = 0; o < count; o++) out[t][o] += m.bias[first + o];
 }
 
-static void few_chunk(const Activations& x, const Matrix& m, const Sink& sink, int first) {
-  int count = m.rows - first < kFewChunk ? m.rows - first : kFewChunk;
-  float out[kFewRows][kChunk];
-  few_sums(x, m, first, count, out);
-  for (int t = 0; t < x.num_tokens; t++) {
-    int o = 0;
-    for (; o + W <= count; o += W) sink.put(t, first + o, load(out[t] + o));
-    for (; o < count; o++) sink.put(t, first + o, out[t][o]);
+static void few_chunk(const Activations& x, const Matrix& m, const Sink& sink, int begin, int end) {
+  for (int first = begin; first < end; first += kFewChunk) {
+    int count = end - first < kFewChunk ? end - first : kFewChunk;
+    float out[kFewRows][kChunk];
+    few_sums(x, m, first, count, out);
+    for (int t = 0; t < x.num_tokens; t++) {
+      int o = 0;
+      for (; o + W <= count; o += W) sink.put(t, first + o, load(out[t] + o));
+      for (; o < count; o++) sink.put(t, first + o, out[t][o]);
+    }
   }
 }
 
@@ -215,6 +219,15 @@ static inline vf act(Activation kind, vf x) {
 static inline float act(Activation kind, float x) { return act(kind, splat(x))[0]; }
 
 }  // namespace
+
+int few_rows_at_a_time(const Matrix* matrices, int count) {
+  int rows = 0;
+  for (int i = 0; i < count; i++) rows += matrices[i].rows;
+  size_t row_bytes = matrices[0].row_bytes();
+  int most = int(kFewBytes / (row_bytes ? row_bytes : 1)), share = rows / (kFewShares * num_threads());
+  int size = most < share ? most : share;
+  return size < kFewChunk ? kFewChunk : size / kFewChunk * kFewChunk;
+}
 
 size_t packed_floats(int num_tokens, int size) {
   if (num_tokens <= kFewRows) return 2 * size_t(num_tokens) * size;
@@ -257,13 +270,17 @@ Activations pack(const float* rows, size_t stride, int num_tokens, int size, flo
 
 void matmul(const Activations& x, const Matrix* matrices, const Sink* sinks, int count) {
   bool is_few = x.num_tokens <= kFewRows;
-  int size = is_few ? kFewChunk : kChunk;
+  int size = is_few ? few_rows_at_a_time(matrices, count) : kChunk;
   int total = 0;
   for (int i = 0; i < count; i++) total += (matrices[i].rows + size - 1) / size;
   parallel(total, [&](int chunk, int) {
     int which = 0;
     for (int chunks; chunk >= (chunks = (matrices[which].rows + size - 1) / size); which++) chunk -= chunks;
-    (is_few ? few_chunk : many_chunk)(x, matrices[which], sinks[which], chunk * size);
+    int first = chunk * size, rows = matrices[which].rows;
+    if (is_few)
+      few_chunk(x, matrices[which], sinks[which], first, first + size < rows ? first + size : rows);
+    else
+      many_chunk(x, matrices[which], sinks[which], first);
   });
 }
 

@@ -26,6 +26,7 @@ struct Matrix {
   int group = 0, scale_format = 0;
 
   bool is_packed() const { return format >= Format::kInt8; }
+  size_t row_bytes() const { return is_packed() ? stride : size_t(stride) * (format == Format::kFloat32 ? 4 : 2); }
 };
 
 constexpr int kFewRows = 4;
@@ -76,6 +77,10 @@ size_t packed_floats(int num_tokens, int size);
 
 // Packs rows [T, I] (float32, `stride` apart) on all threads; `space` holds packed_floats() and must be aligned to 64 bytes.
 Activations pack(const float* rows, size_t stride, int num_tokens, int size, float* space);
+
+// Outputs that one thread takes at a time when weights stream by. What it asks for beyond its end is lost, and for its beginning
+// it waits: so not too few, and not so many that a thread is left without.
+int few_rows_at_a_time(const Matrix* matrices, int count);
 
 // Several products of the same activations, in one parallel region.
 void matmul(const Activations& x, const Matrix* matrices, const Sink* sinks, int count);

@@ -40,7 +40,10 @@ struct Row {
 
 // --- formats: atoms(row, atom, at, v) gives the weights of an atom, `at` of its span -------------------------------------
 
+// kFetch: atoms in a line of 64 bytes.
+
 struct Int4 {  // in the order of split activations: W even inputs, W odd ones
+  static constexpr int kFetch = 4;
   static constexpr bool kIsSplit = true;
   static constexpr int kScales = 1;
   static inline void weights(const Row& row, int atom, int at, vf (&v)[kPieces]) {
@@ -56,6 +59,7 @@ struct Int4 {  // in the order of split activations: W even inputs, W odd ones
 };
 
 struct Int3 {
+  static constexpr int kFetch = 8;
   static constexpr bool kIsSplit = false;
   static constexpr int kScales = 1;
   static inline void weights(const Row& row, int atom, int at, vf (&v)[kPieces]) {
@@ -83,6 +87,7 @@ struct Int3 {
 
 template <int T>
 struct Blocks {
+  static constexpr int kFetch = 64 * block_size(T) / kAtom / block_bytes(T);
   static constexpr bool kIsSplit = false;
   static constexpr int kScales = T == kQ6_K ? 2 : 1;  // of an atom
   static inline void weights(const Row& row, int atom, int at, vf (&v)[kPieces]) {
@@ -128,11 +133,28 @@ static inline void span_scales(Int4, const Matrix& m, int o, const uint8_t*, int
     scales_at(m.mins, m.scale_format, size_t(o) * groups + first, count, mins);
     return;
   }
-  for (int a = 0; a < count; a++) {
-    size_t index = size_t(o) * groups + (first + a) / each;
-    bool is_same = a > 0 && (first + a) % each != 0;
-    scales[a] = is_same ? scales[a - 1] : scale_at(m.scales, m.scale_format, index);
-    mins[a] = is_same ? mins[a - 1] : scale_at(m.mins, m.scale_format, index);
+  float of_groups[2][kSpan + W];
+  const int begin = first / each, number = (first + count - 1) / each - begin + 1;
+  scales_at(m.scales, m.scale_format, size_t(o) * groups + begin, number, of_groups[0]);
+  scales_at(m.mins, m.scale_format, size_t(o) * groups + begin, number, of_groups[1]);
+  int left = each - first % each, a = 0, g = 0;
+#if defined(__AVX512F__)
+  if ((each == 2 || each == 4) && left == each) {
+    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const __m512i from = (__m512i)(each == 2 ? lane >> 1 : lane >> 2);
+    for (; a + W <= count; a += W, g += W / each) {
+      store(scales + a, (vf)_mm512_permutexvar_ps(from, _mm512_loadu_ps(of_groups[0] + g)));
+      store(mins + a, (vf)_mm512_permutexvar_ps(from, _mm512_loadu_ps(of_groups[1] + g)));
+    }
+  }
+#endif
+  for (; a < count; a++) {
+    scales[a] = of_groups[0][g];
+    mins[a] = of_groups[1][g];
+    if (--left == 0) {
+      left = each;
+      g++;
+    }
   }
 }
 static inline void span_scales(Int3, const Matrix& m, int o, const uint8_t* row, int first, int count, float* scales, float* mins) {
@@ -158,7 +180,9 @@ static inline void atom_dots(const Matrix& m, int o, const float* x, float (*out
   Row rows[R];
   for (int r = 0; r < R; r++) rows[r] = row_of(m, o + r);
   const int atoms = m.cols / kAtom;
-  const size_t size = m.cols, ahead = size_t(R) * m.stride;
+  const size_t size = m.cols, atom_bytes = m.stride / atoms;
+  // Rows are short: what is asked for is some rows below, so many bytes away that memory has the time.
+  const size_t ahead = (kAheadBytes / m.stride + 1) * m.stride;
   for (int first = 0; first < atoms; first += kSpan) {
     alignas(64) float scales[R][kSpan * F::kScales], mins[R][kSpan * F::kScales];
     const int count = atoms - first < kSpan ? atoms - first : kSpan;
@@ -173,7 +197,7 @@ static inline void atom_dots(const Matrix& m, int o, const float* x, float (*out
       for (int r = 0; r < R; r++) {
         vf v[kPieces];
         F::weights(rows[r], first + a, a, v);
-        __builtin_prefetch(rows[r].values + ahead + size_t(first + a) * m.stride / atoms, 0, 2);
+        if (a % F::kFetch == 0) __builtin_prefetch(rows[r].values + ahead + (first + a) * atom_bytes, 0, 2);
 #pragma GCC unroll 4
         for (int t = 0; t < M; t++)
 #pragma GCC unroll 8

@@ -109,7 +109,7 @@ static inline void sum4(Sums a, Sums b, Sums c, Sums d, int32_t* out) {
 #endif
 }
 
-constexpr int kInts = 32;  // outputs of one chunk
+constexpr int kInts = 32;  // outputs at a time
 
 // Integer sums of R outputs and M tokens.
 template <int R, int M>
@@ -178,7 +178,9 @@ static void row_sums(const Matrix& m, int first, int count, const Rounded& x, in
 template <int T, int R, int M>
 static inline void block_dots(const Matrix& m, int o, const Rounded& x, int token, float (*out)[kInts], int at) {
   constexpr int kScales = T == kQ6_K ? 2 : 1;
+  constexpr int kFetch = 64 * block_size(T) / kAtom / block_bytes(T);  // atoms in a line
   const int atoms = m.cols / kAtom;
+  const size_t atom_bytes = m.stride / atoms, ahead = (kAheadBytes / m.stride + 1) * m.stride;
   const uint8_t* rows[R];
   for (int r = 0; r < R; r++) rows[r] = static_cast<const uint8_t*>(m.weight) + size_t(o + r) * m.stride;
   v8f sums[R][M] = {};
@@ -195,7 +197,7 @@ static inline void block_dots(const Matrix& m, int o, const Rounded& x, int toke
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
         v32u bytes = values<T>(rows[r], first + a);
-        __builtin_prefetch(rows[r] + size_t(R) * m.stride + size_t(first + a) * m.stride / atoms, 0, 2);
+        if (a % kFetch == 0) __builtin_prefetch(rows[r] + ahead + (first + a) * atom_bytes, 0, 2);
         v8f scale;
         if constexpr (T == kQ6_K) {
           float one = scales[r][2 * a], other = scales[r][2 * a + 1];
@@ -259,8 +261,7 @@ static auto sums_of(const Matrix& m) -> void (*)(const Matrix&, int, int, const 
   }
 }
 
-static void chunk_of(const Rounded& x, const Matrix& m, const Sink& sink, int first) {
-  const int count = m.rows - first < kInts ? m.rows - first : kInts;
+static void some_outputs(const Rounded& x, const Matrix& m, const Sink& sink, int first, int count) {
   auto run = sums_of(m);
   for (int token = 0; token < x.num_tokens; token += 4) {
     alignas(64) float out[4][kInts];
@@ -272,6 +273,10 @@ static void chunk_of(const Rounded& x, const Matrix& m, const Sink& sink, int fi
       for (; o < count; o++) sink.put(token + t, first + o, m.bias ? out[t][o] + m.bias[first + o] : out[t][o]);
     }
   }
+}
+
+static void chunk_of(const Rounded& x, const Matrix& m, const Sink& sink, int begin, int end) {
+  for (int first = begin; first < end; first += kInts) some_outputs(x, m, sink, first, end - first < kInts ? end - first : kInts);
 }
 
 // --- rounding ------------------------------------------------------------------------------------------------------------
@@ -392,12 +397,13 @@ void round_to_float8(float* rows, int num_tokens, int size, float scale) {
 }
 
 void matmul(const Rounded& x, const Matrix* matrices, const Sink* sinks, int count) {
-  int total = 0;
-  for (int i = 0; i < count; i++) total += (matrices[i].rows + kInts - 1) / kInts;
+  int size = few_rows_at_a_time(matrices, count), total = 0;
+  for (int i = 0; i < count; i++) total += (matrices[i].rows + size - 1) / size;
   parallel(total, [&](int chunk, int) {
     int which = 0;
-    for (int chunks; chunk >= (chunks = (matrices[which].rows + kInts - 1) / kInts); which++) chunk -= chunks;
-    chunk_of(x, matrices[which], sinks[which], chunk * kInts);
+    for (int chunks; chunk >= (chunks = (matrices[which].rows + size - 1) / size); which++) chunk -= chunks;
+    int first = chunk * size, rows = matrices[which].rows;
+    chunk_of(x, matrices[which], sinks[which], first, first + size < rows ? first + size : rows);
   });
 }
 
