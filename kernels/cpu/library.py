@@ -34,6 +34,9 @@ VARIANTS = {
 """Variant -> flags, best first. ``amx`` is ``avx512`` with the matrix unit; ``baseline`` is what every processor of the
 machine's kind has: SSE2 on x86-64, NEON on arm64."""
 
+_EXTRA = {"avx512": {"avx512_vnni": "-mavx512vnni"}, "avx2": {"avx_vnni": "-mavxvnni"}}
+"""Variant -> instruction set -> flag that is added where the processor has it: dot products of integers."""
+
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 """dtype -> its number in the library (``Format`` in ``src/matmul.h``)."""
 
@@ -90,11 +93,13 @@ def runnable_variants() -> tuple[str, ...]:
 
 def source_build(variant: str) -> SourceBuild:
     """What the library of one variant is made from."""
+    found = read_processor().instruction_sets
     return SourceBuild(
         f"drivetrain_cpu_{variant}",
         tuple(sorted(SOURCES.glob("*.cpp"))),
         flags=(
             *VARIANTS[variant],
+            *(flag for name, flag in _EXTRA.get(variant, {}).items() if name in found),
             # Multiply and add become one instruction; nothing else may be reordered, so that NaN stays NaN.
             *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-pthread"),
         ),

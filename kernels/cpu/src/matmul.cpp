@@ -2,6 +2,7 @@
 
 #include "amx.h"
 #include "chunk.h"
+#include "packed.h"
 #include "pool.h"
 #include "tile.h"
 
@@ -10,7 +11,9 @@ namespace {
 
 static_assert(kChunk % kTile1 == 0 && kChunk % kTile2 == 0 && kChunk % W == 0);
 
-constexpr int kFewChunk = 32;  // outputs of one chunk when weights stream by
+constexpr int kFewChunk = 32;            // outputs at a time when weights stream by
+constexpr size_t kFewBytes = 96 << 10;  // of weights that one thread takes at a time
+constexpr int kFewShares = 4;           // of a product for each thread
 static_assert(kFewChunk <= kChunk);
 
 thread_local Scratch decoded;  // weights of one chunk in float32
@@ -114,23 +117,32 @@ static void few_sums(const Activations& x, const float* rows, const T* w, size_t
 }
 
 static void few_sums(const Activations& x, const Matrix& m, int first, int count, float (*out)[kChunk]) {
-  if (m.format == Format::kFloat32)
+  if (m.is_packed() && streams(m)) {
+    few_packed_sums(x, m, first, count, out);
+  } else if (m.is_packed()) {
+    size_t stride = 0;
+    const float* rows = rows_of(m, first, count, stride, decoded);
+    few_sums(x, x.rows, rows, stride, count, out);
+  } else if (m.format == Format::kFloat32) {
     few_sums(x, x.rows, static_cast<const float*>(m.weight) + size_t(first) * m.stride, m.stride, count, out);
-  else
+  } else {
     few_sums(x, x.split, static_cast<const bf16*>(m.weight) + size_t(first) * m.stride, m.stride, count, out);
+  }
   if (m.bias)
     for (int t = 0; t < x.num_tokens; t++)
       for (int o = 0; o < count; o++) out[t][o] += m.bias[first + o];
 }
 
-static void few_chunk(const Activations& x, const Matrix& m, const Sink& sink, int first) {
-  int count = m.rows - first < kFewChunk ? m.rows - first : kFewChunk;
-  float out[kFewRows][kChunk];
-  few_sums(x, m, first, count, out);
-  for (int t = 0; t < x.num_tokens; t++) {
-    int o = 0;
-    for (; o + W <= count; o += W) sink.put(t, first + o, load(out[t] + o));
-    for (; o < count; o++) sink.put(t, first + o, out[t][o]);
+static void few_chunk(const Activations& x, const Matrix& m, const Sink& sink, int begin, int end) {
+  for (int first = begin; first < end; first += kFewChunk) {
+    int count = end - first < kFewChunk ? end - first : kFewChunk;
+    float out[kFewRows][kChunk];
+    few_sums(x, m, first, count, out);
+    for (int t = 0; t < x.num_tokens; t++) {
+      int o = 0;
+      for (; o + W <= count; o += W) sink.put(t, first + o, load(out[t] + o));
+      for (; o < count; o++) sink.put(t, first + o, out[t][o]);
+    }
   }
 }
 
@@ -154,6 +166,10 @@ const float* rows_of(const Matrix& m, int first, int count, size_t& stride, Scra
   }
   stride = (m.cols + W - 1) / W * W + W;  // rows do not start on the same cache set
   float* out = scratch.reserve(size_t(count) * stride);
+  if (m.is_packed()) {
+    decode_rows(m, first, count, out, stride);
+    return out;
+  }
   const bf16* in = static_cast<const bf16*>(m.weight) + size_t(first) * m.stride;
   for (int r = 0; r < count; r++) {
     const bf16* from = in + size_t(r) * m.stride;
@@ -163,6 +179,15 @@ const float* rows_of(const Matrix& m, int first, int count, size_t& stride, Scra
     for (; k < m.cols; k++) to[k] = to_float(from[k]);
   }
   return out;
+}
+
+int few_rows_at_a_time(const Matrix* matrices, int count) {
+  int rows = 0;
+  for (int i = 0; i < count; i++) rows += matrices[i].rows;
+  size_t row_bytes = matrices[0].row_bytes();
+  int most = int(kFewBytes / (row_bytes ? row_bytes : 1)), share = rows / (kFewShares * num_threads());
+  int size = most < share ? most : share;
+  return size < kFewChunk ? kFewChunk : size / kFewChunk * kFewChunk;
 }
 
 size_t packed_floats(int num_tokens, int size) {
@@ -210,13 +235,17 @@ void matmul(const Activations& x, const Matrix* matrices, const Sink* sinks, int
   bool is_few = x.num_tokens <= kFewRows;
   if constexpr (amx::kIsBuilt)
     if (!is_few) return amx::matmul(x, matrices, sinks, count);
-  int size = is_few ? kFewChunk : kChunk;
+  int size = is_few ? few_rows_at_a_time(matrices, count) : kChunk;
   int total = 0;
   for (int i = 0; i < count; i++) total += (matrices[i].rows + size - 1) / size;
   parallel(total, [&](int chunk, int) {
     int which = 0;
     for (int chunks; chunk >= (chunks = (matrices[which].rows + size - 1) / size); which++) chunk -= chunks;
-    (is_few ? few_chunk : many_chunk)(x, matrices[which], sinks[which], chunk * size);
+    int first = chunk * size, rows = matrices[which].rows;
+    if (is_few)
+      few_chunk(x, matrices[which], sinks[which], first, first + size < rows ? first + size : rows);
+    else
+      many_chunk(x, matrices[which], sinks[which], first);
   });
 }
 
