@@ -38,7 +38,7 @@ def _makers() -> Mapping[str, Maker]:
 
 
 class CpuKernels(KernelProvider):
-    """C++ for AMX, AVX-512, AVX2 and NEON, compiled on first use; float32 and bfloat16, down to a whole step in one call."""
+    """C++ for AMX, AVX-512, AVX2 and NEON, compiled on first use; float32 and bfloat16; a whole step in one call."""
 
     contract_version = "1.1"
     tier = Tier.TUNED
