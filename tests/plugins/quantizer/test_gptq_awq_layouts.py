@@ -215,6 +215,18 @@ def test_training_needs_the_full_weights(tmp_path: Path) -> None:
         resolve_parts(named, purpose=Purpose.TRAIN, leave_out=left_out)
 
 
+def test_a_running_engine_changes_to_dequantized_weights_and_back(tmp_path: Path) -> None:
+    folder, _ = make(tmp_path, "gptq", ordered=True)
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    with LLM(folder, engine={"max_model_len": 96}, platform={"name": "cpu", "threads": 1}) as llm:
+        before = [result.token_ids for result in llm.generate(PROMPTS, params)]
+        for name in ("none", "auto"):
+            llm.swap(quantizer=name)
+            assert [result.token_ids for result in llm.generate(PROMPTS, params)] == before
+        chosen = next(one for one in llm.selection_dict()["selections"] if one["kind"] == "quantizer")
+        assert chosen["chosen"]["name"] == "gptq"
+
+
 def test_rounding_packed_weights_once_more_is_refused(tmp_path: Path) -> None:
     from drivetrain.errors import ConfigError
 
