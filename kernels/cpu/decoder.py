@@ -1,8 +1,9 @@
 """The coarse operation: all layers of a decoder in one call, with their attention over the paged cache.
 
 What it needs of the layers it reads from them once, as pointers to the weights where they lie; a step then fills in the
-pointers that change. Where gradients are asked for, where the attention backend keeps its pages to itself, or where a
-layer holds something that is no plain linear layer, the layers are called one after the other.
+pointers that change. Weights may be dense or packed, each projection in its own way. Where gradients are asked for,
+where the attention backend keeps its pages to itself, or where a layer holds something else, the layers are called one
+after the other.
 
 Shapes: T tokens of a step; S sequences; E hidden size; R rotary dims.
 """
@@ -22,7 +23,10 @@ from drivetrain.contracts.kernels import Angles, DecoderLayer, DecoderLayerParts
 from drivetrain.fusion.joint import Part
 from drivetrain.kernels.cpu.library import FORMATS, check
 from drivetrain.kernels.cpu.operations import MatrixFields, dense
+from drivetrain.kernels.cpu.packed import PACKED, Described
 from drivetrain.kernels.reference.decoder import decoder_layers
+from drivetrain.packed import PackedLinear
+from drivetrain.packed.gguf import block_type
 
 _NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "q_norm", "k_norm")
 _PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -97,6 +101,8 @@ class _Weights:
         return tensor
 
     def _matrix(self, projection: Projection) -> MatrixFields:
+        if isinstance(projection.module, PackedLinear):
+            return self._packed_matrix(projection, projection.module)
         linear = cast(nn.Linear, projection.module)
         if isinstance(linear, Part):
             self._keep(linear.joint_weight)  # of whose memory the part's weight is a view
@@ -116,6 +122,13 @@ class _Weights:
             weight_OI.shape[1],
             FORMATS[weight_OI.dtype],
         )
+
+    def _packed_matrix(self, projection: Projection, layer: PackedLinear) -> MatrixFields:
+        described = describe(projection, layer)
+        for tensor in layer.packed.tensors.values():
+            self._keep(tensor)
+        self._copies += described.kept
+        return described.fields
 
     @property
     def are_where_they_were(self) -> bool:
@@ -210,13 +223,42 @@ class CoarseDecoder:
         check(self._library.dt_decoder_forward(fields, ctypes.addressof(step), x_TE.data_ptr()))
 
 
+def describe(projection: Projection, layer: PackedLinear) -> Described:
+    """The outputs of a packed layer that a projection is. Raises ConfigError where its tensors do not fit."""
+    packed, bias_O = layer.packed, layer.bias
+    if projection.rows is not None:
+        packed = packed.rows(projection.first, projection.rows)
+        bias_O = None if bias_O is None else bias_O[projection.first : projection.first + projection.rows]
+    kind = block_type(packed.params) if "blocks" in packed.tensors else None
+    number = int(packed.params.get("type", 0))
+    return Described(packed.operation, list(packed.tensors.values()), bias_O, packed.in_features, kind, number)
+
+
 def _is_plain(layer: DecoderLayer, spec: KernelSpec) -> bool:
-    """Whether every weight of a layer is a dense one of the expected dtype, in main memory."""
+    """Whether every weight of a layer can be read: norms and dense weights of the expected dtype, or packed ones."""
     parts = layer.parts()
     dtype = getattr(torch, spec.dtype)
-    projections: list[Projection] = [getattr(parts, name) for name in _PROJECTIONS]
-    if not all(isinstance(projection.module, nn.Linear | Part) for projection in projections):
-        return False
-    weights = [cast(nn.Linear, projection.module).weight for projection in projections]
-    weights += [weight for name in _NORMS if (weight := getattr(parts, name)) is not None]
+    weights = [weight for name in _NORMS if (weight := getattr(parts, name)) is not None]
+    for name in _PROJECTIONS:
+        projection: Projection = getattr(parts, name)
+        if isinstance(projection.module, PackedLinear):
+            if not _can_read(projection, projection.module):
+                return False
+        elif isinstance(projection.module, nn.Linear | Part):
+            weights.append(cast(nn.Linear, projection.module).weight)
+        else:
+            return False
     return all(weight.dtype == dtype and weight.device.type == "cpu" and weight.is_contiguous() for weight in weights)
+
+
+def _can_read(projection: Projection, layer: PackedLinear) -> bool:
+    """Whether packed weights can be read where they lie: in main memory, in order, without a copy of them."""
+    packed = layer.packed
+    if packed.order is not None or packed.operation not in PACKED:
+        return False
+    if any(tensor.device.type != "cpu" for tensor in packed.tensors.values()):
+        return False
+    described = describe(projection, layer)
+    places = {tensor.data_ptr() for tensor in described.copies}
+    bias = described.fields.bias
+    return not places - {bias}
