@@ -26,10 +26,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from drivetrain.assembly import (
     ServingStack,
+    apply_rules,
     build_model,
     kv_format,
     make_kv,
     rank_kernels,
+    weigh_model,
     with_fallbacks,
     with_kv,
 )
@@ -88,7 +90,10 @@ class SwapReport:
 
     changes:              kind -> (old plugin, new plugin).
     epoch:                the engine's epoch afterwards.
-    extra_memory_bytes:   device memory held twice between prepare and the end of probation.
+    extra_memory_bytes:   device memory of the new weights and caches, held beside the old ones between prepare and the
+                          end of probation: to the byte what is made, known before it is.
+    peak_memory_bytes:    the most memory beside the old parts that making them takes: a layer in full and packed form,
+                          and what reading and packing need on the side.
     pause_seconds:        how long the step loop stood still at commit; for a dry run, what is expected.
     requests_kept:        requests in flight that went on with their keys and values.
     requests_recomputed:  requests in flight whose keys and values are computed anew.
@@ -101,6 +106,7 @@ class SwapReport:
     cache: CacheFate
     epoch: int
     extra_memory_bytes: int
+    peak_memory_bytes: int
     pause_seconds: float
     requests_kept: int = 0
     requests_recomputed: int = 0
@@ -192,6 +198,7 @@ class PreparedSwap:
     cache: CacheFate
     drops_prefixes: bool
     extra_memory_bytes: int
+    peak_memory_bytes: int
     expected_pause_seconds: float
     converter: _Converter | None = None
     weights: Weights | None = None
@@ -249,12 +256,13 @@ def prepare(stack: ServingStack, requests: Mapping[str, PartRequest], *, dry_run
     new.spec = dataclasses.replace(live.spec, kv=kv_format(cast(Quantizer, new.plugins["quantizer"])))
     _check_kv(new)
     fate, extra = _settle_cache(stack, live, new, dry_run)
-    weights = None
+    weights, peak = None, extra
     has_new_weights = "quantizer" in chosen and not _quantizes_alike(live.plugins["quantizer"], chosen["quantizer"])
     if "kernels" in chosen or has_new_weights:
         assert stack.parts.checkpoint is not None
         weights = Weights.of(stack.parts.checkpoint)
-        extra += _settle_model(stack, live, new, dry_run)
+        kept, most = _settle_model(stack, live, new, dry_run)
+        extra, peak = extra + kept, peak + most
     _check_limits(stack, new)
     prepared = PreparedSwap(
         new,
@@ -263,6 +271,7 @@ def prepare(stack: ServingStack, requests: Mapping[str, PartRequest], *, dry_run
         fate,
         drops_prefixes="quantizer" in chosen,  # other weights, or other keys, give other ones
         extra_memory_bytes=extra,
+        peak_memory_bytes=peak,
         expected_pause_seconds=_expected_pause(stack.engine, fate),
         weights=weights,
     )
@@ -282,12 +291,14 @@ def _choose(stack: ServingStack, requests: Mapping[str, PartRequest]) -> tuple[d
     rank_kernels(selector, parts.kernel_record, parts.context)
     names = parts.report.chosen_names
     context = dataclasses.replace(parts.context, chosen={k: v for k, v in names.items() if k not in requests})
-    chosen = {}
+    chosen: dict[str, Plugin] = {}
     for kind in names:
         if kind in requests:
             chosen[kind] = selector.choose(kind, context)
             if kind == "quantizer":
-                context = with_kv(context, kv_format(cast(Quantizer, chosen[kind])))
+                quantizer, origin = cast(Quantizer, chosen[kind]), requests[kind].origin
+                chosen[kind] = apply_rules(quantizer, parts.registry, context, origin)
+                context = with_kv(context, kv_format(quantizer))
     return chosen, list(selector.report.selections)
 
 
@@ -311,7 +322,10 @@ def _check_kv(new: LiveParts) -> None:
 
 def _quantizes_alike(old: Plugin, new: Plugin) -> bool:
     """Whether both make the same weights: they are of one class and differ in the format of keys and values at most."""
-    if type(old) is not type(new) or not isinstance(new.config, QuantizerConfig):
+    from drivetrain.packed.rules import RuledQuantizer
+
+    classes = {type(part.base if isinstance(part, RuledQuantizer) else part) for part in (old, new)}
+    if len(classes) > 1 or not isinstance(new.config, QuantizerConfig):
         return False
     return bool(old.config.model_copy(update={"kv": new.config.kv}) == new.config and old.config != new.config)
 
@@ -375,23 +389,27 @@ def _scale(stack: ServingStack, new: LiveParts) -> KVCache:
     return made
 
 
-def _settle_model(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run: bool) -> int:
-    """A second model beside the first, from the checkpoint: what a quantizer has made is never quantized again."""
-    import torch
+def _settle_model(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run: bool) -> tuple[int, int]:
+    """A second model beside the first, from the checkpoint: what a quantizer has made is never quantized again.
 
+    Returns the bytes that it keeps of its own, and the most that making it takes.
+    """
     quantizer = cast(Quantizer, new.plugins["quantizer"])
     spec = stack.parts.spec
     assert spec is not None
-    bits = quantizer.bits_per_weight()
-    size = spec.num_parameters * (bits / 8 if bits is not None else getattr(torch, spec.attention.dtype).itemsize)
+    # Counted before anything is made: what does not fit its rules or its groups is an error here.
+    ledger = weigh_model(stack.parts, quantizer, new.report)
+    kept = ledger.total_bytes
     if not dry_run:
         kernels = cast(KernelProvider, new.plugins["kernels"])
         new.model, new.binder = build_model(stack.parts, kernels, quantizer, report=new.report)
         new.draw = bind_sample(new.binder, stack.engine.runner.device.type, spec.vocab_size)
         new.report = with_fallbacks(new.report, new.binder)
         if quantizer is live.plugins["quantizer"]:
-            return share_parameters(live.model, new.model)
-    return int(size)
+            kept = share_parameters(live.model, new.model)
+        elif new.binder.ledger is not None:
+            kept = new.binder.ledger.total_bytes
+    return kept, ledger.peak_bytes
 
 
 def _stored(model: CausalLM) -> dict[str, Any]:
@@ -544,6 +562,7 @@ def commit(
             prepared.cache,
             engine.epoch,
             prepared.extra_memory_bytes,
+            prepared.peak_memory_bytes,
             pause,
             running - lost,
             lost,
