@@ -39,14 +39,14 @@ def _makers() -> Mapping[str, Maker]:
 
 
 class CpuKernels(KernelProvider):
-    """C++ for AVX-512, AVX2 and NEON, compiled on first use; float32 and bfloat16, down to a whole step in one call."""
+    """C++ for AMX, AVX-512, AVX2 and NEON, compiled on first use; float32 and bfloat16, whole steps in one call."""
 
     contract_version = "1.1"
     tier = Tier.TUNED
 
     class Config(PluginConfig):
-        instructions: Literal["auto", "avx512", "avx2", "baseline"] = Field(
-            "auto", description="vector instructions to compile for; auto takes the widest that the processor has"
+        instructions: Literal["auto", "amx", "avx512", "avx2", "baseline"] = Field(
+            "auto", description="instructions to compile for; auto takes the best that the processor has"
         )
 
     config: Config

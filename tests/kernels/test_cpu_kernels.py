@@ -19,7 +19,7 @@ from drivetrain.contracts.source import silent
 from drivetrain.errors import ConfigError
 from drivetrain.kernels.cpu import CpuKernels
 from drivetrain.kernels.cpu.decoder import CoarseDecoder
-from drivetrain.kernels.cpu.library import VARIANTS, best_variant
+from drivetrain.kernels.cpu.library import runnable_variants
 from drivetrain.kernels.reference import ReferenceKernels
 from drivetrain.plugins.attention.paged_cpu import PagedCpuAttention
 from drivetrain.plugins.attention.sdpa import SdpaAttention
@@ -32,8 +32,7 @@ torch.set_num_threads(1)
 CPU = torch.device("cpu")
 NAMES = sorted(tiny_configs())
 REFERENCE = ReferenceKernels(ReferenceKernels.Config())
-WIDTHS = {"baseline": 0, "avx2": 1, "avx512": 2}
-HERE = [name for name in VARIANTS if WIDTHS[name] <= WIDTHS[best_variant()]]
+HERE = runnable_variants()
 
 STEPS: Sequence[dict[int, int]] = (
     {0: 5, 1: 1, 2: 17},

@@ -71,6 +71,10 @@ class DecoderModel(Model):
     config: DecoderModelConfig
     architectures = frozenset(ARCHITECTURES)
 
+    @classmethod
+    def abilities(cls) -> frozenset[str]:
+        return frozenset({"layerwise", "meta"})
+
     def describe(self, config: Mapping[str, Any], dtype: str) -> ModelSpec:
         shape = read_config(config, long_context=self.config.long_context)
         kernels = Kernels(_unbound, "meta", getattr(torch, dtype))
