@@ -20,7 +20,7 @@ from drivetrain.plugins.attention.paged_cpu import PagedCpuAttention
 from drivetrain.plugins.attention.sdpa import SdpaAttention
 from drivetrain.testing.kernel_oracle import Case
 from kernels.test_cpu_kernels import HERE, REFERENCE, STEPS, build, calls_of, provider, scores
-from support.tiny_models import FolderCheckpoint, save_tiny
+from support.tiny_models import FolderCheckpoint, tiny_configs, tiny_model
 
 torch.set_num_threads(1)
 
@@ -198,17 +198,31 @@ def test_tensors_that_do_not_fit_are_refused(operation: str, number: int) -> Non
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> FolderCheckpoint:
-    folder = tmp_path_factory.mktemp("models") / "smollm2"
-    save_tiny("smollm2", folder)
+    """A small Llama whose layers are whole blocks."""
+    folder = tmp_path_factory.mktemp("models")
+    config = tiny_configs()["llama"].to_dict() | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    config |= {"num_key_value_heads": 2, "head_dim": 16}
+    tiny_model(type(tiny_configs()["llama"])(**config)).save_pretrained(folder)
     return FolderCheckpoint(folder)
+
+
+_SMALLER = 0.05
+"""What the oracle's weights are multiplied by, so that activations stay near 1."""
 
 
 def pack(linear: Any, operation: str, number: int, seed: int) -> PackedLinear:
     """A layer with random packed weights in a linear layer's place, about as large as they were."""
     outer, inner = linear.weight.shape
-    case = use(operation, number, 1, inner, outer, group=inner // 2)
+    case = use(operation, number if "gguf" in operation else 0, 1, inner, outer, group=inner // 2)
     inputs = dict(zip(OPERATIONS[operation].arguments, case.inputs(torch.float32, "cpu", seed), strict=True))
     tensors = {name: inputs[name] for name in names_of(operation)}
+    for name, value in tensors.items():
+        assert value is not None
+        if name in ("scales", "mins"):
+            value.mul_(_SMALLER)
+        elif name == "blocks":
+            halves = value.view(-1, BLOCK_TYPES[number].num_bytes)[:, :2]
+            halves.copy_((halves.clone().view(torch.float16) * _SMALLER).view(torch.uint8))
     packed = PackedWeight(operation, tensors, outer, inner, case.params)  # type: ignore[arg-type]
     bias = None if linear.bias is None else linear.bias.detach()
     return PackedLinear(packed, bias)
