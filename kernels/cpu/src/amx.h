@@ -27,7 +27,7 @@ constexpr int kWidth = 32;      // tokens in a panel
 constexpr int kTileBytes = 1024;
 
 // Activations [T, I] as planes for products: for each panel of kWidth tokens (the last may have half), for each kDeep features, for
-// each part, for each 16 tokens, one tile: 16 pairs of features, each with its 16 tokens side by side.
+// each part, for each 16 tokens, one tile: 16 pairs of features (i and i + 16), each with its 16 tokens side by side.
 inline int steps(int size) { return (size + kDeep - 1) / kDeep; }
 inline size_t panel_bytes(int size) { return size_t(steps(size)) * kParts * 2 * kTileBytes; }
 inline int panels(int num_tokens) { return (num_tokens + kWidth - 1) / kWidth; }

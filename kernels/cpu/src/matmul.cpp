@@ -159,15 +159,6 @@ static void split_row(const float* in, int size, float* out) {
 
 }  // namespace
 
-int few_rows_at_a_time(const Matrix* matrices, int count) {
-  int rows = 0;
-  for (int i = 0; i < count; i++) rows += matrices[i].rows;
-  size_t row_bytes = matrices[0].row_bytes();
-  int most = int(kFewBytes / (row_bytes ? row_bytes : 1)), share = rows / (kFewShares * num_threads());
-  int size = most < share ? most : share;
-  return size < kFewChunk ? kFewChunk : size / kFewChunk * kFewChunk;
-}
-
 const float* rows_of(const Matrix& m, int first, int count, size_t& stride, Scratch& scratch) {
   if (m.format == Format::kFloat32) {
     stride = m.stride;
@@ -188,6 +179,15 @@ const float* rows_of(const Matrix& m, int first, int count, size_t& stride, Scra
     for (; k < m.cols; k++) to[k] = to_float(from[k]);
   }
   return out;
+}
+
+int few_rows_at_a_time(const Matrix* matrices, int count) {
+  int rows = 0;
+  for (int i = 0; i < count; i++) rows += matrices[i].rows;
+  size_t row_bytes = matrices[0].row_bytes();
+  int most = int(kFewBytes / (row_bytes ? row_bytes : 1)), share = rows / (kFewShares * num_threads());
+  int size = most < share ? most : share;
+  return size < kFewChunk ? kFewChunk : size / kFewChunk * kFewChunk;
 }
 
 size_t packed_floats(int num_tokens, int size) {
