@@ -18,15 +18,23 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from drivetrain.contracts.attention import AttentionStep, OpensPages, PagedView
+from drivetrain.contracts.attention import (
+    AnyPagedCache,
+    AttentionStep,
+    OpensPages,
+    PagedCache,
+    PagedView,
+    ScaledPages,
+)
 from drivetrain.contracts.kernels import Angles, DecoderLayer, DecoderLayerParts, KernelSpec, Projection
 from drivetrain.fusion.joint import Part
-from drivetrain.kernels.cpu.library import FORMATS, check
+from drivetrain.kernels.cpu.library import CACHE_FORMATS, FORMATS, check
 from drivetrain.kernels.cpu.operations import MatrixFields, dense
 from drivetrain.kernels.cpu.packed import PACKED, Described
 from drivetrain.kernels.reference.decoder import decoder_layers
 from drivetrain.packed import PackedLinear
 from drivetrain.packed.gguf import block_type
+from drivetrain.pages import Pages
 
 _NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "q_norm", "k_norm")
 _PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -65,7 +73,7 @@ class StepFields(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in (
                 *("query_starts", "kv_lengths", "tables", "table_strides", "slots"),
-                *("cos", "sin", "keys", "values"),
+                *("cos", "sin", "keys", "values", "key_scales", "value_scales"),
             )
         ),
     )
@@ -73,6 +81,19 @@ class StepFields(ctypes.Structure):
 
 def _pointers(tensors: Sequence[torch.Tensor]) -> ctypes.Array[Any]:
     return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
+def _codes_of(pages: Pages) -> torch.Tensor:
+    return pages.codes if isinstance(pages, ScaledPages) else pages
+
+
+def _stores_of(cache: AnyPagedCache) -> tuple[ctypes.Array[Any] | None, ...]:
+    """Keys, values and, where they have any, their scales."""
+    if isinstance(cache, PagedCache):
+        return _pointers(cache.keys), _pointers(cache.values), None, None
+    both = (cache.keys, cache.values)
+    codes = [_pointers([pages.codes for pages in layers]) for layers in both]
+    return (*codes, *(_pointers([pages.scales for pages in layers]) for layers in both))
 
 
 class _Weights:
@@ -146,7 +167,7 @@ class _Bound(threading.local):
     layers: Sequence[DecoderLayer] | None = None
     is_plain = False
     cache: object = None
-    stores: tuple[ctypes.Array[Any], ...] = ()
+    stores: tuple[ctypes.Array[Any] | None, ...] = ()
     fields = DecoderFields()
 
 
@@ -178,7 +199,7 @@ class CoarseDecoder:
             bound.cache = None
         if bound.cache is not view.cache:
             bound.cache = view.cache
-            bound.stores = (_pointers(view.cache.keys), _pointers(view.cache.values))
+            bound.stores = _stores_of(view.cache)
             bound.fields = self._describe(bound.weights, view)
         x = x_TE.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         self._run(bound, view, x, [(dense(cos.float()), dense(sin.float())) for cos, sin in angles])
@@ -191,7 +212,7 @@ class CoarseDecoder:
             len(weights.layers),
             *(sizes[name] for name in ("E", "H", "G", "D", "R", "I")),
             FORMATS[getattr(torch, self._spec.dtype)],
-            FORMATS[view.cache.keys[0].dtype],
+            CACHE_FORMATS[_codes_of(view.cache.keys[0]).dtype],
             view.block_size,
             int(params["activation"]),
             int(params["norms_heads"]),
@@ -217,7 +238,7 @@ class CoarseDecoder:
             x_TE.shape[0],
             batch.query_starts.data_ptr(),
             batch.kv_lengths.data_ptr(),
-            *(ctypes.addressof(array) for array in arrays),
+            *(None if array is None else ctypes.addressof(array) for array in arrays),
         )
         fields = ctypes.addressof(bound.fields)
         check(self._library.dt_decoder_forward(fields, ctypes.addressof(step), x_TE.data_ptr()))

@@ -41,6 +41,9 @@ variant is the best that it runs."""
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 """dtype -> its number in the library (``Format`` in ``src/matmul.h``)."""
 
+CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
+"""dtype in which keys and values are kept -> its number (``CacheFormat`` in ``src/attention.h``)."""
+
 _NEEDS = {
     "amx": (*_AVX512, "fma", "f16c", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16"),
     "avx512": (*_AVX512, "fma"),
@@ -68,7 +71,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "dt_sample": (None, _POINTER, _INT, _INT, *[_POINTER] * 6),
     "dt_attend": (
         _INT,
-        *[_POINTER] * 5,
+        *[_POINTER] * 7,
         *[_LONG] * 5,
         _DOUBLE,
         _DOUBLE,

@@ -56,8 +56,8 @@ class W8A8Quantizer(Quantizer):
     def convert(self, name: str, linear: nn.Linear) -> nn.Module:
         if self.config.scales == "block":
             checked_group(name, linear.in_features, _BLOCK)
-            tensors = pack_rows(linear.weight, round_blocks)
-            packed = PackedWeight("linear_gguf_a8", tensors, *linear.weight.shape, params={"type": _Q8_0})
+            form = linear.out_features, linear.in_features, {"type": _Q8_0}
+            packed = PackedWeight("linear_gguf_a8", pack_rows(linear.weight, round_blocks), *form)
         else:
             packed = PackedWeight("linear_w8a8", pack_rows(linear.weight, round_rows), *linear.weight.shape)
         bias = None if linear.bias is None else linear.bias.detach().clone()

@@ -4,6 +4,7 @@ that lies as it happens to lie; what they can't do they refuse, or leave to the 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -75,9 +76,9 @@ def build(checkpoint: FolderCheckpoint, kernels: CpuKernels | None, dtype: torch
 
 
 @torch.inference_mode()
-def scores(module: Any, backend: type[SdpaAttention], block_size: int = 4) -> torch.Tensor:
+def scores(module: Any, backend: type[SdpaAttention], block_size: int = 4, kv: str = "auto") -> torch.Tensor:
     """Scores of every token of STEPS, fed over a paged cache."""
-    spec = module.spec.attention
+    spec = dataclasses.replace(module.spec.attention, kv=kv)
     attention = backend(backend.Config(block_size=block_size))
     pages = Pages(spec, block_size, 80)
     cache = attention.allocate(spec, pages.num_blocks, CPU)
@@ -109,6 +110,27 @@ def test_every_architecture_scores_as_the_plain_loop_does(
     for name, checkpoint in checkpoints.items():
         found = scores(build(checkpoint, provider(variant)), PagedCpuAttention)
         torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-4, msg=lambda text, name=name: name + text)
+
+
+KV_DISTANCE = {"int8": (0.003, 0.02), "fp8": (0.01, 0.1)}
+"""How far scores may be, in the mean of squares and relative to their spread, from those of sdpa in the same format (a
+last bit decides here and there to which code a number is rounded) and from those of full keys."""
+
+
+@pytest.mark.parametrize("kv", KV_DISTANCE)
+@pytest.mark.parametrize("variant", HERE)
+def test_whole_steps_over_scaled_keys(
+    checkpoints: dict[str, FolderCheckpoint], expected: dict[str, torch.Tensor], variant: str, kv: str
+) -> None:
+    """The coarse operation writes and reads keys and values with scales as sdpa does, and both stay near full ones."""
+    for name in ("smollm2", "gemma2", "qwen3"):
+        plain = scores(build(checkpoints[name], None), SdpaAttention, kv=kv)
+        found = scores(build(checkpoints[name], provider(variant)), PagedCpuAttention, kv=kv)
+        from_sdpa, from_full = (
+            ((found - other).square().mean().sqrt() / expected[name].std()).item() for other in (plain, expected[name])
+        )
+        assert from_sdpa <= KV_DISTANCE[kv][0], name
+        assert 1e-4 < from_full <= KV_DISTANCE[kv][1], name
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -236,9 +258,15 @@ def test_long_contexts_are_cut_and_joined() -> None:
 
     torch.set_num_threads(4)
     try:
-        for window, soft_cap in ((None, None), (1500, None), (None, 5.0)):
+        for window, soft_cap, kv in (
+            (None, None, "auto"),
+            (1500, None, "auto"),
+            (None, 5.0, "auto"),
+            (None, None, "int8"),
+            (1500, 5.0, "fp8"),
+        ):
             layer = LayerAttention(6, 2, 20, 20**-0.5, window, soft_cap)
-            spec = AttentionSpec((layer,), "float32")
+            spec = AttentionSpec((layer,), "float32", kv)
             results = []
             for backend in (SdpaAttention, PagedCpuAttention):
                 attention, pages = backend(backend.Config()), Pages(spec, 16, 400)

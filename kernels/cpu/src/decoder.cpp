@@ -42,7 +42,7 @@ struct dt_decoder {
   const dt_layer* layers;
 };
 
-// tables, slots: one for each group; cos, sin: one for each rope, [T, rotary]; keys, values: one for each layer.
+// tables, slots: one for each group; cos, sin: one for each rope, [T, rotary]; keys, values and their scales: one for each layer.
 struct dt_step {
   int64_t num_sequences, num_tokens;
   const int32_t *query_starts, *kv_lengths;
@@ -53,6 +53,8 @@ struct dt_step {
   const float* const* sin;
   void* const* keys;
   void* const* values;
+  float* const* key_scales;  // null where keys and values are kept as they are
+  float* const* value_scales;
 };
 
 }  // extern "C"
@@ -228,10 +230,12 @@ class Run {
                 int(step_.table_strides[layer.group]), step_.slots[layer.group]};
     LayerCache cache{step_.keys[index],
                      step_.values[index],
+                     step_.key_scales ? step_.key_scales[index] : nullptr,
+                     step_.value_scales ? step_.value_scales[index] : nullptr,
                      int(model_.block_size),
                      kv_heads,
                      size,
-                     Format(model_.cache_format),
+                     CacheFormat(model_.cache_format),
                      float(model_.attention_scale),
                      float(model_.soft_cap),
                      int(layer.window)};
@@ -336,16 +340,17 @@ DT_API int dt_gated_linear(const void* x, int tokens, const dt_matrix* gate, con
 }
 
 // Attention of one layer, keys and values already written or written here (when k is not null). float32 rows.
-DT_API int dt_attend(const float* q, const float* k, const float* v, void* keys, void* values, int64_t num_heads, int64_t kv_heads,
-              int64_t head_size, int64_t block_size, int64_t cache_format, double scale, double soft_cap, int64_t window,
+DT_API int dt_attend(const float* q, const float* k, const float* v, void* keys, void* values, float* key_scales,
+              float* value_scales, int64_t num_heads, int64_t kv_heads, int64_t head_size, int64_t block_size,
+              int64_t cache_format, double scale, double soft_cap, int64_t window,
               int64_t num_sequences, int64_t num_tokens, const int32_t* query_starts, const int32_t* kv_lengths,
               const int32_t* tables, int64_t table_stride, const int64_t* slots, float* out) {
   Workspace& room = workspace;
   room.reserve(attention_floats(int(num_heads), int(kv_heads), int(head_size)));
   if (!room.data) return 1;
   Batch batch{int(num_sequences), int(num_tokens), query_starts, kv_lengths, tables, int(table_stride), slots};
-  LayerCache cache{keys,          values,       int(block_size), int(kv_heads), int(head_size), Format(cache_format),
-                   float(scale), float(soft_cap), int(window)};
+  LayerCache cache{keys,           values,         key_scales,   value_scales,    int(block_size),
+                   int(kv_heads),  int(head_size), CacheFormat(cache_format), float(scale), float(soft_cap), int(window)};
   if (k) write_cache(cache, batch, k, v, size_t(kv_heads * head_size));
   attend(cache, batch, int(num_heads), q, size_t(num_heads * head_size), out, size_t(num_heads * head_size), room.data);
   return 0;

@@ -101,9 +101,9 @@ def test_weights_without_a_value_are_named_and_counted(tmp_path: Path, value: fl
 
 
 def test_a_group_that_does_not_divide_names_layer_and_sizes(tmp_path: Path) -> None:
-    """Hidden size 48 and groups of 64; a rule is the way out, and the error says so."""
+    """Hidden size 48 and groups of 32; a rule is the way out, and the error says so."""
     save_tiny("llama3", tmp_path / "model")
-    with pytest.raises(ConfigError, match=r"model\.layers\.0\.self_attn\.q_proj: rows of 48 .* group 64.*rules"):
+    with pytest.raises(ConfigError, match=r"model\.layers\.0\.self_attn\.q_proj: rows of 48 .* group 32.*rules"):
         LLM(tmp_path / "model", quantizer="int4", platform={"name": "cpu", "threads": 1})
 
 
