@@ -26,7 +26,7 @@ _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 _AVX512_FLAGS = (*(f"-m{name}" for name in _AVX512), "-mfma", "-mf16c")
 
 VARIANTS = {
-    "amx": (*_AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"),
+    "amx": (*_AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     "avx512": _AVX512_FLAGS,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "baseline": (),
@@ -45,7 +45,7 @@ CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float
 """dtype in which keys and values are kept -> its number (``CacheFormat`` in ``src/attention.h``)."""
 
 _NEEDS = {
-    "amx": (*_AVX512, "fma", "f16c", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16"),
+    "amx": (*_AVX512, "fma", "f16c", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"),
     "avx512": (*_AVX512, "fma"),
     "avx2": ("avx2", "fma", "f16c"),
     "baseline": (),
