@@ -313,6 +313,24 @@ def test_packed_weights_that_are_loaded_anew_are_seen(checkpoint: FolderCheckpoi
     torch.testing.assert_close(after, scores(module, SdpaAttention), rtol=1e-3, atol=1e-3)
 
 
+def test_packed_weights_that_are_replaced_are_seen(checkpoint: FolderCheckpoint) -> None:
+    """As moving a module there and back does: its layers keep other tensors afterwards."""
+    module = build(checkpoint, provider())
+    put_packed(module, provider(), CHOICES["linear_int4"], torch.float32)
+    calls = calls_of(module)
+    before = scores(module, PagedCpuAttention)
+    for layer in module.model.layers:
+        for part, name in PROJECTIONS:
+            packed = getattr(getattr(layer, part), name)
+            old, packed.scales = packed.scales, packed.scales * 1.5
+            old.fill_(float("nan"))
+    after = scores(module, PagedCpuAttention)
+    assert calls.count == 2 * len(STEPS)
+    assert after.isfinite().all()
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, scores(module, SdpaAttention), rtol=1e-4, atol=1e-4)
+
+
 def test_every_layout_of_packed_weights_has_a_kernel() -> None:
     assert set(DECODERS) <= provider().operations()
     assert set(HERE) <= set(VARIANTS)

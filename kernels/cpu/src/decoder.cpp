@@ -87,12 +87,13 @@ static Matrix matrix_of(const dt_matrix& m) {
 
 // --- products of rows, whatever is done to the activations first ---------------------------------------------------------
 
-// What is done to activations: rounding as the operation says, or nothing but another form for int8 weights on the matrix unit.
+// What is done to activations: rounding as the operation says, or nothing but another form, in which int8 weights are read faster.
 enum class Form { kPlain, kRows, kBlocks, kFloat8, kTiles, kDigits };
 
 static Form form_of(const dt_matrix& m, int tokens) {
   const bool is_tiled = kHasIntTiles && m.format == int(Format::kInt8) && tokens > kFewRows;
-  if (m.rounding == int(Rounding::kNone)) return is_tiled ? Form::kDigits : Form::kPlain;
+  const bool is_dotted = kHasDots && m.format == int(Format::kInt8) && tokens <= kFewRows;
+  if (m.rounding == int(Rounding::kNone)) return is_tiled || is_dotted ? Form::kDigits : Form::kPlain;
   if (m.rounding == int(Rounding::kRows)) return is_tiled ? Form::kTiles : Form::kRows;
   return m.rounding == int(Rounding::kBlocks) ? Form::kBlocks : Form::kFloat8;
 }
@@ -121,6 +122,8 @@ static void multiply(const float* rows, size_t stride, int tokens, const dt_matr
     const int number = end - begin;
     if (form == Form::kPlain) {
       matmul(pack(rows, stride, tokens, size, space), alike, sinks + begin, number);
+    } else if (form == Form::kDigits && tokens <= kFewRows) {
+      matmul(digit_rows(rows, stride, tokens, size, space), alike, sinks + begin, number);
     } else if (form == Form::kTiles || form == Form::kDigits) {
       if constexpr (kHasIntTiles)
         matmul(tile_rows(rows, stride, tokens, size, form == Form::kTiles ? 1 : 3, space), alike, sinks + begin, number);
