@@ -102,6 +102,7 @@ class _Weights:
     def __init__(self, parts: Sequence[DecoderLayerParts], view: PagedView, ropes: Sequence[int | None]) -> None:
         self._tensors: list[torch.Tensor] = []
         self._copies: list[torch.Tensor] = []
+        self._packed: list[tuple[PackedLinear, str, torch.Tensor]] = []
         groups = {layer: group for group in view.spec.groups for layer in group.layers}
         self.layers = (LayerFields * len(parts))()
         for index, part in enumerate(parts):
@@ -146,15 +147,15 @@ class _Weights:
 
     def _packed_matrix(self, projection: Projection, layer: PackedLinear) -> MatrixFields:
         described = describe(projection, layer)
-        for tensor in layer.packed.tensors.values():
-            self._keep(tensor)
+        self._packed += [(layer, name, tensor) for name, tensor in layer.packed.tensors.items()]
         self._copies += described.kept
         return described.fields
 
     @property
     def are_where_they_were(self) -> bool:
-        """False once a parameter's memory is another: what the library holds would be stale."""
-        return [tensor.data_ptr() for tensor in self._tensors] == self._places
+        """False once a parameter has other memory or a packed layer another tensor: what the library holds is stale."""
+        is_packed_alike = all(layer._buffers[name] is tensor for layer, name, tensor in self._packed)
+        return is_packed_alike and [tensor.data_ptr() for tensor in self._tensors] == self._places
 
 
 class _Bound(threading.local):

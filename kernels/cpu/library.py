@@ -26,7 +26,7 @@ _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 _AVX512_FLAGS = (*(f"-m{name}" for name in _AVX512), "-mfma", "-mf16c")
 
 VARIANTS = {
-    "amx": (*_AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "amx": (*_AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     "avx512": _AVX512_FLAGS,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "baseline": (),
@@ -35,7 +35,8 @@ VARIANTS = {
 machine's kind has: SSE2 on x86-64, NEON on arm64."""
 
 _EXTRA = {"avx512": {"avx512_vnni": "-mavx512vnni"}, "avx2": {"avx_vnni": "-mavxvnni"}}
-"""Variant -> instruction set -> flag that is added where the processor has it: dot products of integers."""
+"""Variant -> instruction set -> flag for dot products of integers, which is added where the processor has them and the
+variant is the best that it runs."""
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 """dtype -> its number in the library (``Format`` in ``src/matmul.h``)."""
@@ -44,7 +45,7 @@ CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float
 """dtype in which keys and values are kept -> its number (``CacheFormat`` in ``src/attention.h``)."""
 
 _NEEDS = {
-    "amx": (*_AVX512, "fma", "f16c", "avx512_bf16", "amx_tile", "amx_bf16"),
+    "amx": (*_AVX512, "fma", "f16c", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"),
     "avx512": (*_AVX512, "fma"),
     "avx2": ("avx2", "fma", "f16c"),
     "baseline": (),
@@ -97,12 +98,13 @@ def runnable_variants() -> tuple[str, ...]:
 def source_build(variant: str) -> SourceBuild:
     """What the library of one variant is made from."""
     found = read_processor().instruction_sets
+    extra = _EXTRA.get(variant, {}) if variant == runnable_variants()[0] else {}
     return SourceBuild(
         f"drivetrain_cpu_{variant}",
         tuple(sorted(SOURCES.glob("*.cpp"))),
         flags=(
             *VARIANTS[variant],
-            *(flag for name, flag in _EXTRA.get(variant, {}).items() if name in found),
+            *(flag for name, flag in extra.items() if name in found),
             # Multiply and add become one instruction; nothing else may be reordered, so that NaN stays NaN.
             *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-pthread"),
         ),

@@ -9,6 +9,7 @@
 #include "matmul.h"
 #include "pool.h"
 #include "rounded.h"
+#include "rounded_tiles.h"
 
 using namespace dt;
 
@@ -86,16 +87,27 @@ static Matrix matrix_of(const dt_matrix& m) {
 
 // --- products of rows, whatever is done to the activations first ---------------------------------------------------------
 
-static bool rounds(const dt_matrix& m) { return m.rounding != int(Rounding::kNone); }
-static bool round_alike(const dt_matrix& a, const dt_matrix& b) { return a.rounding == b.rounding && (!a.x_scale || *a.x_scale == *b.x_scale); }
+// What is done to activations: rounding as the operation says, or nothing but another form, in which int8 weights are read faster.
+enum class Form { kPlain, kRows, kBlocks, kFloat8, kTiles, kDigits };
 
-// Floats of workspace for products of T rows of size I, where some matrix rounds them or none does.
-static size_t product_floats(int tokens, int size, bool any_rounds) {
-  size_t plain = rounded(packed_floats(tokens, size));
-  return any_rounds ? plain + rounded(size_t(tokens) * size) + rounded(rounded_floats(tokens, size)) : plain;
+static Form form_of(const dt_matrix& m, int tokens) {
+  const bool is_tiled = kHasIntTiles && m.format == int(Format::kInt8) && tokens > kFewRows;
+  const bool is_dotted = kHasDots && m.format == int(Format::kInt8) && tokens <= kFewRows;
+  if (m.rounding == int(Rounding::kNone)) return is_tiled || is_dotted ? Form::kDigits : Form::kPlain;
+  if (m.rounding == int(Rounding::kRows)) return is_tiled ? Form::kTiles : Form::kRows;
+  return m.rounding == int(Rounding::kBlocks) ? Form::kBlocks : Form::kFloat8;
+}
+static bool is_plain(const dt_matrix& m, int tokens) { return form_of(m, tokens) == Form::kPlain; }
+
+// Floats of workspace for products of T rows of size I, where all matrices take them plain or some don't.
+static size_t product_floats(int tokens, int size, bool all_plain) {
+  size_t plain = rounded(packed_floats(tokens, size)), other = rounded(rounded_floats(tokens, size));
+  if (all_plain) return plain;
+  if constexpr (kHasIntTiles) other = rounded(other > tiled_floats(tokens, size) ? other : tiled_floats(tokens, size));
+  return plain + rounded(size_t(tokens) * size) + other;
 }
 
-// Products of the same rows [T, I] of float32 with several matrices. Those that stand side by side and round alike are one.
+// Products of the same rows [T, I] of float32 with several matrices. Neighbours that take them in the same form are one.
 static void multiply(const float* rows, size_t stride, int tokens, const dt_matrix* const* matrices, const Sink* sinks, int count,
                      float* space) {
   constexpr int kMost = 3;
@@ -103,12 +115,19 @@ static void multiply(const float* rows, size_t stride, int tokens, const dt_matr
   for (int begin = 0, end; begin < count; begin = end) {
     Matrix alike[kMost];
     const dt_matrix& first = *matrices[begin];
-    for (end = begin; end < count && end - begin < kMost && round_alike(first, *matrices[end]); end++)
+    const Form form = form_of(first, tokens);
+    auto is_alike = [&](const dt_matrix& m) { return form_of(m, tokens) == form && (!m.x_scale || *m.x_scale == *first.x_scale); };
+    for (end = begin; end < count && end - begin < kMost && is_alike(*matrices[end]); end++)
       alike[end - begin] = matrix_of(*matrices[end]);
     const int number = end - begin;
-    if (!rounds(first)) {
+    if (form == Form::kPlain) {
       matmul(pack(rows, stride, tokens, size, space), alike, sinks + begin, number);
-    } else if (first.rounding == int(Rounding::kFloat8)) {
+    } else if (form == Form::kDigits && tokens <= kFewRows) {
+      matmul(digit_rows(rows, stride, tokens, size, space), alike, sinks + begin, number);
+    } else if (form == Form::kTiles || form == Form::kDigits) {
+      if constexpr (kHasIntTiles)
+        matmul(tile_rows(rows, stride, tokens, size, form == Form::kTiles ? 1 : 3, space), alike, sinks + begin, number);
+    } else if (form == Form::kFloat8) {
       float* copy = space + rounded(packed_floats(tokens, size));
       for (int t = 0; t < tokens; t++) memcpy(copy + size_t(t) * size, rows + size_t(t) * stride, size_t(size) * 4);
       round_to_float8(copy, tokens, size, *first.x_scale);
@@ -143,14 +162,14 @@ class Run {
     int q = int(model.num_heads * model.head_size), kv = int(model.kv_heads * model.head_size);
     int widest = int(model.hidden > q ? model.hidden : q);
     qkv_stride_ = q + 2 * kv;
-    bool any_rounds = false;
-    for (int i = 0; i < model.num_layers; i++) any_rounds |= rounds_somewhere(model.layers[i]);
+    bool all_plain = true;
+    for (int i = 0; i < model.num_layers; i++) all_plain &= takes_plain(model.layers[i]);
     size_t gated = size_t(tokens_) * model.intermediate;  // of which there are two where the gate is a step of its own
     size_t sizes[] = {size_t(tokens_) * model.hidden,
                       size_t(tokens_) * qkv_stride_,
                       size_t(tokens_) * q,
-                      product_floats(tokens_, widest, any_rounds),
-                      product_floats(tokens_, int(model.intermediate), any_rounds) + (any_rounds ? 2 * gated : 0),
+                      product_floats(tokens_, widest, all_plain),
+                      product_floats(tokens_, int(model.intermediate), all_plain) + (all_plain ? 0 : rounded(2 * gated)),
                       attention_floats(int(model.num_heads), int(model.kv_heads), int(model.head_size))};
     size_t total = 0;
     for (size_t size : sizes) total += rounded(size);
@@ -176,9 +195,10 @@ class Run {
  private:
   Weights norm(const void* weight) const { return Weights{weight, Format(model_.format)}; }
 
-  static bool gate_rounds(const dt_layer& l) { return rounds(l.gate) || rounds(l.up) || rounds(l.down); }
-  static bool rounds_somewhere(const dt_layer& l) {
-    return rounds(l.q) || rounds(l.k) || rounds(l.v) || rounds(l.o) || gate_rounds(l);
+  bool is_plain(const dt_matrix& m) const { return ::is_plain(m, tokens_); }
+  bool gate_takes_plain(const dt_layer& l) const { return is_plain(l.gate) && is_plain(l.up) && is_plain(l.down); }
+  bool takes_plain(const dt_layer& l) const {
+    return is_plain(l.q) && is_plain(l.k) && is_plain(l.v) && is_plain(l.o) && gate_takes_plain(l);
   }
 
   // Rows of the residual stream, normed where there is a weight.
@@ -271,14 +291,14 @@ class Run {
   void mlp(const dt_layer& layer) {
     const float* in = normed(layer.before_mlp);
     Activation kind = Activation(model_.activation);
-    if (gate_rounds(layer)) return mlp_by_rows(layer, in, kind);
+    if (!gate_takes_plain(layer)) return mlp_by_rows(layer, in, kind);
     int hidden = int(model_.hidden);
     Activations gated = gated_matmul(pack(in, hidden, tokens_, hidden, packed_), matrix_of(layer.gate), matrix_of(layer.up), kind, gated_);
     Matrix down = matrix_of(layer.down);
     add(layer.after_mlp, [&](const Sink& sink) { matmul(gated, &down, &sink, 1); });
   }
 
-  // Activations are rounded by rows: gate, up and what comes of them are rows too.
+  // Where activations are brought into another form by rows, gate, up and what comes of them are rows too.
   void mlp_by_rows(const dt_layer& layer, const float* in, Activation kind) {
     int size = int(model_.intermediate);
     float* gates = gated_;
@@ -315,7 +335,7 @@ DT_API int dt_decoder_forward(const dt_decoder* model, const dt_step* step, floa
 DT_API int dt_linear(const void* x, int tokens, const dt_matrix* m, int io_format, void* y) {
   const float* rows;
   float* space;
-  if (!taken(x, tokens, int(m->cols), io_format, product_floats(tokens, int(m->cols), rounds(*m)), rows, space)) return 1;
+  if (!taken(x, tokens, int(m->cols), io_format, product_floats(tokens, int(m->cols), is_plain(*m, tokens)), rows, space)) return 1;
   Sink sink{io_format == int(Format::kFloat32) ? Sink::kStore : Sink::kStoreBf16, y, size_t(m->rows), 1.0f};
   multiply(rows, m->cols, tokens, &m, &sink, 1, space);
   return 0;

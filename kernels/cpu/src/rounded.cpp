@@ -159,7 +159,64 @@ static void row_sums(const Matrix& m, int first, int count, const Rounded& x, in
   for (; r < count; r++) row_dots<1, M>(w + size_t(r) * m.stride, m.stride, x, first_token, out, r);
 }
 
+#if defined(__AVX512VNNI__)
+// Sums of R outputs and the three digits of one token. What the moved weights add is taken off before anything is rounded.
+template <int R>
+static inline void digit_dots(const int8_t* w, size_t stride, const Rounded& x, int token, float* out) {
+  Sums sums[R][3] = {};
+  const int8_t* ints = x.ints + size_t(3 * token) * x.stride;
+  for (int r = 0; r < R; r++)
+    for (int d = 0; d < 3; d++) sums[r][d][0] = -kMoved * x.totals[3 * token + d];
+  int k = 0;
+  for (; k + kBytes <= x.size; k += kBytes) {
+    Bytes digits[3];
+#pragma GCC unroll 3
+    for (int d = 0; d < 3; d++) digits[d] = inputs_at(ints + size_t(d) * x.stride + k);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      Bytes weights = weights_at(w + r * stride + k);
+      __builtin_prefetch(w + (R + r) * stride + k, 0, 2);
+#pragma GCC unroll 3
+      for (int d = 0; d < 3; d++) sums[r][d] = dot_step(sums[r][d], weights, digits[d]);
+    }
+  }
+  vf whole[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+    auto digit = [&](int d) { return __builtin_convertvector(sums[r][d], vf); };
+    whole[r] = digit(0) * 65536.0f + (digit(1) * 256.0f + digit(2));
+  }
+  if constexpr (R % 4 == 0) {
+#pragma GCC unroll 2
+    for (int r = 0; r < R; r += 4) dt::sum4(whole[r], whole[r + 1], whole[r + 2], whole[r + 3], out + r);
+  } else {
+    for (int r = 0; r < R; r++) out[r] = dt::sum(whole[r]);
+  }
+  for (; k < x.size; k++)
+    for (int r = 0; r < R; r++) {
+      int digit[3];
+      for (int d = 0; d < 3; d++) digit[d] = int(w[r * stride + k]) * int(ints[size_t(d) * x.stride + k]);
+      out[r] += float(digit[0]) * 65536.0f + float(digit[1] * 256 + digit[2]);
+    }
+}
+
+static void digit_sums(const Matrix& m, int first, int count, const Rounded& x, int token, int tokens, float (*out)[kInts]) {
+  float scales[kInts];
+  for (int o = 0; o < count; o++) scales[o] = scale_at(m.scales, m.scale_format, first + o);
+  const int8_t* w = static_cast<const int8_t*>(m.weight) + size_t(first) * m.stride;
+  for (int t = 0; t < tokens; t++) {
+    int r = 0;
+    for (; r + 8 <= count; r += 8) digit_dots<8>(w + size_t(r) * m.stride, m.stride, x, token + t, out[t] + r);
+    for (; r < count; r++) digit_dots<1>(w + size_t(r) * m.stride, m.stride, x, token + t, out[t] + r);
+    for (int o = 0; o < count; o++) out[t][o] *= x.scales[token + t] * scales[o];
+  }
+}
+#else
+static void digit_sums(const Matrix&, int, int, const Rounded&, int, int, float (*)[kInts]) {}  // nobody makes digits: kHasDots
+#endif
+
 static void row_sums(const Matrix& m, int first, int count, const Rounded& x, int token, int tokens, float (*out)[kInts]) {
+  if (x.digits == 3) return digit_sums(m, first, count, x, token, tokens, out);
   int sums[4][kInts];
   switch (tokens) {
     case 1: row_sums<1>(m, first, count, x, token, sums); break;
@@ -321,7 +378,11 @@ static void ints_of(const float* x, int size, float scale, int8_t* out) {
 
 static int32_t total_of(const int8_t* ints, int size) {
   int32_t total = 0;
-  for (int k = 0; k < size; k++) total += ints[k];
+  int k = 0;
+  v8i sums = {};
+  for (; k + 32 <= size; k += 32) sums = add_dot(sums, v32u{} + 1, load32(ints + k));
+  if (k > 0) total = sum8(sums);
+  for (; k < size; k++) total += ints[k];
   return total;
 }
 
@@ -331,8 +392,39 @@ static int padded(int size) { return (size + 63) / 64 * 64; }
 static size_t blocks_of(int size) { return (size + kAtom - 1) / kAtom; }
 
 size_t rounded_floats(int num_tokens, int size) {
-  size_t each = padded(size) / 4 + 4 * blocks_of(size) + 2;
+  size_t digits = num_tokens <= kFewRows ? 3 : 1;
+  size_t each = digits * (padded(size) / 4 + 1) + 4 * blocks_of(size) + 1;
   return (size_t(num_tokens) * each + 64 + 15) / 16 * 16;
+}
+
+Rounded digit_rows(const float* rows, size_t stride, int num_tokens, int size, float* space) {
+  int8_t* ints = reinterpret_cast<int8_t*>(space);
+  float* scales = space + size_t(3 * num_tokens) * padded(size) / 4;
+  int32_t* totals = reinterpret_cast<int32_t*>(scales + num_tokens);
+#if defined(__AVX512VNNI__)
+  for (int t = 0; t < num_tokens; t++) {
+    const float* row = rows + size_t(t) * stride;
+    scales[t] = largest_of(row, size) / 8355000.0f;
+    const __m512 by = _mm512_set1_ps(scales[t] == 0.0f ? 1.0f : scales[t]);
+    int8_t* out[3];
+    for (int d = 0; d < 3; d++) out[d] = ints + size_t(3 * t + d) * padded(size);
+    for (int k = 0; k < size; k += W) {
+      const __mmask16 mask = size - k >= W ? 0xffff : (1 << (size - k)) - 1;
+      vi q = (vi)_mm512_cvtps_epi32(_mm512_div_ps(_mm512_maskz_loadu_ps(mask, row + k), by));
+      vi low = ((q + 128) & 255) - 128;
+      q = (q - low) >> 8;
+      vi middle = ((q + 128) & 255) - 128;
+      q = (q - middle) >> 8;
+      const vi parts[] = {q, middle, low};
+      for (int d = 0; d < 3; d++)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out[d] + k), _mm512_cvtepi32_epi8((__m512i)parts[d]));
+    }
+    for (int d = 0; d < 3; d++) totals[3 * t + d] = total_of(out[d], size / kBytes * kBytes);
+  }
+#else
+  (void)rows, (void)stride;
+#endif
+  return Rounded{num_tokens, size, padded(size), false, 3, ints, scales, nullptr, totals};
 }
 
 Rounded round_rows(const float* rows, size_t stride, int num_tokens, int size, Rounding rounding, float* space) {
@@ -365,7 +457,7 @@ Rounded round_rows(const float* rows, size_t stride, int num_tokens, int size, R
       }
     }
   });
-  return Rounded{num_tokens, size, padded(size), has_blocks, ints, scales, sums, totals};
+  return Rounded{num_tokens, size, padded(size), has_blocks, 1, ints, scales, sums, totals};
 }
 
 // Four significant bits, below 2^-6 as many as are left above 2^-9: adding and taking off 1.5 * 2^23 units of the last place.

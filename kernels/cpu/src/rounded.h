@@ -10,6 +10,7 @@ enum class Rounding : int { kNone = 0, kRows = 1, kBlocks = 2, kFloat8 = 3 };
 struct Rounded {
   int num_tokens, size, stride;  // stride: bytes between rows
   bool has_blocks;
+  int digits;  // rows of a token: 1, or 3 where all bits of float32 are kept (digit_rows)
   const int8_t* ints;
   const float* scales;  // [T], or [T, I / 32]
   const float* sums;    // what the ints of each 16, and behind those of each 32, stand for: [T, I / 16 + I / 32]
@@ -20,6 +21,15 @@ struct Rounded {
 size_t rounded_floats(int num_tokens, int size);
 
 Rounded round_rows(const float* rows, size_t stride, int num_tokens, int size, Rounding rounding, float* space);
+
+#if defined(__AVX512VNNI__)
+constexpr bool kHasDots = true;
+#else
+constexpr bool kHasDots = false;
+#endif
+
+// Up to kFewRows rows as three digits of 256 with a sign, for products with int8 weights: as in rounded_tiles.cpp. Where kHasDots.
+Rounded digit_rows(const float* rows, size_t stride, int num_tokens, int size, float* space);
 
 // Rows rounded to float8_e4m3fn and back, in place. scale: 0 for one of each row.
 void round_to_float8(float* rows, int num_tokens, int size, float scale);

@@ -1,0 +1,227 @@
+// Products of int8 weights with many tokens on the matrix unit (AMX): a tile of weights is 16 rows of 64 bytes, read where they lie.
+//
+// Activations are int8 (linear_w8a8), or, where they keep their 24 bits, three digits of 256 with a sign:
+//   x = (65536 a + 256 b + c) * step,  step = max(|x|) / 8355000 of the row (a little less than three digits of 127)
+// so that every number is within half of 2^-23 of the row's largest, and all products and sums are exact.
+#include "rounded_tiles.h"
+
+#if defined(__AMX_INT8__)
+
+#include "chunk.h"
+#include "formats.h"
+#include "pool.h"
+
+namespace dt {
+namespace {
+
+static_assert(W == 16);
+
+constexpr int kRows = 16;     // outputs in a tile
+constexpr int kDeep = 64;     // inputs in a tile
+constexpr int kWidth = 16;    // tokens in a tile
+constexpr int kTile = 1024;   // bytes
+constexpr int kColumns = 3;   // tiles of activations that a tile of weights is multiplied with at once
+
+// Tiles: sums 0 to 2, weights 3, activations 4 to 6. Written as assembly for the reasons that amx.cpp gives.
+struct alignas(64) Shape {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+class Holds {
+ public:
+  Holds() {
+    static const Shape shape;
+    asm volatile("ldtilecfg %0" ::"m"(shape));
+  }
+  ~Holds() { asm volatile("tilerelease"); }
+  Holds(const Holds&) = delete;
+};
+
+template <int N>
+static inline void load_tile(const void* from, size_t row_bytes) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(N) : "memory");
+}
+
+// Sums of 16 outputs and N tiles of tokens: out[N][16 outputs][16 tokens].
+template <int N>
+static void multiply(const int8_t* w, size_t row_bytes, size_t step_bytes, const int8_t* fetch, size_t fetch_bytes, const int8_t* x,
+                     size_t x_step, size_t x_column, int steps, int32_t* out) {
+  asm volatile("tilezero %tmm0");
+  if constexpr (N > 1) asm volatile("tilezero %tmm1");
+  if constexpr (N > 2) asm volatile("tilezero %tmm2");
+  for (int s = 0; s < steps; s++) {
+    load_tile<3>(w + s * step_bytes, row_bytes);
+    load_tile<4>(x + s * x_step, kDeep);
+    asm volatile("tdpbssd %tmm4, %tmm3, %tmm0");
+    if constexpr (N > 1) {
+      load_tile<5>(x + s * x_step + x_column, kDeep);
+      asm volatile("tdpbssd %tmm5, %tmm3, %tmm1");
+    }
+    if constexpr (N > 2) {
+      load_tile<6>(x + s * x_step + 2 * x_column, kDeep);
+      asm volatile("tdpbssd %tmm6, %tmm3, %tmm2");
+    }
+    if (fetch)
+      for (int r = 0; r < kRows; r++) _mm_prefetch(fetch + r * fetch_bytes + s * kDeep, _MM_HINT_T1);
+  }
+  asm volatile("tilestored %%tmm0, (%0,%1,1)" ::"r"(out), "r"(size_t(kDeep)) : "memory");
+  if constexpr (N > 1) asm volatile("tilestored %%tmm1, (%0,%1,1)" ::"r"(out + 256), "r"(size_t(kDeep)) : "memory");
+  if constexpr (N > 2) asm volatile("tilestored %%tmm2, (%0,%1,1)" ::"r"(out + 512), "r"(size_t(kDeep)) : "memory");
+}
+
+static inline int steps_of(int size) { return (size + kDeep - 1) / kDeep; }
+static inline int panels_of(int tokens) { return (tokens + kWidth - 1) / kWidth; }
+
+// Sums of one panel, with their scales, as rows of tokens.
+static void put_panel(const Tiled& x, const Matrix& m, const Sink& sink, int first, int count, int panel, const int32_t* sums) {
+  const vf steps = load(x.scales + panel * kWidth);
+  const int tokens = x.num_tokens - panel * kWidth < kWidth ? x.num_tokens - panel * kWidth : kWidth;
+  vf rows[W];
+  for (int o = 0; o < kRows; o++) {
+    auto sum = [&](int digit) {
+      vi whole;
+      memcpy(&whole, sums + digit * 256 + o * kWidth, sizeof whole);
+      return __builtin_convertvector(whole, vf);
+    };
+    vf value = x.digits == 1 ? sum(0) : sum(0) * 65536.0f + (sum(1) * 256.0f + sum(2));
+    rows[o] = o < count ? value * steps * scale_at(m.scales, m.scale_format, first + o) + (m.bias ? m.bias[first + o] : 0.0f) : vf{};
+  }
+  transpose(rows);
+  for (int t = 0; t < tokens; t++) {
+    if (count == kRows) {
+      sink.put(panel * kWidth + t, first, rows[t]);
+    } else {
+      for (int o = 0; o < count; o++) sink.put(panel * kWidth + t, first + o, rows[t][o]);
+    }
+  }
+}
+
+static void some_outputs(const Tiled& x, const Matrix& m, const Sink& sink, int first, int count, bool has_next) {
+  static thread_local Scratch copied;
+  const int steps = steps_of(m.cols), panels = panels_of(x.num_tokens);
+  const int8_t* w = static_cast<const int8_t*>(m.weight) + size_t(first) * m.stride;
+  const int8_t* fetch = has_next ? w + size_t(kRows) * m.stride : nullptr;
+  size_t row_bytes = m.stride, step_bytes = kDeep;
+  if (count < kRows || m.cols % kDeep != 0) {  // what fills no tile
+    int8_t* copy = reinterpret_cast<int8_t*>(copied.reserve(size_t(steps) * kTile / 4));
+    memset(copy, 0, size_t(steps) * kTile);
+    for (int r = 0; r < count; r++) memcpy(copy + size_t(r) * steps * kDeep, w + size_t(r) * m.stride, m.cols);
+    w = copy;
+    row_bytes = size_t(steps) * kDeep;
+  }
+  const size_t x_step = size_t(x.digits) * kTile, panel_bytes = steps * x_step;
+  alignas(64) int32_t sums[kColumns * 256];
+  if (x.digits == kColumns) {
+    for (int p = 0; p < panels; p++) {
+      multiply<3>(w, row_bytes, step_bytes, p == 0 ? fetch : nullptr, m.stride, x.tiles + p * panel_bytes, x_step, kTile, steps, sums);
+      put_panel(x, m, sink, first, count, p, sums);
+    }
+    return;
+  }
+  for (int p = 0; p < panels; p += kColumns) {
+    const int columns = panels - p < kColumns ? panels - p : kColumns;
+    auto run = columns == 1 ? multiply<1> : columns == 2 ? multiply<2> : multiply<3>;
+    run(w, row_bytes, step_bytes, p == 0 ? fetch : nullptr, m.stride, x.tiles + p * panel_bytes, x_step, panel_bytes, steps, sums);
+    for (int c = 0; c < columns; c++) put_panel(x, m, sink, first, count, p + c, sums + c * 256);
+  }
+}
+
+static vf largest_of(const float* row, int size, float& found) {
+  vf best = {};
+  __mmask16 is_nan = 0;
+  for (int k = 0; k < size; k += W) {
+    __mmask16 mask = size - k >= W ? 0xffff : (1 << (size - k)) - 1;
+    __m512 now = _mm512_abs_ps(_mm512_maskz_loadu_ps(mask, row + k));
+    is_nan |= _mm512_cmp_ps_mask(now, now, _CMP_UNORD_Q);
+    best = (vf)_mm512_max_ps((__m512)best, now);
+  }
+  found = is_nan ? __builtin_nanf("") : _mm512_reduce_max_ps((__m512)best);
+  return best;
+}
+
+// Inputs k .. k + 63 of a token as a row of 64 bytes for each digit.
+static inline void digits_of(const float* row, int k, int size, vf scale, int digits, __m512i* out) {
+  __m128i parts[kColumns][4];
+  for (int i = 0; i < 4; i++) {
+    const int left = size - k - i * W;
+    const __mmask16 mask = left >= W ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
+    vf x = (vf)_mm512_maskz_loadu_ps(mask, row + k + i * W);
+    vi q = (vi)_mm512_cvtps_epi32((__m512)(x / scale));
+    if (digits == 1) {
+      parts[0][i] = _mm512_cvtepi32_epi8((__m512i)q);
+      continue;
+    }
+    vi low = ((q + 128) & 255) - 128;
+    q = (q - low) >> 8;
+    vi middle = ((q + 128) & 255) - 128;
+    q = (q - middle) >> 8;
+    parts[0][i] = _mm512_cvtepi32_epi8((__m512i)q);
+    parts[1][i] = _mm512_cvtepi32_epi8((__m512i)middle);
+    parts[2][i] = _mm512_cvtepi32_epi8((__m512i)low);
+  }
+  for (int d = 0; d < digits; d++) {
+    __m512i all = _mm512_castsi128_si512(parts[d][0]);
+    all = _mm512_inserti32x4(all, parts[d][1], 1);
+    all = _mm512_inserti32x4(all, parts[d][2], 2);
+    out[d] = _mm512_inserti32x4(all, parts[d][3], 3);
+  }
+}
+
+}  // namespace
+
+size_t tiled_floats(int num_tokens, int size) {
+  return size_t(panels_of(num_tokens)) * (size_t(steps_of(size)) * kColumns * kTile / 4 + kWidth);
+}
+
+Tiled tile_rows(const float* rows, size_t stride, int num_tokens, int size, int digits, float* space) {
+  const int panels = panels_of(num_tokens), steps = steps_of(size);
+  const size_t panel_bytes = size_t(steps) * digits * kTile;
+  int8_t* tiles = reinterpret_cast<int8_t*>(space);
+  float* scales = space + panels * panel_bytes / 4;
+  const float most = digits == 1 ? 127.0f : 8355000.0f;
+  parallel(panels, [&](int panel, int) {
+    const float* in = rows + size_t(panel) * kWidth * stride;
+    const int tokens = num_tokens - panel * kWidth < kWidth ? num_tokens - panel * kWidth : kWidth;
+    vf by[kWidth];
+    for (int t = 0; t < kWidth; t++) {
+      float largest = 0;
+      if (t < tokens) largest_of(in + t * stride, size, largest);
+      scales[panel * kWidth + t] = largest / most;
+      by[t] = splat(largest == 0 ? 1.0f : largest / most);
+    }
+    for (int s = 0; s < steps; s++) {
+      vf block[kColumns][W] = {};
+      for (int t = 0; t < tokens; t++) {
+        __m512i found[kColumns];
+        digits_of(in + t * stride, s * kDeep, size, by[t], digits, found);
+        for (int d = 0; d < digits; d++) block[d][t] = (vf)found[d];
+      }
+      for (int d = 0; d < digits; d++) {
+        transpose(block[d]);
+        float* to = reinterpret_cast<float*>(tiles + panel * panel_bytes + (size_t(s) * digits + d) * kTile);
+        for (int i = 0; i < W; i++) store(to + i * W, block[d][i]);
+      }
+    }
+  });
+  return Tiled{num_tokens, size, digits, tiles, scales};
+}
+
+void matmul(const Tiled& x, const Matrix* matrices, const Sink* sinks, int count) {
+  int size = few_rows_at_a_time(matrices, count), total = 0;
+  for (int i = 0; i < count; i++) total += (matrices[i].rows + size - 1) / size;
+  parallel(total, [&](int chunk, int) {
+    int which = 0;
+    for (int chunks; chunk >= (chunks = (matrices[which].rows + size - 1) / size); which++) chunk -= chunks;
+    const Matrix& m = matrices[which];
+    int begin = chunk * size, end = begin + size < m.rows ? begin + size : m.rows;
+    Holds unit;
+    for (int first = begin; first < end; first += kRows)
+      some_outputs(x, m, sinks[which], first, end - first < kRows ? end - first : kRows, first + 2 * kRows <= end);
+  });
+}
+
+}  // namespace dt
+
+#endif

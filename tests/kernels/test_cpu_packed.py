@@ -1,0 +1,336 @@
+"""Rules of the C++ products with packed weights: every format at every number of rows and vector width, alone and in a
+step, with dense layers beside them; what does not fit is refused with its numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from drivetrain.contracts.kernels import OPERATIONS, KernelSpec
+from drivetrain.contracts.packed import PackedWeight
+from drivetrain.errors import ConfigError
+from drivetrain.kernels.cpu import CpuKernels
+from drivetrain.kernels.cpu.library import VARIANTS
+from drivetrain.kernels.reference import ReferenceKernels
+from drivetrain.packed import DECODERS, PackedLinear, bind_packed
+from drivetrain.packed.gguf import BLOCK_TYPES
+from drivetrain.plugins.attention.paged_cpu import PagedCpuAttention
+from drivetrain.plugins.attention.sdpa import SdpaAttention
+from drivetrain.testing.kernel_oracle import Case
+from kernels.test_cpu_kernels import HERE, REFERENCE, STEPS, build, calls_of, provider, scores
+from support.tiny_models import FolderCheckpoint, tiny_configs, tiny_model
+
+torch.set_num_threads(1)
+
+USES = [
+    (operation, number)
+    for operation in DECODERS
+    for number in (BLOCK_TYPES if operation.startswith("linear_gguf") else (0,))
+]
+EACH_USE = pytest.mark.parametrize(("operation", "number"), USES)
+
+
+def names_of(operation: str) -> list[str]:
+    return list(OPERATIONS[operation].arguments)[1:-1]
+
+
+def use(operation: str, number: int, rows: int, inner: int, outer: int, group: int = 32, bias: bool = True) -> Case:
+    """A case of any size: the shapes of its weights are read off the signature."""
+    params = (
+        {"type": float(number)}
+        if number
+        else {"group": float(group)}
+        if "int4" in operation or "int3" in operation
+        else {}
+    )
+    sizes = {"I": inner, "O": outer}
+    shapes: list[tuple[int, ...] | None] = [(rows, inner)]
+    for name, shape in list(OPERATIONS[operation].arguments.items())[1:-1]:
+        if name == "blocks":
+            shapes.append((outer, BLOCK_TYPES[number].row_bytes(inner)))
+            continue
+        dims: list[int] = []
+        for dim in filter(None, shape.split(", ")):
+            size, _, divisor = dim.partition(" / ")
+            dims.append(sizes[size] // (int(params[divisor] if divisor.isalpha() else divisor) if divisor else 1))
+        shapes.append(tuple(dims))
+    return Case(operation, (*shapes, (outer,) if bias else None), sizes, params)
+
+
+def compare(case: Case, variant: str, dtype: str = "float32") -> None:
+    inputs = case.inputs(getattr(torch, dtype), "cpu", seed=3)
+    wanted = REFERENCE.make(case.spec("cpu", dtype))(*inputs)
+    found = provider(variant).make(case.spec("cpu", dtype))(*inputs)
+    relative, absolute = OPERATIONS[case.operation].tolerance[dtype]
+    torch.testing.assert_close(found, wanted, rtol=relative, atol=absolute * 3, msg=lambda text: f"{case}: {text}")
+
+
+# --- single products -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", HERE)
+@EACH_USE
+def test_products_of_every_number_of_rows(variant: str, operation: str, number: int) -> None:
+    """Few rows and many; outputs that fill no chunk; more scales in a row than are made ready at a time."""
+    for rows in (1, 2, 3, 4, 5, 33):
+        compare(use(operation, number, rows, 256, 49), variant)
+    for rows in (1, 4, 9):
+        compare(use(operation, number, rows, 2304, 5), variant)
+        compare(use(operation, number, rows, 512, 40, bias=False), variant, "bfloat16")
+
+
+@pytest.mark.parametrize("variant", HERE)
+@pytest.mark.parametrize("operation", ["linear_int4", "linear_int3"])
+@pytest.mark.parametrize("group", [8, 24, 32, 64, 96, 128, 384, 3456])
+def test_groups_of_any_size(variant: str, operation: str, group: int) -> None:
+    """Those that are no whole vectors, and those that begin in the middle of what is made ready at a time."""
+    for rows in (1, 3, 7):
+        compare(use(operation, 0, rows, 3456, 9, group), variant)
+
+
+@pytest.mark.parametrize("variant", HERE)
+@pytest.mark.parametrize("operation", ["linear_int8", "linear_w8a8", "linear_fp8", "linear_fp8a8"])
+def test_inputs_that_fill_no_vector(variant: str, operation: str) -> None:
+    for rows in (1, 4, 6):
+        for inner in (1, 7, 31, 33, 65, 129, 200):
+            compare(use(operation, 0, rows, inner, 11), variant)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("operation", ["linear_int8", "linear_int4", "linear_int3", "linear_w8a8"])
+def test_scales_of_any_floating_dtype_are_read(operation: str, dtype: torch.dtype) -> None:
+    case = use(operation, 0, 2, 128, 20)
+    inputs = [
+        value.to(dtype) if name in ("scales", "mins") and value is not None else value
+        for name, value in zip(OPERATIONS[operation].arguments, case.inputs(torch.float32, "cpu"), strict=True)
+    ]
+    spec = case.spec("cpu", "float32")
+    torch.testing.assert_close(provider().make(spec)(*inputs), REFERENCE.make(spec)(*inputs), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", HERE)
+def test_every_float8_number_is_read_exactly(variant: str) -> None:
+    weight = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(256, 1)
+    wanted = weight.float()[:, 0]
+    for inner in (1, 16):
+        for rows in (1, 6):
+            x = torch.zeros(rows, inner)
+            x[:, 0] = 1.0
+            wide = torch.zeros(256, inner, dtype=torch.uint8).view(torch.float8_e4m3fn)
+            wide[:, :1] = weight
+            spec = KernelSpec("linear_fp8", "cpu", "float32", {"I": inner, "O": 256})
+            found = provider(variant).make(spec)(x, wide, torch.ones(256), None)
+            for row in found:
+                assert torch.equal(row.isnan(), wanted.isnan())
+                assert torch.equal(row.nan_to_num(), wanted.nan_to_num())
+
+
+@pytest.mark.parametrize("operation", ["linear_int8", "linear_int4", "linear_w8a8", "linear_fp8a8"])
+def test_not_a_number_stays_one_and_in_its_row(operation: str) -> None:
+    case = use(operation, 0, 6, 96, 20)
+    for rows in (3, 6):
+        x, *weights = case.inputs(torch.float32, "cpu")
+        assert x is not None
+        x = x[:rows].clone()
+        x[1, 50] = float("nan")
+        found = provider().make(case.spec("cpu", "float32"))(x, *weights)
+        assert found[1].isnan().all()
+        assert found[[0, *range(2, rows)]].isfinite().all()
+
+
+def test_the_largest_integers_do_not_overflow() -> None:
+    """-128 by 127, as often as a row of a large model has inputs."""
+    for variant in HERE:
+        for rows in (1, 8):
+            weight = torch.full((4, 8192), -128, dtype=torch.int8)
+            x = torch.full((rows, 8192), 127.0)
+            x[:, ::2] = -127.0
+            weight[:, ::2] = 127
+            found = provider(variant).make(KernelSpec("linear_w8a8", "cpu", "float32"))(x, weight, torch.ones(4), None)
+            assert torch.equal(found, torch.full((rows, 4), -127.0 * (127 + 128) * 4096))
+
+
+# --- what does not fit -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        (KernelSpec("linear_int4", "cpu", "float32", {"I": 100, "O": 8}, {"group": 64.0}), "100"),
+        (KernelSpec("linear_int4", "cpu", "float32", {"I": 33, "O": 8}, {"group": 33.0}), "33"),
+        (KernelSpec("linear_int3", "cpu", "float32", {"I": 36, "O": 8}, {"group": 12.0}), "36"),
+        (KernelSpec("linear_int4", "cpu", "float32", {"I": 64, "O": 8}, {"group": 0.0}), "0"),
+        (KernelSpec("linear_gguf", "cpu", "float32", {"I": 100, "O": 8}, {"type": 8.0}), "100"),
+        (KernelSpec("linear_gguf", "cpu", "float32", {"I": 576, "O": 8}, {"type": 12.0}), "576"),
+        (KernelSpec("linear_gguf_a8", "cpu", "float32", {"I": 256, "O": 8}, {"type": 10.0}), "10"),
+        (KernelSpec("linear_gguf", "cpu", "float32", {"I": 256, "O": 8}), "None"),
+    ],
+)
+def test_sizes_that_have_no_layout_are_refused_with_their_numbers(spec: KernelSpec, told: str) -> None:
+    probe = provider().supports(spec)
+    assert not probe.ok
+    assert told in str(probe.wanted)
+    with pytest.raises(ConfigError, match=spec.operation):
+        provider().make(spec)
+
+
+@EACH_USE
+def test_tensors_that_do_not_fit_are_refused(operation: str, number: int) -> None:
+    """Another dtype, another shape or another number of dims of any argument is an error, not a wrong read."""
+    case = use(operation, number, 2, 256, 24)
+    kernel = provider().make(case.spec("cpu", "float32"))
+    inputs = list(case.inputs(torch.float32, "cpu"))
+    for place, name in enumerate(OPERATIONS[operation].arguments):
+        value = inputs[place]
+        assert value is not None
+        spoiled = [value.to(torch.int32) if name != "bias" else value[:-1]]
+        if value.dim() > 1 and name != "x":
+            spoiled += [value[:-1] if place > 1 else value[:, :-1], value.flatten()]
+        for wrong in spoiled:
+            with pytest.raises(ConfigError):
+                kernel(*inputs[:place], wrong, *inputs[place + 1 :])
+
+
+# --- inside a step ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> FolderCheckpoint:
+    """A small Llama whose layers are whole blocks."""
+    folder = tmp_path_factory.mktemp("models")
+    config = tiny_configs()["llama"].to_dict() | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    config |= {"num_key_value_heads": 2, "head_dim": 16}
+    tiny_model(type(tiny_configs()["llama"])(**config)).save_pretrained(folder)
+    return FolderCheckpoint(folder)
+
+
+_SMALLER = 0.05
+"""What the oracle's weights are multiplied by, so that activations stay near 1."""
+
+
+def pack(linear: Any, operation: str, number: int, seed: int) -> PackedLinear:
+    """A layer with random packed weights in a linear layer's place, about as large as they were."""
+    outer, inner = linear.weight.shape
+    case = use(operation, number if "gguf" in operation else 0, 1, inner, outer, group=inner // 2)
+    inputs = dict(zip(OPERATIONS[operation].arguments, case.inputs(torch.float32, "cpu", seed), strict=True))
+    tensors = {name: inputs[name] for name in names_of(operation)}
+    for name, value in tensors.items():
+        assert value is not None
+        if name in ("scales", "mins"):
+            value.mul_(_SMALLER)
+        elif name == "blocks":
+            halves = value.view(-1, BLOCK_TYPES[number].num_bytes)[:, :2]
+            halves.copy_((halves.clone().view(torch.float16) * _SMALLER).view(torch.uint8))
+    packed = PackedWeight(operation, tensors, outer, inner, case.params)  # type: ignore[arg-type]
+    bias = None if linear.bias is None else linear.bias.detach()
+    return PackedLinear(packed, bias)
+
+
+PROJECTIONS = (
+    *(("self_attn", name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+    *(("mlp", name) for name in ("gate_proj", "up_proj", "down_proj")),
+)
+
+
+def put_packed(module: Any, kernels: CpuKernels | ReferenceKernels, choice: Any, dtype: torch.dtype) -> int:
+    """Pack the projections that ``choice(layer, place)`` gives an operation for; returns how many."""
+    count = 0
+    for number, layer in enumerate(module.model.layers):
+        for place, (part, name) in enumerate(PROJECTIONS):
+            operation = choice(number, place)
+            if operation is not None:
+                owner = getattr(layer, part)
+                setattr(owner, name, pack(getattr(owner, name), operation, 8, number * 10 + place))
+                count += 1
+    bind_packed(module, kernels.make, dtype)
+    return count
+
+
+CHOICES = {
+    **{operation: (lambda layer, place, op=operation: op) for operation in DECODERS},
+    "mixed with dense": lambda layer, place: (*sorted(DECODERS), None, None)[(layer * 7 + place) % (len(DECODERS) + 2)],
+    "rounded beside exact": lambda layer, place: ("linear_w8a8", "linear_int8", None)[(layer + place) % 3],
+}
+
+
+STEPS_OF = [
+    (chosen, dtype)
+    for chosen in sorted(CHOICES)
+    for dtype in (torch.float32, torch.bfloat16)
+    # What bfloat16 leaves of activations is often rounded the other way.
+    if dtype == torch.float32 or (chosen in OPERATIONS and not OPERATIONS[chosen].rounds_inputs)
+]
+
+
+@pytest.mark.parametrize(("chosen", "dtype"), STEPS_OF)
+def test_a_step_with_packed_layers_is_one_call_and_scores_as_the_layers_do(
+    checkpoint: FolderCheckpoint, chosen: str, dtype: torch.dtype
+) -> None:
+    """Every format, formats mixed within a layer, and dense layers beside packed ones."""
+    results = []
+    for kernels, backend in ((provider(), PagedCpuAttention), (REFERENCE, SdpaAttention)):
+        module = build(checkpoint, kernels if kernels is not REFERENCE else None, dtype)
+        assert put_packed(module, kernels, CHOICES[chosen], dtype) > 0
+        calls = calls_of(module) if kernels is not REFERENCE else None
+        results.append(scores(module, backend))
+        assert calls is None or calls.count == len(STEPS)
+    found, wanted = results
+    # What is rounded to few bits may be rounded the other way, once in a while.
+    rounds = (chosen in OPERATIONS and OPERATIONS[chosen].rounds_inputs) or chosen not in OPERATIONS
+    error = (found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
+    assert error < (0.05 if dtype == torch.bfloat16 else 5e-3 if rounds else 1e-5)
+
+
+def test_permuted_inputs_are_left_to_the_layers(checkpoint: FolderCheckpoint) -> None:
+    module = build(checkpoint, provider())
+    put_packed(module, provider(), CHOICES["linear_int8"], torch.float32)
+    layer = module.model.layers[1].mlp.down_proj
+    order = torch.randperm(layer.in_features)
+    module.model.layers[1].mlp.down_proj = PackedLinear(
+        PackedWeight("linear_int8", layer.packed.tensors, layer.out_features, layer.in_features, {}, order)
+    )
+    bind_packed(module, provider().make, torch.float32)
+    calls = calls_of(module)
+    found = scores(module, PagedCpuAttention)
+    assert calls.count == 0
+    torch.testing.assert_close(found, scores(module, SdpaAttention), rtol=1e-4, atol=1e-4)
+
+
+def test_packed_weights_that_are_loaded_anew_are_seen(checkpoint: FolderCheckpoint) -> None:
+    """They are read where they lie, scales too: what a state dict brings is used by the next step."""
+    module = build(checkpoint, provider())
+    put_packed(module, provider(), CHOICES["linear_fp8a8"], torch.float32)
+    before = scores(module, PagedCpuAttention)
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    for name, value in state.items():
+        if name.endswith((".scales", ".x_scale")):
+            value.mul_(1.5)
+    module.load_state_dict(state)
+    after = scores(module, PagedCpuAttention)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, scores(module, SdpaAttention), rtol=1e-3, atol=1e-3)
+
+
+def test_packed_weights_that_are_replaced_are_seen(checkpoint: FolderCheckpoint) -> None:
+    """As moving a module there and back does: its layers keep other tensors afterwards."""
+    module = build(checkpoint, provider())
+    put_packed(module, provider(), CHOICES["linear_int4"], torch.float32)
+    calls = calls_of(module)
+    before = scores(module, PagedCpuAttention)
+    for layer in module.model.layers:
+        for part, name in PROJECTIONS:
+            packed = getattr(getattr(layer, part), name)
+            old, packed.scales = packed.scales, packed.scales * 1.5
+            old.fill_(float("nan"))
+    after = scores(module, PagedCpuAttention)
+    assert calls.count == 2 * len(STEPS)
+    assert after.isfinite().all()
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, scores(module, SdpaAttention), rtol=1e-4, atol=1e-4)
+
+
+def test_every_layout_of_packed_weights_has_a_kernel() -> None:
+    assert set(DECODERS) <= provider().operations()
+    assert set(HERE) <= set(VARIANTS)
