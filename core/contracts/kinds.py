@@ -74,8 +74,8 @@ _ORDERED = (
         default="dcp",
         purposes=("train",),
     ),
-    Kind("quantizer", "drivetrain.contracts.quantizer:Quantizer", "the formats of weights", default="none"),
-    Kind("attention", "drivetrain.contracts.attention:AttentionBackend", "KV layout, and attention over it", minor=1),
+    Kind("quantizer", "drivetrain.contracts.quantizer:Quantizer", "the formats of weights"),
+    Kind("attention", "drivetrain.contracts.attention:AttentionBackend", "KV layout, and attention over it", minor=2),
     Kind(
         "kernels",
         "drivetrain.contracts.kernels:KernelProvider",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from drivetrain.contracts.loader import Checkpoint
-from drivetrain.contracts.quantizer import Declaration, Quantizer, TakesStored
+from drivetrain.contracts.quantizer import FULL, Declaration, Quantizer, TakesStored
 from drivetrain.errors import ConfigError, nearest
 from drivetrain.packed.layers import PackedLinear
 from drivetrain.packed.rules import RuledQuantizer
@@ -54,6 +54,7 @@ class Conversion(Quantizer):
         self._quantizer, self._label, self._checkpoint = quantizer, label, checkpoint
         self.converted: list[Converted] = []
         self._kept_tables: set[str] = set()
+        self._dequantized: list[str] = []
 
     # --- what a model asks -------------------------------------------------------------------------------------------
 
@@ -65,13 +66,15 @@ class Conversion(Quantizer):
 
     def convert(self, name: str, linear: nn.Linear) -> nn.Module:
         chosen = self._chosen(name)
-        if _packs(chosen):
+        if _rounds(chosen):
             self._refuse_lossy(name, tuple(linear.weight.shape), chosen)
             check_finite(name, linear)
         weight = linear.weight
         full_bytes = weight.numel() * weight.element_size()
         module = chosen.convert(name, linear)
         self._enter(name, module, weight.numel(), full_bytes, module is not linear)
+        if isinstance(chosen, TakesStored) and module is linear and self._stored_bits(name, tuple(weight.shape)):
+            self._dequantized.append(name)
         return module
 
     def takes(self, name: str, stored: PackedWeight) -> bool:
@@ -91,6 +94,18 @@ class Conversion(Quantizer):
             return True
         self._kept_tables.add(name)
         return False
+
+    # --- what a user should know -------------------------------------------------------------------------------------
+
+    def note(self) -> str | None:
+        """Which layers were dequantized although packed ones were asked for; None when all were used as stored."""
+        if not self._dequantized:
+            return None
+        listed = _some(self._dequantized, 3)
+        return (
+            f"{len(self._dequantized)} of {len(self.converted)} layers are stored in a form that no operation "
+            f"multiplies by, and were dequantized: {listed}"
+        )
 
     # --- what is checked ---------------------------------------------------------------------------------------------
 
@@ -124,6 +139,11 @@ class Conversion(Quantizer):
                     hint="Set quantizer.allow_lossy: true to do so all the same, take the model's full weights, or "
                     "quantizer none, which reads them dequantized.",
                 )
+
+    def _stored_bits(self, name: str, shape: tuple[int, ...]) -> float | None:
+        """Bits that one weight of the layer takes in the files, where it is quantized there."""
+        found = (self._checkpoint.stored_bits(tensor) for tensor in self._tensors_of(name, shape))
+        return next((bits for bits in found if bits is not None), None)
 
     def _tensors_of(self, name: str, shape: tuple[int, ...]) -> list[str]:
         """The tensors of the files that the layer's weight comes from."""
@@ -160,6 +180,11 @@ class Conversion(Quantizer):
 
 def _packs(quantizer: Quantizer) -> bool:
     return quantizer.declares().weights is not None
+
+
+def _rounds(quantizer: Quantizer) -> bool:
+    """Whether it packs full weights, and does not only use those that are packed in the files."""
+    return _packs(quantizer) and FULL in quantizer.declares().starts_from
 
 
 def check_finite(name: str, linear: nn.Linear) -> None:

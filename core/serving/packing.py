@@ -130,7 +130,7 @@ def pack(scheduled: Sequence[Scheduled], kv: KVManager, buffers: StepBuffers, be
         # Where a token's sequence stands, plus how far into this step's share it is.
         positions = np.arange(starts[-1]) + np.repeat(contexts - starts[:-1], lengths)
     ids, unknown = _ids(scheduled, starts, before)
-    tables, slots = _addresses(kv, table_rows, row_of_token, positions, int(ends.max()))
+    tables, slots = addresses(kv, table_rows, row_of_token, positions, int(ends.max()))
     rows, sampling, prompt_rows = _wanted_rows(scheduled, starts)
     packed = buffers.fill(
         [
@@ -180,7 +180,7 @@ def _ids(
     return ids, np.array([places, sources], dtype=np.int64) if places else None
 
 
-def _addresses(
+def addresses(
     kv: KVManager, table_rows: np.ndarray, row_of_token: np.ndarray, positions: np.ndarray, longest: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Block tables, and the slot each new token is written to, for each KV group."""
