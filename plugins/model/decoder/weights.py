@@ -85,8 +85,7 @@ def load_weights(
     Raises MissingTensorError and LoaderError before the first tensor is read.
     """
     tied = tied or {}
-    check_names(module, checkpoint, tied)
-    _check_tied(checkpoint, tied, context.dtype)
+    check_files(module, checkpoint, context.dtype, tied)
     total = len(list(module.named_parameters()))
     loaded: dict[int, nn.Parameter] = {}
     for prefix, part in list(module.named_modules()):
@@ -100,6 +99,19 @@ def load_weights(
             setattr(part, own_name, loaded[id(placeholder)])
         if isinstance(part, nn.Linear) and context.quantizer is not None:
             module.set_submodule(prefix, _converted(prefix, part, stored, context.quantizer))
+
+
+def read_parameters(module: nn.Module, prefix: str, checkpoint: Checkpoint, context: BuildContext) -> None:
+    """Give every parameter below ``module`` its data; its names stand behind ``prefix`` in the files."""
+    for name, _ in list(module.named_parameters()):
+        owner, _, own_name = name.rpartition(".")
+        setattr(module.get_submodule(owner), own_name, _read(checkpoint, f"{prefix}.{name}", context))
+
+
+def check_files(module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, tied: Mapping[str, str]) -> None:
+    """Raise MissingTensorError or LoaderError where the files are not those of ``module``."""
+    check_names(module, checkpoint, tied)
+    _check_tied(checkpoint, tied, dtype)
 
 
 def _stored(checkpoint: Checkpoint, prefix: str, part: nn.Module, context: BuildContext) -> PackedWeight | None:
