@@ -40,13 +40,14 @@ from drivetrain.errors import (
 )
 from drivetrain.kernel_record import KernelRecord, read_record
 from drivetrain.observers import Observers
-from drivetrain.registry import Plan, Registry, SelectionReport, Selector, load
+from drivetrain.registry import PartRequest, Plan, Registry, SelectionReport, Selector, load
 from drivetrain.registry.lock import check_lock
 from drivetrain.registry.selection import AUTO
 
 if TYPE_CHECKING:
     from drivetrain.binding import KernelBinder
     from drivetrain.fusion import FusionReport
+    from drivetrain.packed.ledger import Ledger
     from drivetrain.serving.blocks import KVManager
     from drivetrain.serving.engine import Engine
     from drivetrain.serving.graphs import Capture
@@ -271,6 +272,31 @@ class _Resolution:
         self.parts.spec = model.describe(self.parts.checkpoint.config, self.context.dtype or "float32")
         self.context = dataclasses.replace(self.context, model=self.parts.spec)
 
+    def _settle_quantizer(self, quantizer: Quantizer) -> None:
+        origin = self.selector.request("quantizer").origin
+        self.parts.plugins["quantizer"] = apply_rules(quantizer, self._registry, self.context, origin)
+
+
+def apply_rules(quantizer: Quantizer, registry: Registry, context: ProbeContext, origin: str) -> Quantizer:
+    """``quantizer`` with the quantizers that its rules name, chosen and created like any part; itself without rules.
+
+    origin: who asked for it. Raises PluginError and ConfigError that name the rule.
+    """
+    if not getattr(quantizer.config, "rules", None):
+        return quantizer
+    from drivetrain.packed.rules import with_rules
+
+    def make(name: str, options: Mapping[str, Any], pattern: str) -> Quantizer:
+        selector = Selector(registry, {"quantizer": PartRequest("quantizer", name, options, origin)})
+        try:
+            return cast(Quantizer, selector.choose("quantizer", context))
+        except (PluginError, ConfigError) as error:
+            below = (error.where or "").removeprefix(f"{origin}: quantizer")
+            error.where = f"{origin}: quantizer.rules[{pattern}]{below}"
+            raise
+
+    return with_rules(quantizer, make, origin)
+
 
 def rank_kernels(selector: Selector, record: KernelRecord, context: ProbeContext) -> None:
     """Have kernel providers ranked by what was measured of them here, in the run's dtype."""
@@ -304,6 +330,7 @@ class ServingStack:
             **parts.report.to_dict(),
             "model": parts.settings.model,
             "plan_digest": parts.plan.digest,
+            "weights": None if self.binder.ledger is None else self.binder.ledger.to_dict(),
             "bindings": self.binder.by_operation(),
             "fusion": None if self.binder.fusion is None else self.binder.fusion.to_dict(),
             "not_fused": self.binder.not_fused,
@@ -417,6 +444,8 @@ def build_model(
 
     from drivetrain.binding import KernelBinder, kernel_providers
     from drivetrain.packed import bind_packed
+    from drivetrain.packed.conversion import Conversion
+    from drivetrain.packed.ledger import ledger_of
 
     assert parts.checkpoint is not None
     selection = (report or parts.report)["kernels"]
@@ -427,11 +456,31 @@ def build_model(
         progress=progress,
     )
     dtype = getattr(torch, parts.precision.dtypes().param)
-    context = BuildContext(parts.platform.device(), dtype, binder.bind, quantizer, progress)
+    conversion = Conversion(quantizer, (report or parts.report)["quantizer"].chosen.name, parts.checkpoint)
+    context = BuildContext(parts.platform.device(), dtype, binder.bind, conversion, progress)
     model = parts.model.build(parts.checkpoint, context)
+    conversion.check_rules()
+    if isinstance(model, torch.nn.Module):
+        binder.ledger = ledger_of(parts.model, model, conversion, parts.checkpoint)
     bind_packed(model, binder.bind, dtype)
     binder.fusion = _fuse(parts, model, binder)
     return model, binder
+
+
+def weigh_model(parts: Parts, quantizer: Quantizer, report: SelectionReport | None = None) -> Ledger:
+    """What the weights of the model will take with this quantizer. Reads and makes nothing large.
+
+    report: says what ``quantizer`` is called; by default the parts' own.
+    """
+    import torch
+
+    from drivetrain.packed.ledger import weigh
+
+    assert parts.checkpoint is not None
+    assert parts.spec is not None
+    dtype = getattr(torch, parts.precision.dtypes().param)
+    label = (report or parts.report)["quantizer"].chosen.name
+    return weigh(parts.model, parts.checkpoint, parts.spec, dtype, quantizer, label)
 
 
 def _fuse(parts: Parts, model: CausalLM, binder: KernelBinder) -> FusionReport | None:

@@ -19,6 +19,7 @@ _log = logging.getLogger("drivetrain")
 
 if TYPE_CHECKING:
     from drivetrain.fusion.report import FusionReport
+    from drivetrain.packed.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class KernelBinder:
     is_auto:   nobody asked for the first by name: one that is faster by the record goes before it, and the next takes
                over what a provider fails to make. Otherwise such a failure is an error.
     record:    what was measured on this machine.
-    fusion:    what became of the model that was built with it; None when it was not fused.
+    ledger:    what the weights of the model take that was built with it; None when it is no torch module.
+    fusion:    what became of that model; None when it was not fused.
     not_fused: why there was nothing to fuse.
     """
 
@@ -62,6 +64,7 @@ class KernelBinder:
         self._failures: dict[tuple[str, str], str] = {}
         self.bindings: list[Binding] = []
         self.num_lookups = 0
+        self.ledger: Ledger | None = None
         self.fusion: FusionReport | None = None
         self.not_fused: str | None = None
 

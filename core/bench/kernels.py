@@ -20,6 +20,7 @@ from drivetrain.contracts.source import Progress, silent
 from drivetrain.errors import ConfigError, DrivetrainError, NoCandidateError, nearest
 from drivetrain.hardware import read_cache_bytes, read_memory
 from drivetrain.kernel_record import ROW_CLASSES, Ceilings, Measurement, use_of, version_of
+from drivetrain.packed.gguf import block_type
 from drivetrain.registry.discovery import PluginRef, load
 from drivetrain.registry.selection import means, probe_safely
 from drivetrain.testing.kernel_oracle import Case
@@ -48,6 +49,11 @@ _PRODUCTS: Mapping[str, tuple[int, str, str]] = {
     "linear_int8": (2, "I", "O"),
     "linear_int4": (2, "I", "O"),
     "linear_fp8": (2, "I", "O"),
+    "linear_int3": (2, "I", "O"),
+    "linear_w8a8": (2, "I", "O"),
+    "linear_fp8a8": (2, "I", "O"),
+    "linear_gguf": (2, "I", "O"),
+    "linear_gguf_a8": (2, "I", "O"),
 }
 """Operations that multiply matrices -> additions and multiplications for each row and pair of these two dims."""
 
@@ -55,6 +61,7 @@ _ROW_DIMS = ("...", "T", "S")
 _BLOCK_SIZE = 16
 
 _LAYER = ((576, 576), (576, 192), (576, 1536), (1536, 576))
+_LAYER_AND_HEAD = (*_LAYER, (576, 49152))
 USUAL: Mapping[str, tuple[tuple[Mapping[str, int], Mapping[str, float]], ...]] = {
     "rms_norm": (({"E": 576}, {"eps": 1e-5}),),
     "add_rms_norm": (({"E": 576}, {"eps": 1e-5}),),
@@ -62,13 +69,22 @@ USUAL: Mapping[str, tuple[tuple[Mapping[str, int], Mapping[str, float]], ...]] =
     "rope_write": (({"H": 9, "G": 3, "D": 64, "R": 64, "N": _BLOCK_SIZE}, {}),),
     "silu_mul": (({"E": 1536}, {}),),
     "gelu_tanh_mul": (({"E": 1536}, {}),),
-    "linear": tuple(({"I": inner, "O": outer}, {}) for inner, outer in (*_LAYER, (576, 49152))),
+    "linear": tuple(({"I": inner, "O": outer}, {}) for inner, outer in _LAYER_AND_HEAD),
     "gated_linear": (({"I": 576, "O": 1536}, {"activation": 0.0}),),
     "linear_cross_entropy": (({"E": 576, "V": 49152}, {}),),
     "sample": (({"V": 49152}, {}),),
-    "linear_int8": tuple(({"I": inner, "O": outer}, {}) for inner, outer in _LAYER),
-    "linear_int4": tuple(({"I": inner, "O": outer}, {"group": 32.0}) for inner, outer in _LAYER),
-    "linear_fp8": tuple(({"I": inner, "O": outer}, {}) for inner, outer in _LAYER),
+    "linear_int8": tuple(({"I": inner, "O": outer}, {}) for inner, outer in _LAYER_AND_HEAD),
+    "linear_int4": tuple(({"I": inner, "O": outer}, {"group": 32.0}) for inner, outer in _LAYER_AND_HEAD),
+    "linear_fp8": tuple(({"I": inner, "O": outer}, {}) for inner, outer in _LAYER_AND_HEAD),
+    "linear_int3": tuple(({"I": inner, "O": outer}, {"group": 32.0}) for inner, outer in _LAYER_AND_HEAD),
+    "linear_w8a8": tuple(({"I": inner, "O": outer}, {}) for inner, outer in _LAYER_AND_HEAD),
+    "linear_fp8a8": tuple(({"I": inner, "O": outer}, {}) for inner, outer in _LAYER_AND_HEAD),
+    "linear_gguf": tuple(
+        ({"I": inner, "O": outer}, {"type": number}) for inner, outer in _LAYER_AND_HEAD for number in (3.0, 8.0)
+    ),
+    "linear_gguf_a8": tuple(
+        ({"I": inner, "O": outer}, {"type": number}) for inner, outer in _LAYER_AND_HEAD for number in (3.0, 8.0)
+    ),
 }
 """Operation -> its uses (sizes, params) in smollm2-135m; those that its decoder does not bind, in sizes that it has."""
 
@@ -300,7 +316,7 @@ def shapes_of(spec: KernelSpec, rows: int) -> tuple[tuple[int, ...] | None, ...]
     signature = OPERATIONS[spec.operation].signature.partition("->")[0]
     optional = re.findall(r"(\w+): (?:\w+ )?\[[^\]]*\] \| None", signature)
     return tuple(
-        None if name in optional else tuple(_dim(part.strip(), spec, rows) for part in shape.split(","))
+        None if name in optional else tuple(_dim(part.strip(), spec, rows) for part in shape.split(",") if shape)
         for name, shape in OPERATIONS[spec.operation].arguments.items()
     )
 
@@ -310,6 +326,8 @@ def _dim(text: str, spec: KernelSpec, rows: int) -> int:
         return rows
     if text == "B":  # blocks of a cache that is four times as long as what is written
         return 4 * -(-rows // spec.sizes.get("N", _BLOCK_SIZE))
+    if text == "bytes":
+        return block_type(spec.params).row_bytes(spec.sizes["I"])
     name, _, divisor = text.partition(" / ")
     size = spec.sizes.get(name, _BLOCK_SIZE) if name == "N" else spec.sizes[name]
     return size if not divisor else size // int(spec.params[divisor] if divisor.isalpha() else divisor)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from drivetrain.cli.console import print_json, print_table
+from drivetrain.cli.console import format_number, print_json, print_table
 from drivetrain.cli.options import with_settings
 from drivetrain.config import Settings, load_settings
 from drivetrain.registry import CandidateReport, Outcome, Selection, SelectionReport
@@ -16,6 +16,7 @@ from drivetrain.registry.selection import AUTO
 
 if TYPE_CHECKING:
     from drivetrain.assembly import Parts
+    from drivetrain.packed.ledger import Ledger
     from drivetrain.registry.why_not import WhyNot
 
 
@@ -46,6 +47,7 @@ def explain(
     from drivetrain.registry.why_not import why_not
 
     parts = resolve_parts(settings, fetch=False)
+    ledger = _ledger(parts)
     answers = [answer for wanted in why_nots or () for answer in why_not(wanted, parts.report, parts.registry)]
     operations = _operations(parts)
     if as_json:
@@ -56,6 +58,7 @@ def explain(
             "plan_digest": parts.plan.digest,
             "device": {"name": facts.device_name, "architecture": facts.architecture, **facts.details},
         }
+        report["weights"] = None if ledger is None else ledger.to_dict()
         report["operations"] = [dict(zip(("operation", "provider", "reason"), row, strict=True)) for row in operations]
         print_json({**report, "why_not": [dataclasses.asdict(answer) for answer in answers]} if why_nots else report)
         return
@@ -63,12 +66,43 @@ def explain(
     print()
     print_table(("operation", "served by", "why"), operations)
     print(parts.report["kernels"].measured)
+    if ledger is not None:
+        print()
+        print_ledger(ledger)
     for answer in answers:
         print(f"\n{_told(answer)}")
     if settings.model is not None:
         wanted = str(settings.engine.fuse).lower()
         print(f"\nfusion {wanted}  (engine.fuse; what it did is in the selection report of a running engine)")
     print(f"\nplan {parts.plan.digest[:16]}  (drivetrain explain --json prints all of it)")
+
+
+def _ledger(parts: Parts) -> Ledger | None:
+    """What the weights will take; None while the model's files are not here."""
+    from drivetrain.assembly import weigh_model
+
+    if parts.checkpoint is None or parts.spec is None or "quantizer" not in parts.plugins:
+        return None
+    return weigh_model(parts, parts.quantizer)
+
+
+def print_ledger(ledger: Ledger) -> None:
+    """The layers by quantizer, and what they and everything else take."""
+    rows = [
+        (
+            row.quantizer,
+            row.rule or "",
+            str(row.num_layers),
+            f"{row.bits_per_weight:.2f}",
+            format_number(row.num_bytes, "bytes"),
+        )
+        for row in ledger.rows
+    ]
+    rows.append(("(all else)", "", "", "", format_number(ledger.other_bytes, "bytes")))
+    print_table(("linear layers", "by rule", "how many", "bits a weight", "memory"), rows)
+    total, peak = format_number(ledger.total_bytes, "bytes"), format_number(ledger.peak_bytes, "bytes")
+    how = "" if ledger.is_exact else "about "
+    print(f"the weights take {how}{total} of memory, and {how}{peak} at most while they are made")
 
 
 def _operations(parts: Parts) -> list[tuple[str, str, str]]:

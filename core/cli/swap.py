@@ -87,6 +87,7 @@ def _show(report: dict[str, Any]) -> None:
         ("epoch", report["epoch"]),
         ("pause", f"{report['pause_seconds'] * 1000:.2f} ms"),
         ("extra memory", format_number(report["extra_memory_bytes"], "bytes")),
+        ("most memory while preparing", format_number(report["peak_memory_bytes"], "bytes")),
         ("requests kept, recomputed", f"{report['requests_kept']}, {report['requests_recomputed']}"),
     ]
     if report["weights"]:

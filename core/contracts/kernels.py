@@ -38,6 +38,7 @@ class Operation:
     writes:         arguments that are written to.
     result_dtype:   torch dtype name of the result where it is not that of the activations.
     takes_modules:  whether it works on modules: it can only be tried and measured with a whole model.
+    rounds_inputs:  whether activations are rounded to few bits first; gradients pass that as if it did not happen.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Operation:
     writes: tuple[str, ...] = ()
     result_dtype: str | None = None
     takes_modules: bool = False
+    rounds_inputs: bool = False
 
     @property
     def arguments(self) -> Mapping[str, str]:
@@ -143,6 +145,53 @@ _OPERATIONS = (
         "x @ (weight * scales[:, None]).T + bias; scales are of any floating dtype",
         tolerance=_PRODUCTS,
         constants=("weight", "scales", "bias"),
+    ),
+    Operation(
+        "linear_int3",
+        "(x: [..., I], low: uint8 [O, I / 4], high: uint8 [O, I / 8], scales: [O, I / group], mins: [O, I / group], "
+        "bias: [O] | None) -> [..., O]",
+        "x @ w.T + bias, where w = value * scale + min of its group of inputs; the lower two bits of input 4k + j are "
+        "bits 2j and 2j + 1 of byte k of low, the third of input 8k + j is bit j of byte k of high; scales and mins "
+        "are of any floating dtype; spec params: group",
+        tolerance=_PRODUCTS,
+        constants=("low", "high", "scales", "mins", "bias"),
+    ),
+    Operation(
+        "linear_w8a8",
+        "(x: [..., I], weight: int8 [O, I], scales: [O], bias: [O] | None) -> [..., O]",
+        "(q @ weight.T) * scale * scales + bias, summed in integers, where a row of x is q * scale: scale = max(|x|) / "
+        "127 and q = x / scale in float32 or wider, rounded to the nearest integer, of two as near the even one; a row "
+        "of zeros stays one; scales are of any floating dtype",
+        tolerance=_PRODUCTS,
+        constants=("weight", "scales", "bias"),
+        rounds_inputs=True,
+    ),
+    Operation(
+        "linear_fp8a8",
+        "(x: [..., I], weight: float8_e4m3fn [O, I], scales: [O], x_scale: [], bias: [O] | None) -> [..., O]",
+        "(q @ weight.T) * scale * scales + bias, where a row of x is q * scale: q = x / scale in float32 or wider, cut "
+        "at 448 and rounded to float8_e4m3fn; scale is x_scale, or where that is 0, max(|x|) / 448 of the row; a row "
+        "of zeros stays one; scales are of any floating dtype",
+        tolerance=_PRODUCTS,
+        constants=("weight", "scales", "x_scale", "bias"),
+        rounds_inputs=True,
+    ),
+    Operation(
+        "linear_gguf",
+        "(x: [..., I], blocks: uint8 [O, bytes], bias: [O] | None) -> [..., O]",
+        "x @ w.T + bias, where w is what GGUF blocks stand for; spec params: type, ggml's number of it (Q4_0 2, Q4_1 "
+        "3, Q5_0 6, Q5_1 7, Q8_0 8, Q4_K 12, Q5_K 13, Q6_K 14)",
+        tolerance=_PRODUCTS,
+        constants=("blocks", "bias"),
+    ),
+    Operation(
+        "linear_gguf_a8",
+        "(x: [..., I], blocks: uint8 [O, bytes], bias: [O] | None) -> [..., O]",
+        "linear_gguf of activations that are rounded as linear_w8a8 rounds them, but with one scale for each 32 inputs "
+        "of a row",
+        tolerance=_PRODUCTS,
+        constants=("blocks", "bias"),
+        rounds_inputs=True,
     ),
     Operation(
         "decoder_layers",

@@ -6,11 +6,12 @@ Whatever the format, names and layout are those of the Hugging Face checkpoint o
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from drivetrain.contracts.plugin import Plugin, Probe, ProbeContext
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     import torch
 
     from drivetrain.contracts.packed import PackedWeight
+
+
+FULL_BITS = 16
+"""Weights that are stored in fewer bits have been quantized by whoever wrote the files."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,9 @@ class Checkpoint(ABC):
     path: Path
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any]
+
+    is_resident: ClassVar[bool] = False
+    """Whether the tensors lie in memory already, so that handing one out takes none."""
 
     @property
     def architecture(self) -> str:
@@ -85,6 +93,16 @@ class Checkpoint(ABC):
         """One linear layer's weight as the files hold it, on the CPU, when that is a packed form that a logical
         operation multiplies by; None otherwise. Nothing is decoded; the tensors may be views of the mapped file."""
         return None
+
+    def stored_bits(self, name: str) -> float | None:
+        """Bits that one weight of a tensor takes in the files, scales included, when it is quantized there: in fewer
+        than 16. None when it is stored in full. Raises MissingTensorError.
+
+        A checkpoint that does not override it answers with the average over all of its tensors.
+        """
+        self.shape(name)
+        bits = 8 * self.stored_bytes() / max(1, sum(math.prod(self.shape(other)) for other in self.names()))
+        return bits if bits < FULL_BITS else None
 
     @abstractmethod
     def tokenizer(self) -> TokenizerData:

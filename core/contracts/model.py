@@ -74,7 +74,12 @@ class BuildContext:
 
 
 class Model(Plugin):
-    """A family of architectures."""
+    """A family of architectures.
+
+    Optional abilities: ``meta`` (``build`` on the meta device makes a module without values, quantized layers included,
+    in no time and without reading a tensor: so the core knows a model's bytes before it makes one); ``layerwise``
+    (layers are read and converted one by one, and the whole model is never there in full).
+    """
 
     kind = "model"
 

@@ -52,10 +52,19 @@ class PackedWeight:
 
     def at(self, ids: torch.Tensor) -> PackedWeight:
         """The outputs with these numbers (int64 [N]), gathered: a table of which only these are looked up."""
-        tensors = {name: t[ids] if t.dim() else t for name, t in self.tensors.items()}
+        tensors = {name: _gathered(t, ids) if t.dim() else t for name, t in self.tensors.items()}
         return dataclasses.replace(self, tensors=tensors, out_features=ids.numel())
 
     def to(self, device: torch.device) -> PackedWeight:
         """The same on ``device``."""
         tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         return dataclasses.replace(self, tensors=tensors, order=None if self.order is None else self.order.to(device))
+
+
+def _gathered(tensor: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Some rows. Small floats are gathered as bytes: torch has no indexing for them on every device."""
+    import torch
+
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        return tensor.view(torch.uint8)[ids].view(tensor.dtype)
+    return tensor[ids]

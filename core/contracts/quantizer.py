@@ -46,7 +46,8 @@ class QuantizerConfig(PluginConfig):
     """What the core decides for every quantizer; a quantizer's own Config adds to it.
 
     rules: the first pattern that matches a layer's name decides. A pattern is parts of a dotted name side by side,
-           with ``*`` for anything within a part: ``lm_head``, ``layers.0``, ``mlp.down_proj``.
+           with ``*`` for anything within a part: ``lm_head``, ``layers.0``, ``mlp.down_proj``. Several quantizers may
+           take part in one model so; this one has the layers that no pattern matches.
     """
 
     rules: dict[str, str | dict[str, Any]] = Field(
@@ -80,12 +81,27 @@ class Quantizer(Plugin):
         name: dotted path of the layer, so that a quantizer can leave out the ones it must not touch; returning
         ``linear`` itself keeps it as it is. A :class:`drivetrain.packed.PackedLinear` is bound to kernels once the
         model is built, run by the coarse ones, and saved; a module of another kind is called as it is.
+
+        On the meta device it does the same with tensors that have no values: so the core knows the bytes of a model
+        before it makes one. The core has checked that the weights are finite, and not quantized in the files already.
+
+        Raises ConfigError that names the layer where its sizes don't fit: a group that does not divide the inputs.
         """
 
     def declares(self) -> Declaration:
         """What it does to weights and activations. Pure."""
         bits = self.bits_per_weight()
         return Declaration() if bits is None else Declaration(weights=f"{bits:g} bits")
+
+
+@runtime_checkable
+class DecidesTables(Protocol):
+    """What the core hands to a model as its quantizer: it knows, too, what becomes of a table of embeddings that is
+    tied to an output layer."""
+
+    def packs_table(self, name: str) -> bool:
+        """Whether the table ``name`` (``model.embed_tokens``) is looked up in the packed weight of the layer that it is
+        tied to, now that there is one. Otherwise it stays as it is, beside the packed weight. Pure."""
 
 
 @runtime_checkable

@@ -267,7 +267,10 @@ class GatedActivation:
         self, fuser: Fuser, module: nn.Module, traced: Traced, node: fx.Node, name: str, gate: fx.Node, up: fx.Node
     ) -> bool:
         shapes = traced.shapes()
-        weight = next(module.parameters())
+        weight = next(module.parameters(), None)
+        if weight is None:
+            fuser.leave(self.name, fuser.name_of(module), "its layers are packed, and tell no dtype of activations")
+            return False
         size = shapes[gate][-1]
         spec = fuser.spec(weight, "silu_mul" if name == "silu" else "gelu_tanh_mul", {"E": size})
         operation = fuser.better(self.name, fuser.name_of(module), spec)

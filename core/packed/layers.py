@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from drivetrain.contracts.kernels import KernelSpec
 from drivetrain.contracts.packed import PackedWeight
+from drivetrain.errors import ConfigError
 from drivetrain.packed.decode import decode
 
 
@@ -23,6 +24,8 @@ class _Packed(nn.Module):
 
     def __init__(self, packed: PackedWeight) -> None:
         super().__init__()
+        if any(tensor.requires_grad for tensor in packed.tensors.values()):
+            raise _no_gradient(packed)
         self._form = dataclasses.replace(packed, tensors={}, order=None)
         self._names = tuple(packed.tensors)
         for name, tensor in packed.tensors.items():
@@ -36,9 +39,25 @@ class _Packed(nn.Module):
         order: torch.Tensor | None = self._buffers["order"]
         return dataclasses.replace(self._form, tensors=tensors, order=order)
 
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Raise ConfigError where a gradient is asked for: rounded weights have none, their input has one."""
+        if requires_grad:
+            raise _no_gradient(self._form)
+        return self
+
     def extra_repr(self) -> str:
         form = self._form
         return f"{form.operation}, in={form.in_features}, out={form.out_features}"
+
+
+def _no_gradient(packed: PackedWeight) -> ConfigError:
+    return ConfigError(
+        f"the packed weight of {packed.operation} ({packed.out_features} x {packed.in_features}) can't be trained",
+        where="drivetrain.packed",
+        found="a gradient of the weight was asked for",
+        allowed="gradients of the layer's input",
+        hint="Train with quantizer none, or keep the layers that learn with rules.",
+    )
 
 
 class PackedLinear(_Packed):
@@ -87,9 +106,10 @@ class PackedEmbedding(_Packed):
         self.dtype, self.scale = dtype, scale
 
     def forward(self, ids_T: torch.Tensor) -> torch.Tensor:
-        """int64 [T] -> [T, E], scaled as the architecture says."""
-        rows_TE = decode(self.packed.at(ids_T)).to(self.dtype)
-        return rows_TE if self.scale == 1.0 else rows_TE * self.scale
+        """int64 [...] -> [..., E], scaled as the architecture says."""
+        rows_TE = decode(self.packed.at(ids_T.flatten())).to(self.dtype)
+        rows_TE = rows_TE if self.scale == 1.0 else rows_TE * self.scale
+        return rows_TE.unflatten(0, ids_T.shape) if ids_T.dim() != 1 else rows_TE
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:

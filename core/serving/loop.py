@@ -392,6 +392,7 @@ def _estimate(prepared: PreparedSwap, epoch: int) -> SwapReport:
         prepared.cache,
         epoch,
         prepared.extra_memory_bytes,
+        prepared.peak_memory_bytes,
         prepared.expected_pause_seconds,
         prepare_seconds=prepared.prepare_seconds,
         weights=prepared.weights,

@@ -12,13 +12,10 @@ from enum import StrEnum
 
 import torch
 
-from drivetrain.contracts.loader import Checkpoint, TokenizerData
+from drivetrain.contracts.loader import FULL_BITS, Checkpoint, TokenizerData
 from drivetrain.contracts.packed import PackedWeight
 from drivetrain.errors import ConfigError, MemoryBudgetError
 from drivetrain.hardware import read_memory
-
-_FULL_BITS = 16
-"""Weights that are stored in fewer bits have been quantized by whoever wrote the files."""
 
 
 class WeightsSource(StrEnum):
@@ -43,19 +40,19 @@ class Weights:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Weights:
-        bits = stored_bits(checkpoint)
         resident = isinstance(checkpoint, MasterCopy)
         return cls(
             WeightsSource.RESIDENT if resident else WeightsSource.RELOAD,
             checkpoint.num_bytes if isinstance(checkpoint, MasterCopy) else 0,
-            bits if bits < _FULL_BITS else None,
+            stored_bits(checkpoint),
         )
 
 
-def stored_bits(checkpoint: Checkpoint) -> float:
-    """Bits that one weight takes in the files, on average over all tensors."""
-    count = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
-    return 8 * checkpoint.stored_bytes() / max(1, count)
+def stored_bits(checkpoint: Checkpoint) -> float | None:
+    """Bits that one weight takes in the files, on average over those that are quantized there; None without any."""
+    counts = [(math.prod(checkpoint.shape(name)), checkpoint.stored_bits(name)) for name in checkpoint.names()]
+    quantized = [(count, bits) for count, bits in counts if bits is not None and bits < FULL_BITS]
+    return sum(count * bits for count, bits in quantized) / sum(count for count, _ in quantized) if quantized else None
 
 
 class MasterCopy(Checkpoint):
@@ -63,6 +60,8 @@ class MasterCopy(Checkpoint):
 
     What is read in another dtype comes from the files.
     """
+
+    is_resident = True
 
     def __init__(self, files: Checkpoint, dtype: torch.dtype) -> None:
         self.path, self.config, self.generation_config = files.path, files.config, files.generation_config
@@ -94,6 +93,9 @@ class MasterCopy(Checkpoint):
 
     def packed(self, name: str) -> PackedWeight | None:
         return self._files.packed(name)
+
+    def stored_bits(self, name: str) -> float | None:
+        return self._files.stored_bits(name)
 
     def tokenizer(self) -> TokenizerData:
         return self._files.tokenizer()

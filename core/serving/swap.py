@@ -23,7 +23,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, cast
 
-from drivetrain.assembly import ServingStack, build_model, make_kv, rank_kernels, with_fallbacks
+from drivetrain.assembly import (
+    ServingStack,
+    apply_rules,
+    build_model,
+    make_kv,
+    rank_kernels,
+    weigh_model,
+    with_fallbacks,
+)
 from drivetrain.binding import bind_sample
 from drivetrain.config import EngineSettings
 from drivetrain.contracts.attention import AttentionBackend, ConvertsCache, KVCache, KVContract
@@ -71,7 +79,10 @@ class SwapReport:
 
     changes:              kind -> (old plugin, new plugin).
     epoch:                the engine's epoch afterwards.
-    extra_memory_bytes:   device memory held twice between prepare and the end of probation.
+    extra_memory_bytes:   device memory of the new weights and caches, held beside the old ones between prepare and the
+                          end of probation: to the byte what is made, known before it is.
+    peak_memory_bytes:    the most memory beside the old parts that making them takes: a layer in full and packed form,
+                          and what reading and packing need on the side.
     pause_seconds:        how long the step loop stood still at commit; for a dry run, what is expected.
     requests_kept:        requests in flight that went on with their keys and values.
     requests_recomputed:  requests in flight whose keys and values are computed anew.
@@ -84,6 +95,7 @@ class SwapReport:
     cache: CacheFate
     epoch: int
     extra_memory_bytes: int
+    peak_memory_bytes: int
     pause_seconds: float
     requests_kept: int = 0
     requests_recomputed: int = 0
@@ -167,6 +179,7 @@ class PreparedSwap:
     cache: CacheFate
     drops_prefixes: bool
     extra_memory_bytes: int
+    peak_memory_bytes: int
     expected_pause_seconds: float
     converter: ConvertsCache | None = None
     weights: Weights | None = None
@@ -222,11 +235,12 @@ def prepare(stack: ServingStack, requests: Mapping[str, PartRequest], *, dry_run
     if "attention" in chosen:
         new.attention = cast(AttentionBackend, chosen["attention"])
     fate, extra = _settle_cache(stack, live, new, dry_run)
-    weights = None
+    weights, peak = None, extra
     if "kernels" in chosen or "quantizer" in chosen:
         assert stack.parts.checkpoint is not None
         weights = Weights.of(stack.parts.checkpoint)
-        extra += _settle_model(stack, live, new, dry_run)
+        kept, most = _settle_model(stack, live, new, dry_run)
+        extra, peak = extra + kept, peak + most
     _check_limits(stack, new)
     prepared = PreparedSwap(
         new,
@@ -235,6 +249,7 @@ def prepare(stack: ServingStack, requests: Mapping[str, PartRequest], *, dry_run
         fate,
         drops_prefixes="quantizer" in chosen,
         extra_memory_bytes=extra,
+        peak_memory_bytes=peak,
         expected_pause_seconds=_expected_pause(stack.engine, fate),
         weights=weights,
     )
@@ -255,6 +270,9 @@ def _choose(stack: ServingStack, requests: Mapping[str, PartRequest]) -> tuple[d
     names = parts.report.chosen_names
     context = dataclasses.replace(parts.context, chosen={k: v for k, v in names.items() if k not in requests})
     chosen = {kind: selector.choose(kind, context) for kind in names if kind in requests}
+    if "quantizer" in chosen:
+        quantizer, origin = cast(Quantizer, chosen["quantizer"]), requests["quantizer"].origin
+        chosen["quantizer"] = apply_rules(quantizer, parts.registry, context, origin)
     return chosen, list(selector.report.selections)
 
 
@@ -301,23 +319,27 @@ def _convert(stack: ServingStack, converter: ConvertsCache) -> KVCache:
     )
 
 
-def _settle_model(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run: bool) -> int:
-    """A second model beside the first, from the checkpoint: what a quantizer has made is never quantized again."""
-    import torch
+def _settle_model(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run: bool) -> tuple[int, int]:
+    """A second model beside the first, from the checkpoint: what a quantizer has made is never quantized again.
 
+    Returns the bytes that it keeps of its own, and the most that making it takes.
+    """
     quantizer = cast(Quantizer, new.plugins["quantizer"])
     spec = stack.parts.spec
     assert spec is not None
-    bits = quantizer.bits_per_weight()
-    size = spec.num_parameters * (bits / 8 if bits is not None else getattr(torch, spec.attention.dtype).itemsize)
+    # Counted before anything is made: what does not fit its rules or its groups is an error here.
+    ledger = weigh_model(stack.parts, quantizer, new.report)
+    kept = ledger.total_bytes
     if not dry_run:
         kernels = cast(KernelProvider, new.plugins["kernels"])
         new.model, new.binder = build_model(stack.parts, kernels, quantizer, report=new.report)
         new.draw = bind_sample(new.binder, stack.engine.runner.device.type, spec.vocab_size)
         new.report = with_fallbacks(new.report, new.binder)
         if quantizer is live.plugins["quantizer"]:
-            return share_parameters(live.model, new.model)
-    return int(size)
+            kept = share_parameters(live.model, new.model)
+        elif new.binder.ledger is not None:
+            kept = new.binder.ledger.total_bytes
+    return kept, ledger.peak_bytes
 
 
 def _stored(model: CausalLM) -> dict[str, Any]:
@@ -470,6 +492,7 @@ def commit(
             prepared.cache,
             engine.epoch,
             prepared.extra_memory_bytes,
+            prepared.peak_memory_bytes,
             pause,
             running - lost,
             lost,

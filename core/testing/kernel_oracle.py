@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 
 from drivetrain.contracts.kernels import OPERATIONS, KernelSpec
+from drivetrain.packed.gguf import BLOCK_TYPES, block_type
 
 Arguments = tuple[torch.Tensor | None, ...]
 Shapes = tuple[tuple[int, ...] | None, ...]
@@ -134,6 +135,37 @@ def _fp8_weight(draw: _Draw, values: Values) -> Values:
     return {"weight": weight.to(torch.float8_e4m3fn), "scales": draw.scales(weight.shape[:1], 0.1, 0.5)}
 
 
+def _int3_weight(draw: _Draw, values: Values) -> Values:
+    groups = cast(torch.Tensor, values["scales"]).shape
+    low, high = (cast(torch.Tensor, values[name]).shape for name in ("low", "high"))
+    return {
+        "low": draw.integers(low, 0, 256).to(torch.uint8),
+        "high": draw.integers(high, 0, 256).to(torch.uint8),
+        "scales": draw.scales(groups, 0.04, 0.12),
+        "mins": draw.scales(groups, -0.5, -0.1),
+    }
+
+
+def _fp8_weight_and_input_scale(draw: _Draw, values: Values) -> Values:
+    """A static scale where the rows are odd in number; a small one, so that some values are cut."""
+    scale = 0.0 if draw.rows % 2 == 0 else 0.005
+    return {**_fp8_weight(draw, values), "x_scale": torch.tensor(scale)}
+
+
+def _gguf_blocks(draw: _Draw, values: Values) -> Values:
+    """Random bytes, with sane numbers where float16 stand: scales, and minima behind them."""
+    kind = block_type(draw.case.params)
+    shape = cast(torch.Tensor, values["blocks"]).shape
+    blocks = draw.integers(shape, 0, 256).to(torch.uint8)
+    in_blocks = blocks.view(-1, kind.num_bytes)
+    for at in kind.halves:
+        # A k-quant's scale is a product of two numbers, the second of up to six bits.
+        low, high = (0.01, 0.05) if kind.size == 32 else (0.0002, 0.001)
+        halves = draw.uniform((in_blocks.shape[0], 1), low, high) * (-1 if at else 1)
+        in_blocks[:, at : at + 2] = halves.to(torch.float16).view(torch.uint8)
+    return {"blocks": blocks}
+
+
 _SETTINGS = (
     (1.0, 20, 0.8, 0.05),
     (0.0, 0, 1.0, 0.0),
@@ -174,6 +206,11 @@ _SPECIAL: Mapping[str, Callable[[_Draw, Values], Values]] = {
     "linear_int8": _int8_weight,
     "linear_int4": _int4_weight,
     "linear_fp8": _fp8_weight,
+    "linear_int3": _int3_weight,
+    "linear_w8a8": _int8_weight,
+    "linear_fp8a8": _fp8_weight_and_input_scale,
+    "linear_gguf": _gguf_blocks,
+    "linear_gguf_a8": _gguf_blocks,
     "sample": _settings,
 }
 
@@ -274,6 +311,113 @@ def _linear_int4(
     return _linear(params, x, wide, bias)
 
 
+def _linear_int3(
+    params: Params,
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    scales: torch.Tensor,
+    mins: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    group = int(params["group"])
+    wide = torch.zeros(low.shape[0], low.shape[1] * 4, dtype=torch.float64)
+    for i in range(wide.shape[1]):
+        value = low[:, i // 4].int() >> 2 * (i % 4) & 3 | (high[:, i // 8].int() >> i % 8 & 1) << 2
+        wide[:, i] = value * scales[:, i // group] + mins[:, i // group]
+    return _linear(params, x, wide, bias)
+
+
+def _passing(x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+    """``rounded``, with gradients as if nothing had been rounded."""
+    return rounded.detach() + x - x.detach()
+
+
+def _in_int8(x: torch.Tensor) -> torch.Tensor:
+    """Rows that are kept in integers up to 127."""
+    if not x.numel():
+        return x
+    scale = _in_float32(x.abs().amax(dim=-1, keepdim=True) / 127)
+    return _passing(x, torch.round(_in_float32(x / torch.where(scale == 0, 1.0, scale))) * scale)
+
+
+def _in_float32(x: torch.Tensor) -> torch.Tensor:
+    """Rounded as float32 rounds it: whatever lies half-way between two integers must do so here too."""
+    return x.float().double()
+
+
+def _linear_w8a8(
+    params: Params, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return _linear_by_row(params, _in_int8(x), weight, scales, bias)
+
+
+def _linear_fp8a8(
+    params: Params,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    x_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    scale = x_scale
+    if x_scale == 0 and x.numel():
+        scale = _in_float32(x.abs().amax(dim=-1, keepdim=True) / 448)
+    value = _in_float32(x / torch.where(scale == 0, 1.0, scale)).clamp(-448, 448)
+    # Four significant bits; below 2^-6, as many as are left above 2^-9.
+    step = 2.0 ** (torch.floor(torch.log2(value.abs().clamp(min=2.0**-6))) - 3)
+    rounded = torch.round(value / step) * step
+    return _linear_by_row(params, _passing(x, rounded * scale), weight, scales, bias)
+
+
+def _linear_gguf(params: Params, x: torch.Tensor, blocks: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return _linear(params, x, _from_blocks(int(params["type"]), blocks), bias)
+
+
+def _linear_gguf_a8(params: Params, x: torch.Tensor, blocks: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return _linear_gguf(params, _in_int8(x.unflatten(-1, (-1, 32))).flatten(-2), blocks, bias)
+
+
+def _from_blocks(number: int, blocks: torch.Tensor) -> torch.Tensor:
+    """Weights [O, I] from GGUF blocks, one input after another by ggml's own description of each type."""
+    kind = BLOCK_TYPES[number]
+    block, columns = blocks.contiguous().reshape(-1, kind.num_bytes).int(), []
+    halves = {at: block[:, at : at + 2].to(torch.uint8).view(torch.float16).double().squeeze(1) for at in kind.halves}
+    for i in range(kind.size):
+        if kind.name in ("Q4_K", "Q5_K"):
+            scale, least = _k_scale_and_min(block[:, 4:16], i // 32)
+            value = block[:, (16 if number == 12 else 48) + i // 64 * 32 + i % 32] >> 4 * (i // 32 % 2) & 15
+            if number == 13:
+                value = value + 16 * (block[:, 16 + i % 32] >> i // 32 & 1)
+            columns.append(halves[0] * scale * value - halves[2] * least)
+        elif kind.name == "Q6_K":
+            half, within = i // 128, i % 128
+            value = block[:, 64 * half + within % 64] >> 4 * (within // 64) & 15
+            value = value + 16 * (block[:, 128 + 32 * half + within % 32] >> 2 * (within // 32) & 3) - 32
+            columns.append(halves[208] * _signed(block[:, 192 + i // 16]) * value)
+        elif kind.name == "Q8_0":
+            columns.append(halves[0] * _signed(block[:, 2 + i]))
+        else:
+            value = block[:, kind.num_bytes - 16 + i % 16] >> 4 * (i // 16) & 15
+            if kind.name.startswith("Q5"):
+                value = value + 16 * (block[:, kind.num_bytes - 20 + i // 8] >> i % 8 & 1)
+            middle = {"Q4_0": 8, "Q5_0": 16}.get(kind.name, 0)
+            columns.append(halves[0] * (value - middle) + halves.get(2, 0.0))
+    weights = torch.stack(columns, dim=1) if block.numel() else torch.zeros(0, kind.size, dtype=torch.float64)
+    return weights.reshape(blocks.shape[0], -1)
+
+
+def _signed(byte: torch.Tensor) -> torch.Tensor:
+    return torch.where(byte > 127, byte - 256, byte)
+
+
+def _k_scale_and_min(packed: torch.Tensor, run: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if run < 4:
+        return packed[:, run] & 63, packed[:, run + 4] & 63
+    rest = packed[:, run + 4]
+    return rest & 15 | (packed[:, run - 4] >> 6) << 4, rest >> 4 | (packed[:, run] >> 6) << 4
+
+
 def _sample(
     params: Params,
     logits: torch.Tensor,
@@ -339,6 +483,11 @@ ORACLES: Mapping[str, Callable[..., Any]] = {
     "linear_int8": _linear_by_row,
     "linear_int4": _linear_int4,
     "linear_fp8": _linear_by_row,
+    "linear_int3": _linear_int3,
+    "linear_w8a8": _linear_w8a8,
+    "linear_fp8a8": _linear_fp8a8,
+    "linear_gguf": _linear_gguf,
+    "linear_gguf_a8": _linear_gguf_a8,
 }
 """Operation -> its meaning: called with the spec's params and inputs in float64, integers as they are. What an
 operation writes to follows its results; ``sample`` gives the tokens that pass."""
@@ -424,21 +573,36 @@ def _sample_cases() -> Iterator[Case]:
             yield Case("sample", ((rows, vocab), *((rows,),) * 5), {"V": vocab}, scale=2.0)
 
 
-def _linear_by_row_cases(operation: str) -> Iterator[Case]:
-    for lead in (*((rows,) for rows in _ROWS), (2, 3)):
-        for inner, outer in ((8, 8), (33, 17), (96, 1)):
+_LEADS = (*((rows,) for rows in _ROWS), (2, 3))
+
+
+def _linear_by_row_cases(operation: str, *more: tuple[int, ...]) -> Iterator[Case]:
+    """more: shapes of weight arguments behind the scales."""
+    for lead in _LEADS:
+        for inner, outer in ((8, 8), (33, 17), (96, 1), (130, 40)):
             bias = None if inner == 8 else (outer,)
-            shapes = ((*lead, inner), (outer, inner), (outer,), bias)
+            shapes = ((*lead, inner), (outer, inner), (outer,), *more, bias)
             yield Case(operation, shapes, {"I": inner, "O": outer})
 
 
-def _linear_int4_cases() -> Iterator[Case]:
-    for lead in (*((rows,) for rows in _ROWS), (2, 3)):
-        for inner, outer, group in ((32, 8, 32), (48, 17, 16), (128, 5, 64)):
+def _by_group_cases(operation: str, *weights_in_a_byte: int) -> Iterator[Case]:
+    for lead in _LEADS:
+        for inner, outer, group in ((32, 8, 32), (48, 17, 16), (128, 5, 64), (256, 40, 128)):
             bias = (outer,) if group != 32 else None
             groups = (outer, inner // group)
-            shapes = ((*lead, inner), (outer, inner // 2), groups, groups, bias)
-            yield Case("linear_int4", shapes, {"I": inner, "O": outer}, {"group": float(group)})
+            weights = [(outer, inner // count) for count in weights_in_a_byte]
+            shapes = ((*lead, inner), *weights, groups, groups, bias)
+            yield Case(operation, shapes, {"I": inner, "O": outer}, {"group": float(group)})
+
+
+def _linear_gguf_cases(operation: str) -> Iterator[Case]:
+    for number, kind in BLOCK_TYPES.items():
+        for lead in _LEADS:
+            for blocks, outer in ((1, 8), (3, 17)):
+                bias = (outer,) if blocks == 3 else None
+                inner = blocks * kind.size
+                shapes = ((*lead, inner), (outer, kind.row_bytes(inner)), bias)
+                yield Case(operation, shapes, {"I": inner, "O": outer}, {"type": float(number)})
 
 
 _GRIDS: Mapping[str, Callable[[], Iterator[Case]]] = {
@@ -453,8 +617,13 @@ _GRIDS: Mapping[str, Callable[[], Iterator[Case]]] = {
     "linear_cross_entropy": _linear_cross_entropy_cases,
     "sample": _sample_cases,
     "linear_int8": lambda: _linear_by_row_cases("linear_int8"),
-    "linear_int4": _linear_int4_cases,
+    "linear_int4": lambda: _by_group_cases("linear_int4", 2),
     "linear_fp8": lambda: _linear_by_row_cases("linear_fp8"),
+    "linear_int3": lambda: _by_group_cases("linear_int3", 4, 8),
+    "linear_w8a8": lambda: _linear_by_row_cases("linear_w8a8"),
+    "linear_fp8a8": lambda: _linear_by_row_cases("linear_fp8a8", ()),
+    "linear_gguf": lambda: _linear_gguf_cases("linear_gguf"),
+    "linear_gguf_a8": lambda: _linear_gguf_cases("linear_gguf_a8"),
 }
 
 

@@ -26,9 +26,12 @@ _LONG = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
 
 
 @contextmanager
-def live_engine(folder: Path, place: Place, ref: PluginRef) -> Iterator[LLM]:
-    """A tiny Qwen2 in float32 on the platform of ``place``; ``ref`` can be chosen there, installed or not."""
-    model = write_safetensors(folder / "model", context=512)
+def live_engine(folder: Path, place: Place, ref: PluginRef, width: int | None = None) -> Iterator[LLM]:
+    """A tiny Qwen2 in float32 on the platform of ``place``; ``ref`` can be chosen there, installed or not.
+
+    width: what has to divide the inputs of every layer.
+    """
+    model = write_safetensors(folder / "model", context=512, width=width)
     platform: dict[str, Any] = {"name": place.facts.name}
     if place.facts.name == "cpu":
         platform["threads"] = torch.get_num_threads()

@@ -20,10 +20,10 @@ from drivetrain.kernels.reference.pointwise import (
     silu_mul,
 )
 from drivetrain.kernels.reference.products import (
-    linear_by_row,
+    make_decoded,
     make_gated_linear,
     make_linear_cross_entropy,
-    make_linear_int4,
+    make_rounded,
 )
 from drivetrain.kernels.reference.sampling import sample
 
@@ -38,9 +38,14 @@ _MAKERS: Mapping[str, Callable[[KernelSpec], Callable[..., Any]]] = {
     "gated_linear": make_gated_linear,
     "linear_cross_entropy": make_linear_cross_entropy,
     "sample": lambda spec: sample,
-    "linear_int8": lambda spec: linear_by_row,
-    "linear_int4": make_linear_int4,
-    "linear_fp8": lambda spec: linear_by_row,
+    "linear_int8": make_decoded,
+    "linear_int4": make_decoded,
+    "linear_fp8": make_decoded,
+    "linear_int3": make_decoded,
+    "linear_w8a8": make_rounded,
+    "linear_fp8a8": make_rounded,
+    "linear_gguf": make_decoded,
+    "linear_gguf_a8": make_rounded,
     "decoder_layers": lambda spec: decoder_layers,
 }
 

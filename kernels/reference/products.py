@@ -6,18 +6,24 @@ Shapes: ``...`` any leading dims; I, O features of a linear layer; T tokens; E f
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch.nn import functional
 
-from drivetrain.contracts.kernels import KernelSpec
+from drivetrain.contracts.kernels import OPERATIONS, KernelSpec
 from drivetrain.errors import ConfigError
 from drivetrain.kernels.reference.pointwise import gelu_tanh_mul, silu_mul
+from drivetrain.packed import DECODERS
 
 IGNORED_TARGET = -100
 """A position with this target has no loss."""
 
 _ACTIVATIONS = (silu_mul, gelu_tanh_mul)
+
+_LARGEST_INT8, _LARGEST_FLOAT8 = 127, 448
+_ROUNDED_BLOCK = 32
+"""Inputs that have a scale of their own in ``linear_gguf_a8``."""
 
 
 def make_gated_linear(spec: KernelSpec) -> Callable[..., torch.Tensor]:
@@ -53,35 +59,68 @@ def make_linear_cross_entropy(spec: KernelSpec) -> Callable[..., torch.Tensor]:
     return linear_cross_entropy
 
 
-def linear_by_row(
-    x: torch.Tensor, weight_OI: torch.Tensor, scales_O: torch.Tensor, bias_O: torch.Tensor | None = None
-) -> torch.Tensor:
-    """A product with a weight of int8 or float8 that has one scale for each output; float32 or wider, rounded once."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return _product(x, weight_OI.to(wide) * scales_O.to(wide).unsqueeze(1), bias_O)
+def make_decoded(spec: KernelSpec) -> Callable[..., torch.Tensor]:
+    """``(x [..., I], packed weights, bias) -> [..., O]`` by the weights that they stand for; in float32 or wider,
+    rounded once."""
+    decoder, params = DECODERS[spec.operation], dict(spec.params)
 
-
-def make_linear_int4(spec: KernelSpec) -> Callable[..., torch.Tensor]:
-    """``(x [..., I], weight [O, I / 2], scales [O, I / group], mins, bias) -> [..., O]``; float32 or wider, rounded
-    once."""
-
-    def linear_int4(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        scales: torch.Tensor,
-        mins: torch.Tensor,
-        bias_O: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def linear(x: torch.Tensor, *packed: torch.Tensor | None) -> torch.Tensor:
+        weights, bias_O = _without_bias(spec.operation, packed)
         wide = torch.promote_types(x.dtype, torch.float32)
-        nibbles_OI = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(1)
-        group = nibbles_OI.shape[1] // scales.shape[1]
-        grouped = nibbles_OI.to(wide).unflatten(1, (-1, group))
-        weight_OI = (grouped * scales.to(wide).unsqueeze(2) + mins.to(wide).unsqueeze(2)).flatten(1)
-        return _product(x, weight_OI, bias_O)
+        return _product(x.to(wide), decoder(*weights, wide, params), bias_O).to(x.dtype)
 
-    return linear_int4
+    return linear
+
+
+def make_rounded(spec: KernelSpec) -> Callable[..., torch.Tensor]:
+    """The same, with activations that are rounded first as the operation says."""
+    decoder, params, operation = DECODERS[spec.operation], dict(spec.params), spec.operation
+
+    def linear(x: torch.Tensor, *packed: torch.Tensor | None) -> torch.Tensor:
+        weights, bias_O = _without_bias(operation, packed)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        exact = x.to(wide)
+        with torch.no_grad():
+            if operation == "linear_fp8a8":
+                rounded = _as_float8(exact, weights[2].to(wide))
+            elif operation == "linear_gguf_a8":
+                rounded = _as_int8(exact.unflatten(-1, (-1, _ROUNDED_BLOCK))).flatten(-2)
+            else:
+                rounded = _as_int8(exact)
+        # The difference is 0, and has the gradient of x: rounding itself has none.
+        rounded = rounded + (exact - exact.detach())
+        return _product(rounded, decoder(*weights, wide, params), bias_O).to(x.dtype)
+
+    return linear
+
+
+def _without_bias(
+    operation: str, packed: tuple[torch.Tensor | None, ...]
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Weight arguments and bias; the bias may be left out."""
+    count = len(OPERATIONS[operation].arguments) - 2
+    return cast(list[torch.Tensor], list(packed[:count])), packed[count] if len(packed) > count else None
+
+
+def _quotients(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``x / scale``, and 0 where a row is all zeros."""
+    return torch.where(scale == 0, torch.zeros_like(x), x / scale)
+
+
+def _as_int8(x: torch.Tensor) -> torch.Tensor:
+    """What is left of x when the last dim is kept in int8 with one scale."""
+    scale = x.abs().amax(dim=-1, keepdim=True) / _LARGEST_INT8 if x.numel() else x
+    return _quotients(x, scale).round() * scale
+
+
+def _as_float8(x: torch.Tensor, x_scale: torch.Tensor) -> torch.Tensor:
+    """What is left of x when it is kept in float8_e4m3fn with a given scale, or with one for each row."""
+    own = x.abs().amax(dim=-1, keepdim=True) / _LARGEST_FLOAT8 if x.numel() else x
+    scale = torch.where(x_scale == 0, own, x_scale)
+    quotients = _quotients(x, scale).clamp(-_LARGEST_FLOAT8, _LARGEST_FLOAT8)
+    return quotients.to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
 def _product(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
     bias_O = None if bias_O is None else bias_O.to(weight_OI.dtype)
-    return functional.linear(x.to(weight_OI.dtype), weight_OI.detach(), bias_O).to(x.dtype)
+    return functional.linear(x, weight_OI.detach(), bias_O)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from drivetrain.contracts.loader import Checkpoint, Loader, TokenizerData
+from drivetrain.contracts.loader import FULL_BITS, Checkpoint, Loader, TokenizerData
 from drivetrain.errors import LoaderError, MissingTensorError, nearest
 from drivetrain.plugins.loader.gguf_config import find_architecture, read_config, read_generation_config
 from drivetrain.plugins.loader.gguf_file import MAGIC, GgufFile, GgufTensor
@@ -64,6 +64,11 @@ class GgufCheckpoint(Checkpoint):
 
     def stored_bytes(self) -> int:
         return sum(stored.num_bytes for stored, _ in self._tensors.values())
+
+    def stored_bits(self, name: str) -> float | None:
+        stored, _ = self._stored(name)
+        bits = 8 * stored.num_bytes / max(1, math.prod(stored.shape))
+        return bits if bits < FULL_BITS else None
 
     def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         import torch

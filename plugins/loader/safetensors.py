@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drivetrain.contracts.loader import Checkpoint, Loader, TokenizerData
+from drivetrain.contracts.loader import FULL_BITS, Checkpoint, Loader, TokenizerData
 from drivetrain.errors import LoaderError, MissingTensorError, nearest
 
 if TYPE_CHECKING:
@@ -69,6 +69,11 @@ class SafetensorsCheckpoint(Checkpoint):
             )
         tensor: torch.Tensor = self._handle(stored.file).get_tensor(name)
         return tensor.to(dtype)
+
+    def stored_bits(self, name: str) -> float | None:
+        stored = self._stored(name)
+        bits = 8 * stored.num_bytes / max(1, math.prod(stored.shape))
+        return bits if bits < FULL_BITS else None
 
     def tokenizer(self) -> TokenizerData:
         return read_tokenizer(self.path)

@@ -25,7 +25,9 @@ from drivetrain.contracts.attention import AttentionSpec, AttentionStep, LayerAt
 from drivetrain.contracts.loader import Checkpoint
 from drivetrain.contracts.model import BuildContext, CausalLM, Model, ModelSpec
 from drivetrain.contracts.plugin import Probe, ProbeContext, Tier
+from drivetrain.contracts.quantizer import DecidesTables
 from drivetrain.errors import LoaderError, MissingDependencyError, MissingTensorError, UnknownArchitectureError
+from drivetrain.packed import PackedEmbedding, PackedLinear
 
 if TYPE_CHECKING:
     import types
@@ -419,15 +421,42 @@ def _load(checkpoint: Checkpoint, config: Any, context: BuildContext) -> Any:
     return model.to(context.device).eval()
 
 
+def _without_values(keys: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """The library's model on the meta device, tied as it would be after loading."""
+    _register()
+    with torch.device("meta"):
+        model = _library().AutoModelForCausalLM.from_config(
+            _library_config(keys), attn_implementation=_IMPLEMENTATION, dtype=dtype
+        )
+    model.tie_weights()
+    return model
+
+
 def _quantize(module: TransformersForCausalLM, context: BuildContext) -> None:
-    if context.quantizer is None:
+    quantizer = context.quantizer
+    if quantizer is None:
         return
+    tables = [(name, part) for name, part in module.named_modules() if type(part) is nn.Embedding]
     for name, part in list(module.named_modules()):
         if isinstance(part, nn.Linear):
-            half, _, rest = name.partition(".")
-            # A quantizer knows layers by the names of the checkpoint, without our two halves of the model.
-            known = f"{module.head.base_model_prefix}.{rest}" if half == "body" else rest
-            module.set_submodule(name, context.quantizer.convert(known, part))
+            converted = quantizer.convert(_known(module, name), part)
+            module.set_submodule(name, converted)
+            for table_name, table in tables:
+                if isinstance(converted, PackedLinear) and table.weight is part.weight:
+                    _share_table(module, table_name, converted, context)
+
+
+def _known(module: TransformersForCausalLM, name: str) -> str:
+    """What the checkpoint calls a layer: a quantizer does not know our two halves of the model."""
+    half, _, rest = name.partition(".")
+    return f"{module.head.base_model_prefix}.{rest}" if half == "body" else rest
+
+
+def _share_table(module: TransformersForCausalLM, name: str, head: PackedLinear, context: BuildContext) -> None:
+    """Have a tied table looked up in the packed output layer. Only torch's plain embedding is replaced: a class of the
+    architecture's own may do more than look up, and keeps its full table."""
+    if not isinstance(context.quantizer, DecidesTables) or context.quantizer.packs_table(_known(module, name)):
+        module.set_submodule(name, PackedEmbedding(head.packed, context.dtype))
 
 
 class TransformersModel(Model):
@@ -479,8 +508,16 @@ class TransformersModel(Model):
             attention=AttentionSpec(tuple(call.layer_attention for call in calls), dtype),
         )
 
+    @classmethod
+    def abilities(cls) -> frozenset[str]:
+        return frozenset({"meta"})
+
     def build(self, checkpoint: Checkpoint, context: BuildContext) -> CausalLM:
         spec = self.describe(checkpoint.config, str(context.dtype).removeprefix("torch."))
+        if context.device.type == "meta":
+            module = TransformersForCausalLM(_without_values(checkpoint.config, context.dtype), spec)
+            _quantize(module, context)
+            return module.eval()
         what = f"loading {spec.architecture}"
         context.progress(what, 0, 1, "models")
         model = _load(checkpoint, _library_config(checkpoint.config), context)

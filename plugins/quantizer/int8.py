@@ -1,6 +1,6 @@
 """Weights as int8 with one scale a row; activations stay as they are.
 
-Shapes: I input features; O output features.
+Shapes: N some rows; I input features; O output features.
 """
 
 from __future__ import annotations
@@ -11,19 +11,23 @@ import torch
 
 from drivetrain.contracts.packed import PackedWeight
 from drivetrain.contracts.quantizer import Declaration, Quantizer
-from drivetrain.packed import PackedLinear
+from drivetrain.packed import PackedLinear, pack_rows
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def pack_int8(weight_OI: torch.Tensor) -> PackedWeight:
-    """Round each row to the nearest of 255 multiples of its largest weight / 127."""
-    wide_OI = weight_OI.detach().float()
+def round_rows(weight_NI: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Each row rounded to the nearest of 255 multiples of its largest weight / 127."""
     # A row of zeros has no scale of its own; any will do, but not 0.
-    scales_O = wide_OI.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    rounded_OI = (wide_OI / scales_O.unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
-    return PackedWeight("linear_int8", {"weight": rounded_OI, "scales": scales_O}, *weight_OI.shape)
+    scales_N = weight_NI.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    rounded_NI = (weight_NI / scales_N.unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8)
+    return {"weight": rounded_NI, "scales": scales_N}
+
+
+def pack_int8(weight_OI: torch.Tensor) -> PackedWeight:
+    """The weight in the layout of ``linear_int8``."""
+    return PackedWeight("linear_int8", pack_rows(weight_OI, round_rows), *weight_OI.shape)
 
 
 class Int8Quantizer(Quantizer):

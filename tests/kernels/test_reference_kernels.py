@@ -212,9 +212,12 @@ def test_a_row_without_a_number_still_gives_a_token_of_the_vocabulary() -> None:
     assert ((found >= 0) & (found < 6)).all()
 
 
-@pytest.mark.parametrize(
-    "operation", sorted(name for name, it in OPERATIONS.items() if it.differentiable and not it.takes_modules)
+SMOOTH = sorted(
+    name for name, it in OPERATIONS.items() if it.differentiable and not it.takes_modules and not it.rounds_inputs
 )
+
+
+@pytest.mark.parametrize("operation", SMOOTH)
 def test_gradients_are_right(operation: str) -> None:
     torch.manual_seed(4)
 
@@ -233,7 +236,57 @@ def test_gradients_are_right(operation: str) -> None:
         "linear_int8": (leaf(3, 5), torch.randint(-128, 128, (4, 5), dtype=torch.int8), torch.rand(4), None),
         "linear_int4": (leaf(3, 8), torch.randint(0, 256, (4, 4), dtype=torch.uint8), *torch.rand(2, 4, 2), None),
         "linear_fp8": (leaf(3, 5), torch.randn(4, 5).to(torch.float8_e4m3fn), torch.rand(4), torch.rand(4)),
+        "linear_int3": (
+            leaf(3, 8),
+            torch.randint(0, 256, (4, 2), dtype=torch.uint8),
+            torch.randint(0, 256, (4, 1), dtype=torch.uint8),
+            *torch.rand(2, 4, 2),
+            None,
+        ),
+        "linear_gguf": (leaf(3, 32), torch.zeros(4, 34, dtype=torch.uint8), torch.rand(4)),
     }[operation]
-    assert torch.autograd.gradcheck(bind(operation, "float64", eps=1e-5), inputs)
+    assert torch.autograd.gradcheck(bind(operation, "float64", eps=1e-5, type=8.0), inputs)
     if operation == "rms_norm":
         assert torch.autograd.gradcheck(bind(operation, "float64", eps=1e-5, weight_offset=1.0), inputs)
+
+
+# --- activations that are rounded ------------------------------------------------------------------------------------
+
+IDENTITY = torch.eye(4, dtype=torch.int8)
+
+
+def test_activations_are_rounded_to_the_even_one_of_two_as_near() -> None:
+    x = torch.tensor([[127.0, 0.5, 1.5, -2.5], [0.0, 0.0, 0.0, 0.0], [254.0, 1.0, -1.0, 3.0]])
+    found = bind("linear_w8a8")(x, IDENTITY, torch.ones(4), None)
+    assert found.tolist() == [[127.0, 0.0, 2.0, -2.0], [0.0] * 4, [254.0, 0.0, -0.0, 4.0]]
+
+
+def test_activations_in_float8_are_cut_at_a_given_scale_and_fit_with_their_own() -> None:
+    weight = IDENTITY.float().to(torch.float8_e4m3fn)
+    x = torch.tensor([[1000.0, 17.0, -1000.0, 0.0]])
+    linear = bind("linear_fp8a8")
+    assert linear(x, weight, torch.ones(4), torch.tensor(1.0)).tolist() == [[448.0, 16.0, -448.0, 0.0]]
+    own = linear(x, weight, torch.ones(4), torch.tensor(0.0))
+    torch.testing.assert_close(own, x, rtol=0.07, atol=0)
+
+
+def test_a_block_of_activations_has_a_scale_of_its_own() -> None:
+    """A large number spoils nobody but the 32 beside it."""
+    blocks = torch.zeros(1, 68, dtype=torch.uint8)
+    for block in range(2):
+        blocks[0, 34 * block : 34 * block + 2] = torch.tensor([1.0], dtype=torch.float16).view(torch.uint8)
+    blocks[0, 34 + 2 + 1] = 1  # the second input of the second block
+    x = torch.zeros(1, 64)
+    x[0, 0], x[0, 32], x[0, 33] = 1e6, 127.0, 3.0
+    assert bind("linear_gguf_a8", type=8.0)(x, blocks, None).tolist() == [[3.0]]
+
+
+@pytest.mark.parametrize("operation", ["linear_w8a8", "linear_fp8a8"])
+def test_activations_that_are_no_numbers_are_seen_in_their_row_alone(operation: str) -> None:
+    x = torch.ones(3, 4)
+    x[1, 2] = math.nan
+    weight = IDENTITY if operation == "linear_w8a8" else IDENTITY.float().to(torch.float8_e4m3fn)
+    more = (torch.tensor(0.0),) if operation == "linear_fp8a8" else ()
+    found = bind(operation)(x, weight, torch.ones(4), *more, None)
+    assert found[1].isnan().all()
+    assert torch.equal(found[::2], torch.ones(2, 4))

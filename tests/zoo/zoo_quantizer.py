@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from drivetrain.contracts.packed import PackedWeight
 from drivetrain.contracts.plugin import Plugin, PluginConfig
-from drivetrain.contracts.quantizer import Quantizer
+from drivetrain.contracts.quantizer import Declaration, Quantizer
+from drivetrain.packed import PackedLinear
 
 
 class Int8Linear(nn.Module):
@@ -172,6 +174,110 @@ class DriftsWithEveryLoad(PlainInt8):
         return module
 
 
+class PlainPacked(Quantizer):
+    """Keeps int8 weights in packed form; nothing is wrong with it."""
+
+    def bits_per_weight(self) -> float | None:
+        return 8.5
+
+    def declares(self) -> Declaration:
+        return Declaration("int8", operations=("linear_int8",))
+
+    def convert(self, name: str, linear: nn.Linear) -> nn.Module:
+        weight = linear.weight.detach().float()
+        scales = (weight.abs().amax(1) / 127).clamp_min(1e-12)
+        codes = (weight / scales[:, None]).round().to(torch.int8)
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        return self.layer(self.packed(codes, scales), bias)
+
+    def packed(self, codes_OI: torch.Tensor, scales_O: torch.Tensor) -> PackedWeight:
+        return PackedWeight("linear_int8", {"weight": codes_OI, "scales": scales_O}, *codes_OI.shape)
+
+    def layer(self, packed: PackedWeight, bias_O: torch.Tensor | None) -> nn.Module:
+        return PackedLinear(packed, bias_O)
+
+
+class DeclaresNothing(PlainPacked):
+    """Rounds to eight bits, and declares that weights stay as they are."""
+
+    def declares(self) -> Declaration:
+        return Declaration()
+
+
+class DeclaresAnotherOperation(PlainPacked):
+    """Declares the operation of another format."""
+
+    def declares(self) -> Declaration:
+        return Declaration("int8", operations=("linear_int4",))
+
+
+class LooksAtValues(PlainPacked):
+    """Decides by the values of a layer, and so can't tell what becomes of one without."""
+
+    def packed(self, codes_OI: torch.Tensor, scales_O: torch.Tensor) -> PackedWeight:
+        if float(scales_O.max()) > 1e6:
+            raise AssertionError("surely not")
+        return super().packed(codes_OI, scales_O)
+
+
+class TakesAnyRow(PlainPacked):
+    """Declares groups of 32, and lets the last one of a row be shorter."""
+
+    def declares(self) -> Declaration:
+        return Declaration("int8", group_size=32, operations=("linear_int8",))
+
+
+class SlicesOfOthers(PlainPacked):
+    """Keeps its scales in the order of its own, so that a slice of the weight has the scales of other rows."""
+
+    class _Turned(PackedWeight):
+        def rows(self, first: int, count: int) -> PackedWeight:
+            part = super().rows(first, count)
+            turned = {"weight": part.tensors["weight"], "scales": part.tensors["scales"].flip(0)}
+            return PackedWeight(part.operation, turned, part.out_features, part.in_features)
+
+    def packed(self, codes_OI: torch.Tensor, scales_O: torch.Tensor) -> PackedWeight:
+        return self._Turned("linear_int8", {"weight": codes_OI, "scales": scales_O}, *codes_OI.shape)
+
+
+class HidesAScale(PlainPacked):
+    """Keeps a factor of each layer where no state dict finds it."""
+
+    def layer(self, packed: PackedWeight, bias_O: torch.Tensor | None) -> nn.Module:
+        return _HiddenFactor(packed, bias_O)
+
+
+class _HiddenFactor(PackedLinear):
+    """Its rows are kept divided by a factor that is a plain number."""
+
+    def __init__(self, packed: PackedWeight, bias_O: torch.Tensor | None) -> None:
+        factor = float(packed.tensors["scales"].mean()) if packed.tensors["scales"].device.type != "meta" else 1.0
+        tensors = {**packed.tensors, "scales": packed.tensors["scales"] / factor}
+        super().__init__(PackedWeight(packed.operation, tensors, packed.out_features, packed.in_features), bias_O)
+        self.factor = factor
+
+    @property
+    def packed(self) -> PackedWeight:
+        form = super().packed
+        tensors = {**form.tensors, "scales": form.tensors["scales"] * self.factor}
+        return PackedWeight(form.operation, tensors, form.out_features, form.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._decoded(x)
+
+
+class CutsTheGradient(PlainPacked):
+    """Its layer multiplies by a copy of the input that has no history."""
+
+    def layer(self, packed: PackedWeight, bias_O: torch.Tensor | None) -> nn.Module:
+        return _NoHistory(packed, bias_O)
+
+
+class _NoHistory(PackedLinear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.detach())
+
+
 ZOO: dict[type[Plugin], str] = {
     ScalesTooSmall: "test_products_are_not_scaled",
     OneScaleForAll: "test_products_are_as_close_as_the_bits_allow",
@@ -186,6 +292,13 @@ ZOO: dict[type[Plugin], str] = {
     SaysNoneAndRounds: "test_none_bits_change_nothing",
     DriftsWithEveryLoad: "test_swapped_in_and_out_it_leaves_no_trace",
     SharesOneScale: "test_layers_do_not_share_state",
+    DeclaresNothing: "test_it_declares_what_it_does",
+    DeclaresAnotherOperation: "test_a_packed_layer_multiplies_by_what_it_decodes_to",
+    LooksAtValues: "test_on_the_meta_device_it_makes_the_same_form",
+    TakesAnyRow: "test_a_group_that_does_not_divide_is_an_error",
+    SlicesOfOthers: "test_rows_of_a_packed_weight_stand_for_themselves",
+    HidesAScale: "test_the_state_is_saved_and_loaded",
+    CutsTheGradient: "test_the_input_has_a_gradient_and_the_weight_says_that_it_has_none",
 }
 """Broken quantizer -> the test that has to catch it."""
 

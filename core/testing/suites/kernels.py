@@ -57,8 +57,8 @@ def _wide(arguments: Arguments) -> Arguments:
 
 def _strided(value: torch.Tensor | None, *, dense: bool = False) -> torch.Tensor | None:
     """The same values in memory with gaps between them; between rows only, where the last dim has to be ``dense``."""
-    if value is None:
-        return None
+    if value is None or value.dim() == 0:
+        return value
     *lead, last = value.shape
     if dense:
         shape: tuple[int, ...] = (*lead[:-1], lead[-1] * 2, last)
@@ -85,7 +85,7 @@ def _with_rows(covered: list[tuple[Case, str, str]]) -> tuple[Case, str, str]:
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Bit by bit."""
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
 class KernelsSuite(Suite):
@@ -267,6 +267,8 @@ class KernelsSuite(Suite):
     def test_gradcheck(self, operation: str) -> None:
         """Where float64 is supported, gradients equal finite differences."""
         self.require_gradients(operation)
+        if OPERATIONS[operation].rounds_inputs:
+            pytest.skip(f"not claimed: {operation} is no smooth function, and its gradient is that of a smooth one")
         provider = self.provider()
         small = min((c for c in cases(operation) if c.shapes[0] and c.shapes[0][0] == 3), key=lambda c: str(c.shapes))
         spec = small.spec("cpu", "float64")

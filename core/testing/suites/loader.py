@@ -38,28 +38,32 @@ def example_tokens() -> list[str]:
     return [*(byte_alphabet()[byte] for byte in range(256)), "".join(_MERGE), *_SPECIAL]
 
 
-def example_tensors() -> dict[str, torch.Tensor]:
-    """A tiny Qwen2 under its Hugging Face names, in float32."""
+def example_tensors(width: int | None = None) -> dict[str, torch.Tensor]:
+    """A tiny Qwen2 under its Hugging Face names, in float32; with ``width``, one whose inputs are multiples of it."""
     generator = torch.Generator().manual_seed(0)
-    size = _HIDDEN // _HEADS
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (len(example_tokens()), _HIDDEN)}
+    hidden, inner = (_HIDDEN, _INNER) if width is None else (width, 2 * width)
+    size = hidden // _HEADS
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (len(example_tokens()), hidden)}
     for layer in range(_LAYERS):
         prefix = f"model.layers.{layer}."
         for name, rows in (("q", _HEADS * size), ("k", _KV_HEADS * size), ("v", _KV_HEADS * size)):
-            shapes[f"{prefix}self_attn.{name}_proj.weight"] = (rows, _HIDDEN)
+            shapes[f"{prefix}self_attn.{name}_proj.weight"] = (rows, hidden)
             shapes[f"{prefix}self_attn.{name}_proj.bias"] = (rows,)
-        shapes[f"{prefix}self_attn.o_proj.weight"] = (_HIDDEN, _HEADS * size)
-        shapes[f"{prefix}mlp.gate_proj.weight"] = shapes[f"{prefix}mlp.up_proj.weight"] = (_INNER, _HIDDEN)
-        shapes[f"{prefix}mlp.down_proj.weight"] = (_HIDDEN, _INNER)
-        shapes[f"{prefix}input_layernorm.weight"] = (_HIDDEN,)
-        shapes[f"{prefix}post_attention_layernorm.weight"] = (_HIDDEN,)
-    shapes["model.norm.weight"] = (_HIDDEN,)
-    shapes["lm_head.weight"] = (len(example_tokens()), _HIDDEN)
+        shapes[f"{prefix}self_attn.o_proj.weight"] = (hidden, _HEADS * size)
+        shapes[f"{prefix}mlp.gate_proj.weight"] = shapes[f"{prefix}mlp.up_proj.weight"] = (inner, hidden)
+        shapes[f"{prefix}mlp.down_proj.weight"] = (hidden, inner)
+        shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
+        shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+    shapes["model.norm.weight"] = (hidden,)
+    shapes["lm_head.weight"] = (len(example_tokens()), hidden)
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def write_safetensors(folder: Path, context: int = _CONTEXT) -> Path:
-    """The tiny model as a Hugging Face folder with one safetensors file. context: tokens that it is said to take."""
+def write_safetensors(folder: Path, context: int = _CONTEXT, width: int | None = None) -> Path:
+    """The tiny model as a Hugging Face folder with one safetensors file.
+
+    context: tokens that it is said to take. width: what divides the inputs of its layers.
+    """
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -68,8 +72,8 @@ def write_safetensors(folder: Path, context: int = _CONTEXT) -> Path:
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "vocab_size": len(tokens),
-        "hidden_size": _HIDDEN,
-        "intermediate_size": _INNER,
+        "hidden_size": width or _HIDDEN,
+        "intermediate_size": 2 * width if width else _INNER,
         "num_hidden_layers": _LAYERS,
         "num_attention_heads": _HEADS,
         "num_key_value_heads": _KV_HEADS,
@@ -88,7 +92,7 @@ def write_safetensors(folder: Path, context: int = _CONTEXT) -> Path:
     special = dict(zip(("bos_token", "eos_token"), _SPECIAL, strict=True))
     (folder / "tokenizer_config.json").write_text(json.dumps(special), encoding="utf-8")
     backend.save(str(folder / "tokenizer.json"))
-    save_file(example_tensors(), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(example_tensors(width), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

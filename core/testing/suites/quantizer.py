@@ -3,6 +3,8 @@
 Shapes: N rows; I input features; O output features.
 
 A quantizer may claim ``batch_invariant``: a row's product is the same to the last bit whatever other rows there are.
+Layers that keep a packed weight (``drivetrain.packed.PackedLinear``) are examined as such: what they stand for, their
+rows, their bits, and the operation that multiplies by them.
 """
 
 from __future__ import annotations
@@ -11,12 +13,18 @@ import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from torch import nn
 
+from drivetrain.binding import KernelBinder
+from drivetrain.contracts.kernels import KernelProvider
 from drivetrain.contracts.quantizer import Quantizer
+from drivetrain.errors import DrivetrainError
+from drivetrain.packed import PackedLinear, bind_packed, decode
+from drivetrain.registry import Registry, load
 from drivetrain.testing.live import answers, live_engine, there_and_back
 from drivetrain.testing.measure import tensor_bytes
 from drivetrain.testing.places import DeviceSuite
@@ -42,6 +50,12 @@ def error_bound(bits: float | None) -> float:
     return next(bound for floor, bound in ERROR_BOUNDS.items() if bits >= floor or floor == 1)
 
 
+def reference_binder() -> KernelBinder:
+    """Binds every operation to the reference."""
+    plugin = load(Registry().find("kernels", "reference"))
+    return KernelBinder([("reference", cast(KernelProvider, plugin(plugin.Config())))])
+
+
 def rounding_of(dtype: torch.dtype) -> float:
     """What the dtype of the activations itself may add to a product's relative error."""
     return 4 * torch.finfo(dtype).eps
@@ -56,16 +70,48 @@ class QuantizerSuite(DeviceSuite):
 
     @classmethod
     def linear(
-        cls, shape: tuple[int, int] = (64, 48), *, bias: bool = True, dtype: str = "float32", seed: int = 0
+        cls, shape: tuple[int, int] | None = None, *, bias: bool = True, dtype: str = "float32", seed: int = 0
     ) -> nn.Linear:
         """A loaded layer on the device, normal weights with a variance of 1 / I; skips unless the dtype is claimed."""
         torch_dtype = cls.require_dtype(dtype)
         generator = torch.Generator().manual_seed(seed)
+        shape = shape or (cls.inputs(), 48)
         layer = nn.Linear(*shape, bias=bias)
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(shape[0]))
         return layer.to(cls.place().device, torch_dtype).eval()
+
+    @classmethod
+    def group(cls) -> int | None:
+        """How many weights of a row share a scale; None for whole rows."""
+        quantizer: Quantizer = cls.make()
+        return quantizer.declares().group_size
+
+    @classmethod
+    def inputs(cls) -> int:
+        """Inputs of the usual layer: 64, or a group where that is larger."""
+        return max(64, cls.group() or 1)
+
+    @classmethod
+    def shapes(cls) -> list[tuple[int, int]]:
+        """I and O of the layers under test whose rows are whole groups."""
+        return [(cls.inputs(), 48), *(shape for shape in SHAPES if shape[0] % (cls.group() or 1) == 0)]
+
+    @classmethod
+    def require_fit(cls, shape: tuple[int, int]) -> None:
+        """Skip the test unless the layer's rows are whole groups."""
+        group = cls.group()
+        if group is not None and shape[0] % group:
+            pytest.skip(f"not claimed: rows of {shape[0]} are no whole groups of {group}")
+
+    @classmethod
+    def packed_layer(cls, linear: nn.Linear) -> PackedLinear:
+        """The converted layer; skips the test unless it keeps a packed weight."""
+        module = cls.converted(linear)
+        if not isinstance(module, PackedLinear):
+            pytest.skip(f"not claimed: the layer is a {type(module).__name__}, no PackedLinear")
+        return module
 
     @classmethod
     def rows(cls, *shape: int, dtype: str = "float32", seed: int = 1) -> torch.Tensor:
@@ -105,11 +151,32 @@ class QuantizerSuite(DeviceSuite):
         assert bits == quantizer.bits_per_weight() == self.make().bits_per_weight()
         assert bits is None or (math.isfinite(bits) and 1 <= bits <= 32), f"{bits} bits a weight"
 
+    def test_it_declares_what_it_does(self) -> None:
+        """The declaration is the same every time, and tells of weights exactly where there are bits."""
+        quantizer: Quantizer = self.make()
+        declared = quantizer.declares()
+        assert declared == quantizer.declares() == self.make().declares()
+        says, has = declared.weights is not None, quantizer.bits_per_weight() is not None
+        assert says == has, f"bits_per_weight is {quantizer.bits_per_weight()}, declared are weights {declared.weights}"
+        assert declared.group_size is None or declared.group_size > 0, f"groups of {declared.group_size}"
+
+    def test_a_group_that_does_not_divide_is_an_error(self) -> None:
+        """Rows that are no whole groups raise an error that names the layer, its inputs and the group."""
+        group = self.group()
+        if group is None or group < 2:
+            pytest.skip("not claimed: no groups")
+        width = 2 * group + group // 2
+        quantizer: Quantizer = self.make()
+        with pytest.raises(DrivetrainError) as caught:
+            quantizer.convert(NAME, self.linear((width, 8)))
+        for wanted in (NAME, str(width), str(group)):
+            assert wanted in str(caught.value), f"the error does not name {wanted}: {caught.value}"
+
     def test_none_bits_change_nothing(self) -> None:
         """Where weights keep their dtype, products are equal to the last bit."""
         if self.make().bits_per_weight() is not None:
             pytest.skip("not claimed: weights are quantized")
-        for shape in SHAPES:
+        for shape in self.shapes():
             linear, x = self.linear(shape), self.rows(5, shape[0])
             assert torch.equal(self.converted(linear)(x), linear(x))
 
@@ -126,6 +193,7 @@ class QuantizerSuite(DeviceSuite):
     @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
     def test_the_call_keeps_its_form(self, shape: tuple[int, int], dtype: str) -> None:
         """[..., I] to [..., O] in the input's dtype on its device, for no row, one row, many, and more dims."""
+        self.require_fit(shape)
         module = self.converted(self.linear(shape, dtype=dtype))
         with torch.inference_mode():
             for leading in ((), (1,), (0,), (7,), (2, 3), (2, 0), (1, 1, 1)):
@@ -144,15 +212,15 @@ class QuantizerSuite(DeviceSuite):
 
     def test_input_rows_may_be_a_view(self) -> None:
         """Every other row of a wider tensor gives what its copy gives."""
-        module, wide = self.converted(self.linear()), self.rows(8, 100)
-        view = wide[::2, 20:84]
+        module, wide = self.converted(self.linear()), self.rows(8, self.inputs() + 36)
+        view = wide[::2, 20:-16]
         with torch.inference_mode():
             found, wanted = module(view), module(view.contiguous())
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
     def test_inputs_are_left_alone(self) -> None:
         """The call does not write to its input."""
-        module, x = self.converted(self.linear()), self.rows(5, 64)
+        module, x = self.converted(self.linear()), self.rows(5, self.inputs())
         before = x.clone()
         with torch.inference_mode():
             module(x)
@@ -160,7 +228,7 @@ class QuantizerSuite(DeviceSuite):
 
     def test_training_mode_changes_nothing(self) -> None:
         """The module gives the same in eval and train mode, with and without gradients being recorded."""
-        module, x = self.converted(self.linear()), self.rows(5, 64)
+        module, x = self.converted(self.linear()), self.rows(5, self.inputs())
         wanted = module(x).detach()
         module.train()
         assert torch.equal(module(x).detach(), wanted)
@@ -174,6 +242,7 @@ class QuantizerSuite(DeviceSuite):
     @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
     def test_products_are_as_close_as_the_bits_allow(self, shape: tuple[int, int], dtype: str) -> None:
         """The error of a product, as a share of its norm, is within the published bound; with and without a bias."""
+        self.require_fit(shape)
         for bias in (True, False):
             linear, x = self.linear(shape, bias=bias, dtype=dtype), self.rows(64, shape[0], dtype=dtype)
             with torch.inference_mode():
@@ -206,7 +275,7 @@ class QuantizerSuite(DeviceSuite):
 
     def test_the_bias_is_added(self) -> None:
         """Without any input, what comes out is the bias."""
-        for shape in SHAPES:
+        for shape in self.shapes():
             linear, x = self.linear(shape), self.rows(3, shape[0]) * 0
             with torch.inference_mode():
                 found = self.converted(linear)(x)
@@ -219,13 +288,13 @@ class QuantizerSuite(DeviceSuite):
             with torch.no_grad():
                 linear.weight[rows] = 0
             with torch.inference_mode():
-                found = self.converted(linear)(self.rows(4, 64))
+                found = self.converted(linear)(self.rows(4, self.inputs()))
             assert torch.isfinite(found).all(), "the output has an infinity or a NaN"
             assert not found[:, rows].any(), "zero weights give something"
 
     def test_an_outlier_stays_finite(self) -> None:
         """One weight a thousand times larger than all others, and one such input, give finite products."""
-        linear, x = self.linear(), self.rows(4, 64)
+        linear, x = self.linear(), self.rows(4, self.inputs())
         with torch.no_grad():
             linear.weight[5, 7] = 1000.0
             x[1, 3] = 1000.0
@@ -274,7 +343,7 @@ class QuantizerSuite(DeviceSuite):
 
     def test_what_it_leaves_out_is_returned_itself(self) -> None:
         """A layer comes back as the very module it was, untouched, or as another one: never as a changed self."""
-        x = self.rows(3, 64)
+        x = self.rows(3, self.inputs())
         for name in NAMES:
             linear = self.linear()
             wanted = linear(x).detach()
@@ -288,12 +357,89 @@ class QuantizerSuite(DeviceSuite):
         quantizer: Quantizer = self.make()
         layers = [self.linear(seed=seed) for seed in range(3)]
         modules = [quantizer.convert(name, copy.deepcopy(x)) for name, x in zip(NAMES, layers, strict=False)]
-        x = self.rows(8, 64)
+        x = self.rows(8, self.inputs())
         for index, (linear, module) in enumerate(zip(layers, modules, strict=True)):
             with torch.inference_mode():
                 found, wanted = module.eval()(x).double(), linear(x).double()
             error = float((found - wanted).norm() / wanted.norm())
             assert error <= self.bound(x.dtype), f"layer {index} of 3 is off by {error:.3g} of the norm"
+
+    def test_on_the_meta_device_it_makes_the_same_form(self) -> None:
+        """A layer without values becomes one with the same tensors in shape and dtype: its bytes are known before."""
+        self.require_bits()
+        linear = self.linear()
+        made = self.converted(linear).state_dict()
+        quantizer: Quantizer = self.make()
+        planned = quantizer.convert(NAME, copy.deepcopy(linear).to("meta")).state_dict()
+        forms = [
+            {name: (tuple(value.shape), value.dtype) for name, value in state.items()} for state in (planned, made)
+        ]
+        assert forms[0] == forms[1], f"on the meta device {forms[0]}, with values {forms[1]}"
+
+    # --- packed layers -----------------------------------------------------------------------------------------------
+
+    def test_a_packed_layer_multiplies_by_what_it_decodes_to(self) -> None:
+        """With the reference of its operation bound to it, and without: the product is that of the decoded weight."""
+        linear, x = self.linear((512, 96)), self.rows(7, 512)
+        layer = self.packed_layer(linear)
+        quantizer: Quantizer = self.make()
+        declared = quantizer.declares()
+        form = layer.packed
+        assert form.operation in declared.operations, f"{form.operation} is not in {declared.operations}"
+        wanted = nn.functional.linear(x, decode(form), linear.bias).double()
+        # Activations that are rounded have an error of their own.
+        allowed = 1e-5 if declared.activations is None else self.bound(x.dtype)
+        for bound in (False, True):
+            if bound:
+                bind_packed(nn.ModuleList([layer]), reference_binder().bind, x.dtype)
+            with torch.inference_mode():
+                found = layer(x).double()
+            error = float((found - wanted).norm() / wanted.norm())
+            assert error <= allowed, f"bound: {bound}, off by {error:.3g} of the norm, allowed is {allowed:.3g}"
+
+    def test_rows_of_a_packed_weight_stand_for_themselves(self) -> None:
+        """A slice of outputs, and some outputs by number, decode to those rows of the whole."""
+        packed = self.packed_layer(self.linear((512, 96))).packed
+        whole_OI = decode(packed)
+        assert whole_OI.shape == (96, 512)
+        ids = torch.tensor([5, 0, 95, 5], device=whole_OI.device)
+        assert torch.equal(decode(packed.rows(7, 20)), whole_OI[7:27]), "rows 7 .. 26 are others"
+        assert torch.equal(decode(packed.at(ids)), whole_OI[ids]), "outputs 5, 0, 95, 5 are others"
+
+    def test_bits_of_a_packed_weight_are_those_claimed(self) -> None:
+        """A packed weight takes the bits that are claimed; less where scales are of whole rows, and those are long."""
+        bits = self.require_bits()
+        packed = self.packed_layer(self.linear((1024, 768), bias=False)).packed
+        found = packed.bits_per_weight
+        if self.group() is not None:
+            assert found == pytest.approx(bits, abs=1e-3), f"{found:.3f} bits a weight, claimed are {bits}"
+        assert bits - 1 < found <= bits + 1e-6, f"{found:.3f} bits a weight, claimed are {bits}"
+
+    def test_the_state_is_saved_and_loaded(self) -> None:
+        """A layer that loads another one's state gives what the other gives."""
+        first, second = (self.converted(self.linear(seed=seed)) for seed in (0, 1))
+        x = self.rows(5, self.inputs())
+        assert not torch.equal(first(x), second(x))
+        second.load_state_dict(first.state_dict())
+        assert torch.equal(second(x), first(x)), "something of the layer is not in its state"
+
+    def test_the_input_has_a_gradient_and_the_weight_says_that_it_has_none(self) -> None:
+        """The gradient of the input is that of the full layer as far as the bits allow, or is refused with a
+        DrivetrainError; packed weights refuse theirs with one."""
+        self.require_bits()
+        linear, x = self.linear(), self.rows(9, self.inputs()).requires_grad_()
+        module, upstream = self.converted(linear), self.rows(9, 48, seed=2)
+        if isinstance(module, PackedLinear):
+            with pytest.raises(DrivetrainError, match="gradient"):
+                module.requires_grad_()
+            bind_packed(nn.ModuleList([module]), reference_binder().bind, x.dtype)
+        (wanted,) = torch.autograd.grad(linear(x), x, upstream)
+        try:
+            (found,) = torch.autograd.grad(module(x), x, upstream)
+        except DrivetrainError:
+            return
+        error = float((found - wanted).norm() / wanted.norm())
+        assert error <= self.bound(x.dtype), f"the gradient is off by {error:.3g} of its norm"
 
     # --- in a running engine -----------------------------------------------------------------------------------------
 
@@ -304,7 +450,7 @@ class QuantizerSuite(DeviceSuite):
         self.require_dtype("float32")
         ref = self.ref()
         part = {"name": ref.qualified, **self.options}
-        with live_engine(tmp_path, self.place(), ref) as llm:
+        with live_engine(tmp_path, self.place(), ref, width=self.group()) as llm:
             undisturbed = answers(llm)
             first, afterwards = there_and_back(llm, "quantizer", part, "none")
             assert afterwards == undisturbed, "swapped out again, it has left other answers behind"

@@ -17,7 +17,7 @@ from drivetrain.plugins.model.decoder.by_layer import LayeredDecoder
 from drivetrain.plugins.model.decoder.config import ARCHITECTURES, DecoderConfig, read_config
 from drivetrain.plugins.model.decoder.layers import Kernels
 from drivetrain.plugins.model.decoder.module import DecoderForCausalLM
-from drivetrain.plugins.model.decoder.weights import check_files, load_weights
+from drivetrain.plugins.model.decoder.weights import check_names, check_tied, load_weights
 
 
 class DecoderModelConfig(PluginConfig):
@@ -72,6 +72,10 @@ class DecoderModel(Model):
     config: DecoderModelConfig
     architectures = frozenset(ARCHITECTURES)
 
+    @classmethod
+    def abilities(cls) -> frozenset[str]:
+        return frozenset({"layerwise", "meta"})
+
     def describe(self, config: Mapping[str, Any], dtype: str) -> ModelSpec:
         shape = read_config(config, long_context=self.config.long_context)
         kernels = Kernels(_unbound, "meta", getattr(torch, dtype))
@@ -93,7 +97,8 @@ class DecoderModel(Model):
 
     def open_layers(self, checkpoint: Checkpoint, context: BuildContext) -> LayeredModel:
         shape, module, tied = self._prepare(checkpoint, context)
-        check_files(module, checkpoint, context.dtype, tied)
+        check_names(module, checkpoint, tied)
+        check_tied(checkpoint, tied, context.dtype)
         return LayeredDecoder(shape, module.spec, module, checkpoint, context)
 
     def _prepare(

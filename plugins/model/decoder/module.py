@@ -13,6 +13,8 @@ from torch.nn import functional
 
 from drivetrain.contracts.attention import AttentionStep
 from drivetrain.contracts.model import ModelSpec
+from drivetrain.contracts.packed import PackedWeight
+from drivetrain.packed import PackedEmbedding
 from drivetrain.plugins.model.decoder.config import DecoderConfig
 from drivetrain.plugins.model.decoder.layers import LAYERS, Kernels, Linear, RMSNorm
 from drivetrain.plugins.model.decoder.rope import RotaryEmbedding
@@ -31,6 +33,10 @@ class Embedding(nn.Module):
     def forward(self, ids_T: torch.Tensor) -> torch.Tensor:
         x_TE = functional.embedding(ids_T, self.weight)
         return x_TE if self.scale == 1.0 else x_TE * self.scale
+
+    def packed_with(self, packed: PackedWeight, dtype: torch.dtype) -> PackedEmbedding:
+        """The same table, looked up in the packed weight of the output layer that is tied to it."""
+        return PackedEmbedding(packed, dtype, self.scale)
 
 
 def _bind_layers(config: DecoderConfig, kernels: Kernels) -> Callable[..., torch.Tensor]:

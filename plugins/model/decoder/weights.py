@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, cast
 
 import torch
 from torch import nn
@@ -10,13 +11,21 @@ from torch import nn
 from drivetrain.contracts.loader import Checkpoint
 from drivetrain.contracts.model import BuildContext
 from drivetrain.contracts.packed import PackedWeight
-from drivetrain.contracts.quantizer import Quantizer, TakesStored
+from drivetrain.contracts.quantizer import DecidesTables, Quantizer, TakesStored
 from drivetrain.errors import LoaderError, MissingTensorError
+from drivetrain.packed import PackedEmbedding, PackedLinear
 
 _HARMLESS_SUFFIXES = ("rotary_emb.inv_freq",)
 """Tensors that old releases stored although they follow from the configuration."""
 
 _SHOWN = 8
+
+
+class PacksRows(Protocol):
+    """A table of embeddings that can be looked up in the packed weight of the layer that is tied to it."""
+
+    def packed_with(self, packed: PackedWeight, dtype: torch.dtype) -> PackedEmbedding:
+        """What takes its place."""
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -58,7 +67,7 @@ def check_names(module: nn.Module, checkpoint: Checkpoint, tied: Mapping[str, st
         raise LoaderError(f"{len(wrong)} tensors have another shape than the model: {details}", where=where)
 
 
-def _check_tied(checkpoint: Checkpoint, tied: Mapping[str, str], dtype: torch.dtype) -> None:
+def check_tied(checkpoint: Checkpoint, tied: Mapping[str, str], dtype: torch.dtype) -> None:
     held = set(checkpoint.names())
     for name, source in tied.items():
         if name in held and not torch.equal(checkpoint.tensor(name, dtype), checkpoint.tensor(source, dtype)):
@@ -81,24 +90,78 @@ def load_weights(
 ) -> None:
     """Give every parameter its data, and every linear layer to the quantizer as soon as its own are there.
 
-    Parameter names are the tensors' names. Never more than one linear layer is held in full and quantized form both.
+    Parameter names are the tensors' names. Never more than one linear layer is held in full and quantized form both: a
+    layer that is tied to a table is converted right after the table is read, which is then looked up in packed form.
     Raises MissingTensorError and LoaderError before the first tensor is read.
     """
     tied = tied or {}
-    check_files(module, checkpoint, context.dtype, tied)
-    total = len(list(module.named_parameters()))
-    loaded: dict[int, nn.Parameter] = {}
-    for prefix, part in list(module.named_modules()):
-        stored = _stored(checkpoint, prefix, part, context)
-        for own_name, placeholder in list(part.named_parameters(prefix="", recurse=False)):
-            if stored is not None and own_name == "weight":
+    check_names(module, checkpoint, tied)
+    if context.device.type != "meta":
+        check_tied(checkpoint, tied, context.dtype)
+    _Loading(module, checkpoint, context, tied).run()
+
+
+class _Loading:
+    """One pass over a module's parts."""
+
+    def __init__(
+        self, module: nn.Module, checkpoint: Checkpoint, context: BuildContext, tied: Mapping[str, str]
+    ) -> None:
+        self._module, self._checkpoint, self._context = module, checkpoint, context
+        self._users = {source.removesuffix(".weight"): name.removesuffix(".weight") for name, source in tied.items()}
+        self._total = len(list(module.named_parameters()))
+        self._num_loaded = 0
+
+    def run(self) -> None:
+        done: set[str] = set()
+        for prefix, part in list(self._module.named_modules()):
+            if prefix in done:
                 continue
-            if id(placeholder) not in loaded:
-                loaded[id(placeholder)] = _read(checkpoint, f"{prefix}.{own_name}" if prefix else own_name, context)
-                context.progress(f"loading {checkpoint.architecture}", len(loaded), total, "tensors")
-            setattr(part, own_name, loaded[id(placeholder)])
-        if isinstance(part, nn.Linear) and context.quantizer is not None:
-            module.set_submodule(prefix, _converted(prefix, part, stored, context.quantizer))
+            user = self._users.get(prefix)
+            if user is not None:
+                self._load_tied(prefix, part, user)
+                done.add(user)
+            else:
+                self._load_part(prefix, part)
+
+    def _load_part(self, prefix: str, part: nn.Module) -> None:
+        stored = _stored(self._checkpoint, prefix, f"{prefix}.weight", part, self._context)
+        self._load_parameters(prefix, part, leave_out=("weight",) if stored is not None else ())
+        if isinstance(part, nn.Linear):
+            self._convert(prefix, part, stored)
+
+    def _load_tied(self, name: str, table: nn.Module, user_name: str) -> None:
+        """A table and the output layer that is tied to it."""
+        user = self._module.get_submodule(user_name)
+        stored = _stored(self._checkpoint, user_name, f"{name}.weight", user, self._context)
+        if stored is None or not self._shares(name):
+            self._load_parameters(name, table)
+            user.weight = table.weight
+        converted = self._convert(user_name, user, stored)
+        if isinstance(converted, PackedLinear) and self._shares(name):
+            packs = cast(PacksRows, table)
+            self._module.set_submodule(name, packs.packed_with(converted.packed, self._context.dtype))
+
+    def _load_parameters(self, prefix: str, part: nn.Module, leave_out: Sequence[str] = ()) -> None:
+        for own_name, _ in list(part.named_parameters(prefix="", recurse=False)):
+            if own_name not in leave_out:
+                name = f"{prefix}.{own_name}" if prefix else own_name
+                setattr(part, own_name, _read(self._checkpoint, name, self._context))
+            self._num_loaded += 1
+            self._context.progress(f"loading {self._checkpoint.architecture}", self._num_loaded, self._total, "tensors")
+
+    def _convert(self, name: str, layer: nn.Module, stored: PackedWeight | None) -> nn.Module:
+        quantizer = self._context.quantizer
+        if quantizer is None:
+            return layer
+        assert isinstance(layer, nn.Linear)
+        converted = _converted(name, layer, stored, quantizer)
+        self._module.set_submodule(name, converted)
+        return converted
+
+    def _shares(self, name: str) -> bool:
+        quantizer = self._context.quantizer
+        return not isinstance(quantizer, DecidesTables) or quantizer.packs_table(name)
 
 
 def read_parameters(module: nn.Module, prefix: str, checkpoint: Checkpoint, context: BuildContext) -> None:
@@ -108,18 +171,14 @@ def read_parameters(module: nn.Module, prefix: str, checkpoint: Checkpoint, cont
         setattr(module.get_submodule(owner), own_name, _read(checkpoint, f"{prefix}.{name}", context))
 
 
-def check_files(module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, tied: Mapping[str, str]) -> None:
-    """Raise MissingTensorError or LoaderError where the files are not those of ``module``."""
-    check_names(module, checkpoint, tied)
-    _check_tied(checkpoint, tied, dtype)
-
-
-def _stored(checkpoint: Checkpoint, prefix: str, part: nn.Module, context: BuildContext) -> PackedWeight | None:
+def _stored(
+    checkpoint: Checkpoint, name: str, tensor: str, part: nn.Module, context: BuildContext
+) -> PackedWeight | None:
     """The layer's weight as the files hold it, on the device, where the quantizer uses it so."""
     if not isinstance(part, nn.Linear) or not isinstance(context.quantizer, TakesStored):
         return None
-    stored = checkpoint.packed(f"{prefix}.weight")
-    if stored is None or not context.quantizer.takes(prefix, stored):
+    stored = checkpoint.packed(tensor)
+    if stored is None or not context.quantizer.takes(name, stored):
         return None
     return stored.to(context.device)
 

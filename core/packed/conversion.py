@@ -1,0 +1,196 @@
+"""What a model is given as its quantizer: it asks the one that the rules name, checks what goes in, and keeps books."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from drivetrain.contracts.loader import Checkpoint
+from drivetrain.contracts.quantizer import Declaration, Quantizer, TakesStored
+from drivetrain.errors import ConfigError, nearest
+from drivetrain.packed.layers import PackedLinear
+from drivetrain.packed.rules import RuledQuantizer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from drivetrain.contracts.packed import PackedWeight
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One layer that was shown to the quantizer.
+
+    label:       the quantizer's name.
+    rule:        the pattern that decided; None where none matched.
+    num_weights: O * I.
+    full_bytes:  of the weight before.
+    num_bytes:   of what the layer keeps of its weight, scales included.
+    is_packed:   whether it is another layer now.
+    """
+
+    name: str
+    label: str
+    rule: str | None
+    num_weights: int
+    full_bytes: int
+    num_bytes: int
+    is_packed: bool
+
+
+class Conversion(Quantizer):
+    """One model's way through a quantizer.
+
+    label:     the quantizer's name, for reports and errors.
+    converted: the layers so far, in order.
+    tables:    tables of embeddings that are kept beside a packed output layer since a rule says ``none``.
+    """
+
+    def __init__(self, quantizer: Quantizer, label: str, checkpoint: Checkpoint) -> None:
+        super().__init__(quantizer.config)
+        self._quantizer, self._label, self._checkpoint = quantizer, label, checkpoint
+        self.converted: list[Converted] = []
+        self._kept_tables: set[str] = set()
+
+    # --- what a model asks -------------------------------------------------------------------------------------------
+
+    def bits_per_weight(self) -> float | None:
+        return self._quantizer.bits_per_weight()
+
+    def declares(self) -> Declaration:
+        return self._quantizer.declares()
+
+    def convert(self, name: str, linear: nn.Linear) -> nn.Module:
+        chosen = self._chosen(name)
+        if _packs(chosen):
+            self._refuse_lossy(name, tuple(linear.weight.shape), chosen)
+            check_finite(name, linear)
+        weight = linear.weight
+        full_bytes = weight.numel() * weight.element_size()
+        module = chosen.convert(name, linear)
+        self._enter(name, module, weight.numel(), full_bytes, module is not linear)
+        return module
+
+    def takes(self, name: str, stored: PackedWeight) -> bool:
+        chosen = self._chosen(name)
+        return isinstance(chosen, TakesStored) and chosen.takes(name, stored)
+
+    def convert_stored(self, name: str, stored: PackedWeight, bias: torch.Tensor | None) -> nn.Module:
+        chosen = self._chosen(name)
+        assert isinstance(chosen, TakesStored)
+        module = chosen.convert_stored(name, stored, bias)
+        self._enter(name, module, stored.out_features * stored.in_features, stored.num_bytes, True)
+        return module
+
+    def packs_table(self, name: str) -> bool:
+        rule = self._rule(name)
+        if rule is None or _packs(self._chosen(name)):
+            return True
+        self._kept_tables.add(name)
+        return False
+
+    # --- what is checked ---------------------------------------------------------------------------------------------
+
+    def check_rules(self) -> None:
+        """Raise ConfigError for a rule that decided about no layer, now that every layer has been shown."""
+        if not isinstance(self._quantizer, RuledQuantizer):
+            return
+        names = [*(one.name for one in self.converted), *self._kept_tables]
+        used = {rule.pattern for name in names if (rule := self._quantizer.rule_for(name)) is not None}
+        for rule in self._quantizer.rules:
+            if rule.pattern not in used:
+                raise ConfigError(
+                    _why_unused(rule.pattern, [name for name in names if rule.matches(name)]),
+                    where=f"quantizer.rules[{rule.pattern}]",
+                    allowed=_some(one.name for one in self.converted),
+                    hint=_did_you_mean(rule.pattern, [one.name for one in self.converted]),
+                )
+
+    def _refuse_lossy(self, name: str, shape: tuple[int, ...], chosen: Quantizer) -> None:
+        if any(getattr(config, "allow_lossy", False) for config in (self.config, chosen.config)):
+            return
+        for tensor in self._tensors_of(name, shape):
+            bits = self._checkpoint.stored_bits(tensor)
+            if bits is not None:
+                raise ConfigError(
+                    f"{tensor} is quantized in the files already, and quantizer {self._label_of(name)!r} would round "
+                    "it a second time",
+                    where=str(self._checkpoint.path),
+                    found=f"{bits:.2f} bits a weight",
+                    allowed="weights of 16 bits or more",
+                    hint="Set quantizer.allow_lossy: true to do so all the same, take the model's full weights, or "
+                    "quantizer none, which reads them dequantized.",
+                )
+
+    def _tensors_of(self, name: str, shape: tuple[int, ...]) -> list[str]:
+        """The tensors of the files that the layer's weight comes from."""
+        own = f"{name}.weight"
+        if own in self._checkpoint:
+            return [own]
+        # A tied output layer has no tensor of its own: it is the table of embeddings, the only one of its shape.
+        return [other for other in self._checkpoint.names() if tuple(self._checkpoint.shape(other)) == shape]
+
+    # --- books -------------------------------------------------------------------------------------------------------
+
+    def _rule(self, name: str) -> str | None:
+        rule = self._quantizer.rule_for(name) if isinstance(self._quantizer, RuledQuantizer) else None
+        return None if rule is None else rule.pattern
+
+    def _chosen(self, name: str) -> Quantizer:
+        return self._quantizer.quantizer_for(name) if isinstance(self._quantizer, RuledQuantizer) else self._quantizer
+
+    def _label_of(self, name: str) -> str:
+        rule = self._quantizer.rule_for(name) if isinstance(self._quantizer, RuledQuantizer) else None
+        return self._label if rule is None else rule.label
+
+    def _enter(self, name: str, module: nn.Module, num_weights: int, full_bytes: int, is_packed: bool) -> None:
+        if isinstance(module, PackedLinear):
+            num_bytes = module.packed.num_bytes
+        elif is_packed:
+            held = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+            num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+        else:
+            num_bytes = full_bytes
+        label = self._label_of(name)
+        self.converted.append(Converted(name, label, self._rule(name), num_weights, full_bytes, num_bytes, is_packed))
+
+
+def _packs(quantizer: Quantizer) -> bool:
+    return quantizer.declares().weights is not None
+
+
+def check_finite(name: str, linear: nn.Linear) -> None:
+    """Raise ConfigError when a layer's weights hold a NaN or an infinity: no scale fits those."""
+    weight = linear.weight.detach()
+    if weight.device.type == "meta":
+        return
+    wrong = sum(int((~torch.isfinite(rows)).sum()) for rows in weight.split(4096))
+    if wrong:
+        raise ConfigError(
+            f"{wrong} of the {weight.numel()} weights are NaN or infinite, and can't be quantized",
+            where=name,
+            hint=f"Fetch the model again; or keep the layer as it is with a rule: quantizer.rules: {{{name}: none}}.",
+        )
+
+
+def _some(names: Sequence[str] | object, most: int = 6) -> str:
+    listed = list(names)  # type: ignore[call-overload]
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+
+
+def _why_unused(pattern: str, matched: list[str]) -> str:
+    if matched:
+        return f"the rule decides about no layer: an earlier one has {_some(matched, 3)} already"
+    return "the pattern matches no layer of this model"
+
+
+def _did_you_mean(pattern: str, names: list[str]) -> str | None:
+    """The stretch of a layer's name that is spelt most like the pattern."""
+    length = len(pattern.split("."))
+    parts = [name.split(".") for name in names]
+    stretches = {".".join(p[place : place + length]) for p in parts for place in range(len(p) - length + 1)}
+    close = nearest(pattern, sorted(stretches))
+    return f"Did you mean {close!r}?" if close else None
