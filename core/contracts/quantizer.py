@@ -156,9 +156,7 @@ class Calibrates(Protocol):
         """Most memory that :meth:`input_factors` or :meth:`pack` takes for a weight of this size, beside the weight,
         the statistics and the packed weight. Pure; it is told before the run, and kept."""
 
-    def input_factors(
-        self, weights_OI: Mapping[str, torch.Tensor], statistics: InputStatistics
-    ) -> torch.Tensor | None:
+    def input_factors(self, weights_OI: Mapping[str, torch.Tensor], statistics: InputStatistics) -> torch.Tensor | None:
         """A positive factor for each channel of an input, [I]: the weights are multiplied by it and the input is
         divided by it, so that the product stays what it was. None leaves both alone.
 
