@@ -21,6 +21,7 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000
 _PLAIN_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_ITEM_BYTES = {**_PLAIN_DTYPES, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
 _SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -41,9 +42,13 @@ class SafetensorsCheckpoint(Checkpoint):
         self.path = path
         self.config = read_json(path / "config.json")
         self.generation_config = read_json(path / "generation_config.json", optional=True)
-        self._refuse_quantized()
         self._tensors = _read_all_headers(path)
         self._handles: dict[Path, Any] = {}
+
+    @property
+    def headers(self) -> Mapping[str, StoredTensor]:
+        """Where each tensor lies, by name."""
+        return self._tensors
 
     def names(self) -> Sequence[str]:
         return tuple(self._tensors)
@@ -67,8 +72,12 @@ class SafetensorsCheckpoint(Checkpoint):
                 allowed=_PLAIN_DTYPES,
                 hint="Use the unquantized checkpoint of this model, or a GGUF file",
             )
-        tensor: torch.Tensor = self._handle(stored.file).get_tensor(name)
-        return tensor.to(dtype)
+        return self.stored(name).to(dtype)
+
+    def stored(self, name: str) -> torch.Tensor:
+        """One tensor in the type in which it is stored; it may share memory with the mapped file."""
+        tensor: torch.Tensor = self._handle(self._stored(name).file).get_tensor(name)
+        return tensor
 
     def stored_bits(self, name: str) -> float | None:
         stored = self._stored(name)
@@ -96,17 +105,6 @@ class SafetensorsCheckpoint(Checkpoint):
             self._handles[file] = safe_open(file, framework="pt")
         return self._handles[file]
 
-    def _refuse_quantized(self) -> None:
-        quantization = self.config.get("quantization_config")
-        if quantization is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-            raise LoaderError(
-                "the weights are stored quantized, in a format that this loader does not read",
-                where=str(self.path / "config.json"),
-                found=method,
-                hint="Use the unquantized checkpoint of this model, or a GGUF file",
-            )
-
 
 class SafetensorsLoader(Loader):
     """Reads config.json, model.safetensors (or its shards) and tokenizer.json from a folder."""
@@ -121,8 +119,13 @@ class SafetensorsLoader(Loader):
         # Claimed so that `open` can say why it is refused, rather than no one knowing the folder.
         return _pickles(names) and not any(name.endswith(".gguf") for name in names)
 
-    def open(self, path: Path) -> SafetensorsCheckpoint:
-        return SafetensorsCheckpoint(path)
+    def open(self, path: Path) -> Checkpoint:
+        files = SafetensorsCheckpoint(path)
+        if files.config.get("quantization_config") is None:
+            return files
+        from drivetrain.plugins.loader.quantized import QuantizedCheckpoint
+
+        return QuantizedCheckpoint(files)
 
 
 def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
@@ -237,7 +240,7 @@ def _stored_tensor(path: Path, entry: Mapping[str, Any]) -> StoredTensor:
     dtype = str(entry["dtype"])
     if not 0 <= begin <= end or min(shape, default=0) < 0:
         raise ValueError(f"offsets {begin}..{end} and shape {shape} make no sense")
-    if dtype in _PLAIN_DTYPES and math.prod(shape) * _PLAIN_DTYPES[dtype] != end - begin:
+    if dtype in _ITEM_BYTES and math.prod(shape) * _ITEM_BYTES[dtype] != end - begin:
         raise ValueError(f"a {dtype} tensor of shape {shape} does not take {end - begin} bytes")
     return StoredTensor(path, dtype, shape, end - begin)
 

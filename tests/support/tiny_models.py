@@ -30,7 +30,7 @@ _CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 48,
     "intermediate_size": 80,
@@ -70,7 +70,7 @@ def tiny_configs() -> dict[str, PretrainedConfig]:
     t = transformers
 
     def make(cls: type[PretrainedConfig], architecture: str, **changes: Any) -> PretrainedConfig:
-        return cls(**{**_COMMON, **changes}, architectures=[architecture])
+        return cls(**{**COMMON, **changes}, architectures=[architecture])
 
     def llama(**changes: Any) -> PretrainedConfig:
         return make(t.LlamaConfig, "LlamaForCausalLM", **changes)
@@ -137,7 +137,7 @@ def other_tiny_configs() -> dict[str, PretrainedConfig]:
     t = transformers
 
     def make(cls: type[PretrainedConfig], architecture: str, **changes: Any) -> PretrainedConfig:
-        return cls(**{**_COMMON, **changes}, architectures=[architecture])
+        return cls(**{**COMMON, **changes}, architectures=[architecture])
 
     gpt2 = {"n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 256, "vocab_size": VOCAB_SIZE}
     ends = {"bos_token_id": BOS, "eos_token_id": EOS}
@@ -193,6 +193,12 @@ def save_tiny(name: str, folder: Path, seed: int = 0) -> Any:
     model = tiny_model(config, seed)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
+    save_tiny_tokenizer(folder)
+    return model
+
+
+def save_tiny_tokenizer(folder: Path) -> None:
+    """Write ``tokenizer.json`` and its settings."""
     tiny_tokenizer().save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -202,7 +208,6 @@ def save_tiny(name: str, folder: Path, seed: int = 0) -> Any:
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return model
 
 
 class FolderCheckpoint(Checkpoint):

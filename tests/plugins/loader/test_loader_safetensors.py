@@ -157,10 +157,10 @@ def test_other_single_files_are_no_model(tmp_path: Path) -> None:
         open_folder(tmp_path)
 
 
-def test_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
+def test_checkpoints_quantized_in_an_unknown_way_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptk"}}))
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(LoaderError, match="'gptq'"):
+    with pytest.raises(LoaderError, match=r"'gptk'.*Did you mean 'gptq'"):
         open_folder(tmp_path)
 
 
