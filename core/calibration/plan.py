@@ -114,11 +114,16 @@ def _layer_bytes(
     reading = _COPIES_WHILE_READING * max(parameter.numel() for parameter in layer.parameters()) * _FLOAT32
     work = packed = grams = 0
     for name, (rows, width) in sizes.items():
-        quantizer = quantizers.get(f"{prefix}.{name}")
+        full_name = f"{prefix}.{name}"
+        quantizer = quantizers.get(full_name)
         if not _packs(quantizer):
             continue
         assert quantizer is not None
-        own = quantizer.work_bytes(rows, width) if isinstance(quantizer, Calibrates) else 2 * rows * width * _FLOAT32
+        own = (
+            quantizer.work_bytes(full_name, rows, width)
+            if isinstance(quantizer, Calibrates)
+            else 2 * rows * width * _FLOAT32
+        )
         # Beside what the quantizer takes: the weight in float32 twice, before and as it is decoded.
         work = max(work, own + 2 * rows * width * _FLOAT32)
         packed += int(rows * width * (quantizer.bits_per_weight() or 8 * dtype.itemsize) / 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -13,7 +14,7 @@ from typing import Any, cast
 import torch
 
 from drivetrain import __version__
-from drivetrain.assembly import Parts, resolve_parts
+from drivetrain.assembly import Parts, apply_rules, resolve_parts
 from drivetrain.binding import KernelBinder, kernel_providers
 from drivetrain.calibration.layers import LayerByLayer
 from drivetrain.calibration.plan import CalibrationPlan, groups_of, make_plan
@@ -29,7 +30,7 @@ from drivetrain.errors import ConfigError
 from drivetrain.evaluation.text import opening_of, read_tokens
 from drivetrain.packed.conversion import Conversion
 from drivetrain.packed.rules import RuledQuantizer
-from drivetrain.registry.selection import AUTO
+from drivetrain.registry.selection import AUTO, Selector
 from drivetrain.serving.tokenizer import Tokenizer
 
 DEFAULT_TOKENS = 16384
@@ -38,7 +39,7 @@ DEFAULT_CONTEXT = 512
 _LEAST_TOKENS = 128
 """Fewer say next to nothing about a layer's inputs."""
 
-_LEFT_OUT = ("frontend", "scheduler", "partitioner", "checkpoint", "store")
+_LEFT_OUT = ("frontend", "scheduler", "partitioner", "checkpoint", "store", "quantizer")
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def quantize_model(
     parts = resolve_parts(settings, purpose=Purpose.TRAIN, progress=progress, leave_out=_LEFT_OUT)
     if parts.checkpoint is None:
         raise ConfigError("no model is named", hint="Name one, for example smollm2-135m.")
+    _choose_quantizer(parts)
     return _Quantizing(parts, parts.checkpoint, options, progress).run(planned)
 
 
@@ -97,6 +99,24 @@ def _check_out(out: Path) -> None:
             found=str(out),
             hint="Remove it, or name another.",
         )
+
+
+def _choose_quantizer(parts: Parts) -> None:
+    """Choose what packs, of those that make packed weights of full ones."""
+    request = parts.settings.parts.get("quantizer")
+    if request is None or request.name in ("none", AUTO):
+        raise ConfigError(
+            "no quantizer is named",
+            where="--quantizer",
+            found=None if request is None else request.name,
+            hint="Name one, for example awq; drivetrain plugins list --kind quantizer lists them.",
+        )
+    selector = Selector(parts.registry, {"quantizer": request})
+    context = dataclasses.replace(parts.context, purpose=Purpose.QUANTIZE)
+    quantizer = cast(Quantizer, selector.choose("quantizer", context))
+    parts.plugins["quantizer"] = apply_rules(quantizer, parts.registry, context, request.origin)
+    selections = (*parts.report.selections, selector.report["quantizer"])
+    parts.report = dataclasses.replace(parts.report, selections=selections)
 
 
 class _Quantizing:

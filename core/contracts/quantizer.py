@@ -152,9 +152,12 @@ class Calibrates(Protocol):
     wants_gram: bool
     """Whether ``gram_II`` is needed."""
 
-    def work_bytes(self, out_features: int, in_features: int) -> int:
+    def work_bytes(self, name: str, out_features: int, in_features: int) -> int:
         """Most memory that :meth:`input_factors` or :meth:`pack` takes for a weight of this size, beside the weight,
-        the statistics and the packed weight. Pure; it is told before the run, and kept."""
+        the statistics and the packed weight. Pure; asked for every layer before the first is read.
+
+        Raises ConfigError that names the layer where its sizes don't fit: a group that does not divide I.
+        """
 
     def input_factors(self, weights_OI: Mapping[str, torch.Tensor], statistics: InputStatistics) -> torch.Tensor | None:
         """A positive factor for each channel of an input, [I]: the weights are multiplied by it and the input is
@@ -168,8 +171,8 @@ class Calibrates(Protocol):
     def pack(self, name: str, weight_OI: torch.Tensor, statistics: InputStatistics) -> PackedWeight:
         """The packed weight of one layer, for the input that ``statistics`` describes.
 
-        Deterministic. Raises ConfigError that names the layer for a weight that can't be packed: a group size that does
-        not divide I.
+        Deterministic; ``weight_OI`` (float32) is left as it is. Raises ConfigError that names the layer for a weight that
+        can't be packed.
         """
 
 
