@@ -59,6 +59,9 @@ _log = logging.getLogger("drivetrain")
 _KV_SHARE = {"cpu": 0.25}
 """Share of the free memory that ``kv_memory: auto`` may take; devices that do nothing else give 0.9."""
 
+_NOT_QUANTIZED = "none"
+"""The quantizer that quantizes nothing."""
+
 _SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -180,6 +183,8 @@ class _Resolution:
         if reason:
             self.selector.leave_open(kind, reason)
             return
+        if kind == "quantizer":
+            prefer_quantizer(self.selector, self.context)
         plugin = self._choose(kind)
         self.parts.plugins[kind] = plugin
         self._observers.notify("part_selected", selection=self.selector.report[kind])
@@ -275,6 +280,16 @@ class _Resolution:
     def _settle_quantizer(self, quantizer: Quantizer) -> None:
         origin = self.selector.request("quantizer").origin
         self.parts.plugins["quantizer"] = apply_rules(quantizer, self._registry, self.context, origin)
+
+
+def prefer_quantizer(selector: Selector, context: ProbeContext) -> None:
+    """Have weights left as they are where no quantizer is named: full ones in full, and packed ones packed, where the
+    files were made for that. Training needs the full ones."""
+    files = context.checkpoint
+    if files is not None and files.packed_by is not None and files.is_packed_first and context.purpose is Purpose.SERVE:
+        selector.prefer({"quantizer": (files.packed_by, _NOT_QUANTIZED)}, "the files'")
+    else:
+        selector.prefer({"quantizer": (_NOT_QUANTIZED,)}, "the core's")
 
 
 def apply_rules(quantizer: Quantizer, registry: Registry, context: ProbeContext, origin: str) -> Quantizer:
@@ -460,6 +475,9 @@ def build_model(
     context = BuildContext(parts.platform.device(), dtype, binder.bind, conversion, progress)
     model = parts.model.build(parts.checkpoint, context)
     conversion.check_rules()
+    note = conversion.note()
+    if note is not None and note not in parts.notes:
+        parts.notes.append(note)
     if isinstance(model, torch.nn.Module):
         binder.ledger = ledger_of(parts.model, model, conversion, parts.checkpoint)
     bind_packed(model, binder.bind, dtype)

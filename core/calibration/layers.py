@@ -130,7 +130,7 @@ class LayerByLayer:
         module, prefix = self._model.load_layer(number), self._model.layer_name(number)
         groups = input_groups(module, self._model.spec.attention.layers[number])
         quantizers = {
-            name: self._conversion.admit(f"{prefix}.{name}", _linear(module, name))
+            name: self._conversion.admit(f"{prefix}.{name}", _linear(module, name), calibrates=True)
             for group in groups
             for name in group.linears
         }

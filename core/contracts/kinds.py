@@ -74,7 +74,7 @@ _ORDERED = (
         default="dcp",
         purposes=("train",),
     ),
-    Kind("quantizer", "drivetrain.contracts.quantizer:Quantizer", "the formats of weights", default="none"),
+    Kind("quantizer", "drivetrain.contracts.quantizer:Quantizer", "the formats of weights"),
     Kind("attention", "drivetrain.contracts.attention:AttentionBackend", "KV layout, and attention over it", minor=1),
     Kind(
         "kernels",

@@ -46,9 +46,10 @@ class Checkpoint(ABC):
     path:              the folder or file that was opened.
     config:            the model's configuration with the keys of its Hugging Face ``config.json``.
     generation_config: defaults for sampling with the keys of ``generation_config.json``; may be empty.
-    packed_by:         name of the quantizer whose packed layers the files hold and that is meant to use them, so that
-                       it is the first choice; None where the weights are full, or packed for the files' sake only.
-    why_not_packed:    why none of those layers can be used as it is; None where they can.
+    packed_by:         name of the quantizer that uses the files' packed layers as they are; None without such layers.
+    why_not_packed:    why that quantizer can't; None where it can.
+    is_packed_first:   whether it is the first choice when no quantizer is named: where the files were made to be used
+                       so, and dequantizing them needs to be asked for.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class Checkpoint(ABC):
     generation_config: Mapping[str, Any]
     packed_by: str | None = None
     why_not_packed: str | None = None
+    is_packed_first: bool = False
 
     is_resident: ClassVar[bool] = False
     """Whether the tensors lie in memory already, so that handing one out takes none."""

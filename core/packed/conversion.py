@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from drivetrain.contracts.loader import Checkpoint
-from drivetrain.contracts.quantizer import Declaration, Quantizer, TakesStored
+from drivetrain.contracts.quantizer import FULL, Declaration, Quantizer, TakesStored
 from drivetrain.errors import ConfigError, nearest
 from drivetrain.packed.layers import PackedLinear
 from drivetrain.packed.rules import RuledQuantizer
@@ -54,6 +54,7 @@ class Conversion(Quantizer):
         self._quantizer, self._label, self._checkpoint = quantizer, label, checkpoint
         self.converted: list[Converted] = []
         self._kept_tables: set[str] = set()
+        self._dequantized: list[str] = []
 
     # --- what a model asks -------------------------------------------------------------------------------------------
 
@@ -64,8 +65,11 @@ class Conversion(Quantizer):
         return self._quantizer.declares()
 
     def convert(self, name: str, linear: nn.Linear) -> nn.Module:
-        module = self.admit(name, linear).convert(name, linear)
+        chosen = self.admit(name, linear)
+        module = chosen.convert(name, linear)
         self.enter(name, linear, module)
+        if isinstance(chosen, TakesStored) and module is linear and self._stored_bits(name, tuple(linear.weight.shape)):
+            self._dequantized.append(name)
         return module
 
     def takes(self, name: str, stored: PackedWeight) -> bool:
@@ -88,10 +92,13 @@ class Conversion(Quantizer):
 
     # --- what a calibration asks -------------------------------------------------------------------------------------
 
-    def admit(self, name: str, linear: nn.Linear) -> Quantizer:
-        """The quantizer that has this layer, once its weights have been checked. Raises ConfigError."""
+    def admit(self, name: str, linear: nn.Linear, *, calibrates: bool = False) -> Quantizer:
+        """The quantizer that has this layer, once its weights have been checked. Raises ConfigError.
+
+        calibrates: full weights are packed by quantizers too that otherwise take packed ones.
+        """
         chosen = self.quantizer_for(name)
-        if _packs(chosen):
+        if _rounds(chosen) or (calibrates and _packs(chosen)):
             self._refuse_lossy(name, tuple(linear.weight.shape), chosen)
             check_finite(name, linear)
         return chosen
@@ -105,6 +112,18 @@ class Conversion(Quantizer):
     def quantizer_for(self, name: str) -> Quantizer:
         """The quantizer of a layer: that of the first rule that matches its name, or the base."""
         return self._quantizer.quantizer_for(name) if isinstance(self._quantizer, RuledQuantizer) else self._quantizer
+
+    # --- what a user should know -------------------------------------------------------------------------------------
+
+    def note(self) -> str | None:
+        """Which layers were dequantized although packed ones were asked for; None when all were used as stored."""
+        if not self._dequantized:
+            return None
+        listed = _some(self._dequantized, 3)
+        return (
+            f"{len(self._dequantized)} of {len(self.converted)} layers are stored in a form that no operation "
+            f"multiplies by, and were dequantized: {listed}"
+        )
 
     # --- what is checked ---------------------------------------------------------------------------------------------
 
@@ -139,6 +158,11 @@ class Conversion(Quantizer):
                     "quantizer none, which reads them dequantized.",
                 )
 
+    def _stored_bits(self, name: str, shape: tuple[int, ...]) -> float | None:
+        """Bits that one weight of the layer takes in the files, where it is quantized there."""
+        found = (self._checkpoint.stored_bits(tensor) for tensor in self._tensors_of(name, shape))
+        return next((bits for bits in found if bits is not None), None)
+
     def _tensors_of(self, name: str, shape: tuple[int, ...]) -> list[str]:
         """The tensors of the files that the layer's weight comes from."""
         own = f"{name}.weight"
@@ -171,6 +195,11 @@ class Conversion(Quantizer):
 
 def _packs(quantizer: Quantizer) -> bool:
     return quantizer.declares().weights is not None
+
+
+def _rounds(quantizer: Quantizer) -> bool:
+    """Whether it packs full weights, and does not only use those that are packed in the files."""
+    return _packs(quantizer) and FULL in quantizer.declares().starts_from
 
 
 def check_finite(name: str, linear: nn.Linear) -> None:

@@ -86,8 +86,8 @@ class Selection:
     """The choice for one kind.
 
     reason:   why this one, in a sentence.
-    fallback: set when a candidate broke (where it would have ranked can't be known), refused although the platform
-              prefers it, or could not make what it was chosen for.
+    fallback: set when a candidate broke that might have ranked above, refused although it is preferred, or could not
+              make what it was chosen for.
     measured: what the machine's record of measurements says; empty for a kind that is not measured.
     """
 
@@ -316,7 +316,8 @@ class Selector:
     def __init__(self, registry: Registry, requests: Mapping[str, PartRequest]) -> None:
         self._registry = registry
         self._requests = requests
-        self._preferences: Mapping[str, tuple[str, ...]] = {}
+        self._preferences: dict[str, tuple[str, ...]] = {}
+        self._whose: dict[str, str] = {}
         self._standings: dict[str, Callable[[PluginRef], Standing]] = {}
         self._measured: dict[str, str] = {}
         self._selections: list[Selection] = []
@@ -330,9 +331,10 @@ class Selector:
     def request(self, kind: str) -> PartRequest:
         return self._requests.get(kind) or PartRequest(kind, KINDS[kind].default)
 
-    def prefer(self, preferences: Mapping[str, tuple[str, ...]]) -> None:
-        """Rank by the chosen platform's preferences from here on."""
-        self._preferences = preferences
+    def prefer(self, preferences: Mapping[str, tuple[str, ...]], whose: str = "the platform's") -> None:
+        """Rank the candidates of these kinds by preference from here on; ``whose`` it is, is told with the choice."""
+        self._preferences.update(preferences)
+        self._whose.update(dict.fromkeys(preferences, whose))
 
     def rank_by(self, kind: str, standing: Callable[[PluginRef], Standing], measured: str) -> None:
         """Rank the candidates of ``kind`` by measurement too; ``measured`` says of what measurements."""
@@ -446,7 +448,7 @@ class Selector:
             return f"the only candidate that can work here: {best.probe.reason}"
         if best.ref.name in self._preferences.get(kind, ()):
             order = ", ".join(self._preferences[kind])
-            return f"first in the platform's order of preference ({order}) of those that can work here"
+            return f"first in {self._whose[kind]} order of preference ({order}) of those that can work here"
         second = eligible[1]
         reason = self._why_above(best, second)
         if self._standing(best.ref).score != self._standing(second.ref).score:
@@ -457,7 +459,7 @@ class Selector:
         """Which rule put ``better`` before ``worse``, both of which can work here."""
         if self._preference(better.ref) != self._preference(worse.ref):
             order = ", ".join(self._preferences[better.ref.kind])
-            return f"the platform's order of preference is {order}"
+            return f"{self._whose[better.ref.kind]} order of preference is {order}"
         mine, theirs = self._standing(better.ref), self._standing(worse.ref)
         if mine.score != theirs.score:
             return f"{better.ref.name!r} is {mine.text}; {worse.ref.name!r} is {theirs.text}"
@@ -469,7 +471,7 @@ class Selector:
         passed = [
             p
             for p in refused
-            if p.probe.code == "broken"
+            if (p.probe.code == "broken" and self._preference(p.ref) <= self._preference(best.ref))
             or (
                 p.ref.name in self._preferences.get(p.ref.kind, ())
                 and self._preference(p.ref) < self._preference(best.ref)

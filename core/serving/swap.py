@@ -28,6 +28,7 @@ from drivetrain.assembly import (
     apply_rules,
     build_model,
     make_kv,
+    prefer_quantizer,
     rank_kernels,
     weigh_model,
     with_fallbacks,
@@ -266,6 +267,7 @@ def _choose(stack: ServingStack, requests: Mapping[str, PartRequest]) -> tuple[d
     parts = stack.parts
     selector = Selector(parts.registry, dict(requests))
     selector.prefer(parts.platform.preferences)
+    prefer_quantizer(selector, parts.context)
     rank_kernels(selector, parts.kernel_record, parts.context)
     names = parts.report.chosen_names
     context = dataclasses.replace(parts.context, chosen={k: v for k, v in names.items() if k not in requests})

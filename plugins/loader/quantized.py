@@ -27,6 +27,8 @@ class QuantizedCheckpoint(Checkpoint):
     other on construction; their data is read when a weight is asked for, one layer at a time.
     """
 
+    is_packed_first = True
+
     def __init__(self, files: SafetensorsCheckpoint) -> None:
         self.path = files.path
         self.generation_config = files.generation_config
@@ -62,6 +64,14 @@ class QuantizedCheckpoint(Checkpoint):
             return None
         weight = self._weight(name)
         return None if weight.reason else weight.packed()
+
+    def stored_bits(self, name: str) -> float | None:
+        if name not in self._shapes:
+            return self._files.stored_bits(name)
+        rows, inputs = self._shapes[name]
+        layer = name.removesuffix(".weight")
+        num_bytes = sum(self._files.headers[f"{layer}.{part}"].num_bytes for part in self._layers[layer].headers)
+        return 8 * num_bytes / (rows * inputs)
 
     def tokenizer(self) -> TokenizerData:
         return self._files.tokenizer()

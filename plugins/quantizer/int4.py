@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 Grid = tuple[torch.Tensor, torch.Tensor]
 """Scales and minima, each [N, G]."""
 
-MakeGrid = Callable[[torch.Tensor, float], Grid]
 FitGrid = Callable[[torch.Tensor, torch.Tensor], Grid]
+"""Weights and their codes, each [N, G, g] -> the grid with the least squared error for these codes."""
 
 _MOST = 15
 """The largest of the 16 codes."""
@@ -32,7 +32,7 @@ _MOST = 15
 _CENTRE = 8
 """The code of zero where codes are symmetric."""
 
-_SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7)
+_SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7)
 """Shares of a group's range that the search tries: a narrower range rounds most weights finer, and cuts the largest."""
 
 
@@ -114,19 +114,18 @@ def pack_int4(
     scale_dtype: torch.dtype = torch.float16,
 ) -> PackedWeight:
     """The weight in the layout of ``linear_int4``; ``group`` divides I."""
-    grid = _symmetric_grid if is_symmetric else _asymmetric_grid
-    fit = _fit_symmetric if is_symmetric else _fit_asymmetric
-    tensors = pack_rows(weight_OI, partial(_pack_groups, group, grid, fit if searches else None, scale_dtype))
-    return PackedWeight("linear_int4", tensors, *weight_OI.shape, params={"group": group})
+    packs = partial(_pack_groups, group, is_symmetric, searches, scale_dtype)
+    return PackedWeight("linear_int4", pack_rows(weight_OI, packs), *weight_OI.shape, params={"group": group})
 
 
 def _pack_groups(
-    group: int, make_grid: MakeGrid, fit: FitGrid | None, scale_dtype: torch.dtype, weight_NI: torch.Tensor
+    group: int, is_symmetric: bool, searches: bool, scale_dtype: torch.dtype, weight_NI: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     weight_NGg = weight_NI.unflatten(1, (-1, group))
-    grid = _rounded(make_grid(weight_NGg, 1.0), scale_dtype)
-    if fit is not None:
-        grid = _best_grid(weight_NGg, grid, make_grid, fit, scale_dtype)
+    whole = _symmetric_grid(weight_NGg) if is_symmetric else _asymmetric_grid(weight_NGg)
+    grid = _rounded(whole, scale_dtype)
+    if searches:
+        grid = _best_grid(weight_NGg, whole, _fit_symmetric if is_symmetric else _fit_asymmetric, scale_dtype)
     codes_NI = _codes(weight_NGg, grid).to(torch.uint8).flatten(1)
     return {
         "weight": codes_NI[:, ::2] | (codes_NI[:, 1::2] << 4),
@@ -135,18 +134,25 @@ def _pack_groups(
     }
 
 
-def _asymmetric_grid(weight_NGg: torch.Tensor, share: float) -> Grid:
-    """16 codes from the smallest to the largest weight, or over ``share`` of that range around its middle."""
+def _asymmetric_grid(weight_NGg: torch.Tensor) -> Grid:
+    """16 codes from the smallest to the largest weight."""
     low_NG, high_NG = weight_NGg.amin(-1), weight_NGg.amax(-1)
-    middle_NG, half_NG = (low_NG + high_NG) / 2, (high_NG - low_NG) / 2 * share
-    return half_NG * 2 / _MOST, middle_NG - half_NG
+    return (high_NG - low_NG) / _MOST, low_NG
 
 
-def _symmetric_grid(weight_NGg: torch.Tensor, share: float) -> Grid:
+def _symmetric_grid(weight_NGg: torch.Tensor) -> Grid:
     """Codes -8 .. 7 times a scale whose sign gives -8 to the weight that is the furthest from zero."""
-    furthest_NG1 = weight_NGg.gather(-1, weight_NGg.abs().argmax(-1, keepdim=True))
-    scales_NG = furthest_NG1.squeeze(-1) * (share / -_CENTRE)
+    low_NG, high_NG = weight_NGg.amin(-1), weight_NGg.amax(-1)
+    scales_NG = torch.where(-low_NG > high_NG, low_NG, high_NG) / -_CENTRE
     return scales_NG, -_CENTRE * scales_NG
+
+
+def _narrowed(grid: Grid, share: float, is_symmetric: bool) -> Grid:
+    """The grid over ``share`` of its range: around zero, or around the middle of the group."""
+    scales_NG, mins_NG = grid
+    if is_symmetric:
+        return scales_NG * share, mins_NG * share
+    return scales_NG * share, mins_NG + scales_NG * (_MOST * (1 - share) / 2)
 
 
 def _rounded(grid: Grid, dtype: torch.dtype) -> Grid:
@@ -168,16 +174,15 @@ def _error(weight_NGg: torch.Tensor, grid: Grid) -> torch.Tensor:
     return (_codes(weight_NGg, grid) * scales_NG1 + mins_NG1 - weight_NGg).square_().sum(-1)
 
 
-def _best_grid(
-    weight_NGg: torch.Tensor, first: Grid, make_grid: MakeGrid, fit: FitGrid, scale_dtype: torch.dtype
-) -> Grid:
-    """Of ``first`` and the grids over narrower ranges, as they are and fitted to the codes that they give, the one with
-    the least squared error, group by group. Never worse than ``first``."""
-    best, least_NG = first, _error(weight_NGg, first)
-    for share in _SHRINKS:
-        made = _rounded(make_grid(weight_NGg, share), scale_dtype)
-        fitted = _rounded(fit(weight_NGg, _codes(weight_NGg, made)), scale_dtype)
-        for grid in (made, fitted):
+def _best_grid(weight_NGg: torch.Tensor, whole: Grid, fit: FitGrid, scale_dtype: torch.dtype) -> Grid:
+    """Of the grids over the whole range and over narrower ones, as they are and fitted to the codes that they give, the
+    one with the least squared error, group by group: never worse than the whole range rounded to nearest."""
+    best = _rounded(whole, scale_dtype)
+    least_NG = _error(weight_NGg, best)
+    for share in _SHARES:
+        narrowed = _rounded(_narrowed(whole, share, fit is _fit_symmetric), scale_dtype)
+        fitted = _rounded(fit(weight_NGg, _codes(weight_NGg, narrowed)), scale_dtype)
+        for grid in (narrowed, fitted):
             error_NG = _error(weight_NGg, grid)
             is_better_NG = error_NG < least_NG
             least_NG = torch.where(is_better_NG, error_NG, least_NG)

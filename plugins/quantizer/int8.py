@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def round_rows(weight_NI: torch.Tensor) -> dict[str, torch.Tensor]:
     """Each row rounded to the nearest of 255 multiples of its largest weight / 127."""
     # A row of zeros has no scale of its own; any will do, but not 0.
-    scales_N = weight_NI.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    scales_N = (weight_NI.abs().amax(dim=1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
     rounded_NI = (weight_NI / scales_N.unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8)
     return {"weight": rounded_NI, "scales": scales_N}
 

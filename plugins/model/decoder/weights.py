@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
@@ -21,8 +21,10 @@ _HARMLESS_SUFFIXES = ("rotary_emb.inv_freq",)
 _SHOWN = 8
 
 
+@runtime_checkable
 class PacksRows(Protocol):
-    """A table of embeddings that can be looked up in the packed weight of the layer that is tied to it."""
+    """A table of embeddings that can be looked up in a packed weight: that of the layer that is tied to it, or its own,
+    as the files hold it."""
 
     def packed_with(self, packed: PackedWeight, dtype: torch.dtype) -> PackedEmbedding:
         """What takes its place."""
@@ -126,9 +128,14 @@ class _Loading:
 
     def _load_part(self, prefix: str, part: nn.Module) -> None:
         stored = _stored(self._checkpoint, prefix, f"{prefix}.weight", part, self._context)
+        if stored is not None and isinstance(part, PacksRows) and not self._shares(prefix):
+            stored = None
         self._load_parameters(prefix, part, leave_out=("weight",) if stored is not None else ())
         if isinstance(part, nn.Linear):
             self._convert(prefix, part, stored)
+        elif stored is not None:
+            table = cast(PacksRows, part)
+            self._module.set_submodule(prefix, table.packed_with(stored, self._context.dtype))
 
     def _load_tied(self, name: str, table: nn.Module, user_name: str) -> None:
         """A table and the output layer that is tied to it."""
@@ -174,8 +181,8 @@ def read_parameters(module: nn.Module, prefix: str, checkpoint: Checkpoint, cont
 def _stored(
     checkpoint: Checkpoint, name: str, tensor: str, part: nn.Module, context: BuildContext
 ) -> PackedWeight | None:
-    """The layer's weight as the files hold it, on the device, where the quantizer uses it so."""
-    if not isinstance(part, nn.Linear) or not isinstance(context.quantizer, TakesStored):
+    """The weight of a layer or a table as the files hold it, on the device, where the quantizer uses it so."""
+    if not isinstance(part, nn.Linear | PacksRows) or not isinstance(context.quantizer, TakesStored):
         return None
     stored = checkpoint.packed(tensor)
     if stored is None or not context.quantizer.takes(name, stored):

@@ -304,14 +304,15 @@ def compressed_tensors(
             where=name,
             hint="Use format gptq.",
         )
-    if packed.operation in ("linear_int3", "linear_int4", "linear_int8"):
+    if packed.operation in ("linear_int3", "linear_int4", "linear_int8", "linear_gguf"):
         return _packed_tensors(name, IntegerGrid.of(packed), zero_points)
     if packed.operation not in ("linear_w8a8", "linear_fp8", "linear_fp8a8"):
         raise ConfigError(
             f"layer {name} can't be stored as compressed-tensors",
             where=name,
             found=packed.operation,
-            allowed="linear_int3, linear_int4, linear_int8, linear_w8a8, linear_fp8, linear_fp8a8",
+            allowed="linear_int3, linear_int4, linear_int8, linear_w8a8, linear_fp8, linear_fp8a8, and linear_gguf of "
+            "type Q8_0",
         )
     tensors = {"weight": packed.tensors["weight"], "weight_scale": packed.tensors["scales"].unsqueeze(1).contiguous()}
     kind = "int" if packed.operation == "linear_w8a8" else "float"

@@ -136,6 +136,8 @@ class IntegerGrid:
             values, scales = tensors["weight"].view(torch.uint8) ^ 128, tensors["scales"].unsqueeze(1)
             zeros = torch.full_like(scales, 128, dtype=torch.uint8)
             return cls(8, values, scales, zeros, packed.order)
+        if packed.operation == "linear_gguf" and packed.params.get("type") == _Q8_0:
+            return cls._of_blocks(packed)
         if packed.operation == "linear_int4":
             weight = tensors["weight"]
             values = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(1)
@@ -147,10 +149,17 @@ class IntegerGrid:
             raise ConfigError(
                 "these weights are no integers with scales and zero points",
                 found=packed.operation,
-                allowed="linear_int3, linear_int4, linear_int8, linear_w8a8",
+                allowed="linear_int3, linear_int4, linear_int8, linear_w8a8, and linear_gguf of type Q8_0",
             )
         bits = 4 if packed.operation == "linear_int4" else 3
         return cls(bits, values, tensors["scales"], _zeros(tensors["scales"], tensors["mins"], bits), packed.order)
+
+    @classmethod
+    def _of_blocks(cls, packed: PackedWeight) -> IntegerGrid:
+        blocks = packed.tensors["blocks"].unflatten(1, (-1, 2 + _BLOCK))
+        scales_ON = blocks[..., :2].contiguous().view(torch.float16).squeeze(2)
+        values_OI = (blocks[..., 2:] ^ 128).flatten(1)
+        return cls(8, values_OI, scales_ON, torch.full_like(scales_ON, 128, dtype=torch.uint8), packed.order)
 
 
 _ZERO_ERROR = 0.1

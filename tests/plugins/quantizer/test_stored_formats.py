@@ -27,7 +27,7 @@ SCHEMES = [
     for bits in (3, 4, 8)
     for group in (32, None)
     for symmetric in (True, False)
-    if not (format == "awq" and bits != 4) and not (bits == 8 and (group or not symmetric))
+    if not (format == "awq" and bits != 4) and (bits < 8 or symmetric)
 ]
 
 
