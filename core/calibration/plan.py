@@ -7,7 +7,7 @@ are mapped into memory, so that the system may take their pages back.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch

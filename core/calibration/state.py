@@ -1,8 +1,9 @@
 """What a run leaves on the disk as it goes, so that one that was interrupted goes on where it was.
 
-A folder beside the output: ``run.json`` says what is being made of what; ``hidden-0`` and ``hidden-1`` hold what goes into
-a layer and what comes out of it, by turns; ``layer-00003.safetensors`` holds a finished layer. A layer's file appears, by
-renaming, once everything that it stands for is on the disk; until then the input of the layer is left as it was.
+A folder beside the output: ``run.json`` says what is being made of what; ``hidden-0`` and ``hidden-1`` hold what goes
+into a layer and what comes out of it, by turns; ``layer-00003.safetensors`` holds a finished layer. A layer's file
+appears, by renaming, once everything that it stands for is on the disk; until then the input of the layer is left as it
+was.
 
 Shapes: N tokens of all windows; E hidden size.
 """

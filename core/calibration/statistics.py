@@ -34,7 +34,8 @@ class _Collector:
         if not bool(torch.isfinite(sums_I).all()):
             wrong = int((~torch.isfinite(x_TI)).sum())
             raise CalibrationError(
-                f"{wrong} of the {x_TI.numel()} numbers that go into the layer are NaN or infinite, or too large to add up",
+                f"{wrong} of the {x_TI.numel()} numbers that go into the layer are NaN or infinite, or they are too "
+                "large to add up",
                 where=self._name,
                 found=f"largest finite {float(absolute_TI.nan_to_num(0, 0, 0).max()):.3g}",
                 hint="Run in another precision (--precision fp32), or check the model with drivetrain generate.",

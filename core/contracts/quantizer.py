@@ -171,8 +171,8 @@ class Calibrates(Protocol):
     def pack(self, name: str, weight_OI: torch.Tensor, statistics: InputStatistics) -> PackedWeight:
         """The packed weight of one layer, for the input that ``statistics`` describes.
 
-        Deterministic; ``weight_OI`` (float32) is left as it is. Raises ConfigError that names the layer for a weight that
-        can't be packed.
+        Deterministic; ``weight_OI`` (float32) is left as it is. Raises ConfigError that names the layer for a weight
+        that can't be packed.
         """
 
 

@@ -8,7 +8,7 @@ from drivetrain.plugins.quantizer.stored import StoredQuantizer
 
 
 class GptqQuantizer(CalibratesGptq, StoredQuantizer):
-    """Checkpoints in the GPTQ format, used packed: 3 and 4 bits in groups, and 8 bits; drivetrain quantize makes them."""
+    """Checkpoints in the GPTQ format, used packed: 3, 4 and 8 bits; drivetrain quantize makes them."""
 
     Config = GptqConfig
     config: GptqConfig

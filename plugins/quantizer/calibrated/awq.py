@@ -1,8 +1,8 @@
 """AWQ: inputs that are large get weights that are rounded finer.
 
-Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration" (2023): a channel's weights
-are multiplied by ``mean(|x|) ** ratio`` and its input is divided by it; the ratio is searched, and then how much of each
-group's range to cut. Errors are those of the layers' outputs, over all calibration tokens, by the second moments.
+Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration" (2023): a channel's
+weights are multiplied by ``mean(|x|) ** ratio`` and its input is divided by it; the ratio is searched, then how much
+of each group's range to cut. Errors are those of the layers' outputs over all calibration tokens, by second moments.
 
 Shapes: O output features; I input features; N groups of a row; g weights of a group.
 """

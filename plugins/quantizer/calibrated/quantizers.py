@@ -16,6 +16,7 @@ from drivetrain.contracts.quantizer import InputStatistics, QuantizerConfig
 from drivetrain.plugins.quantizer.calibrated.awq import awq_factors, awq_grid
 from drivetrain.plugins.quantizer.calibrated.gptq import gptq
 from drivetrain.plugins.quantizer.calibrated.grids import Rounding, check_group, check_range
+from drivetrain.plugins.quantizer.calibrated.smooth import smoothing_factors
 from drivetrain.plugins.quantizer.formats import write_quantized
 
 if TYPE_CHECKING:
@@ -65,6 +66,18 @@ class AwqConfig(GroupsConfig):
     )
 
 
+class SmoothConfig(QuantizerConfig):
+    """Options of the quantizer ``w8a8``."""
+
+    smoothing: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="how much of what is hard to round moves from the activations into the weights, for drivetrain "
+        "quantize; 0 for nothing",
+    )
+
+
 class SavesPacked:
     """Writes a model folder in one of the formats of :mod:`drivetrain.plugins.quantizer.formats`."""
 
@@ -80,6 +93,21 @@ class SavesPacked:
         wrote: Callable[[str, int], None],
     ) -> None:
         write_quantized(folder, source, packed, self.saves_as, changed=changed, notes=notes, wrote=wrote)
+
+
+class CalibratesSmooth(SavesPacked):
+    """SmoothQuant: factors for inputs, and weights that are rounded to nearest after them."""
+
+    config: Any
+
+    wants_gram = False
+
+    def work_bytes(self, name: str, out_features: int, in_features: int) -> int:
+        return 6 * _FLOAT32 * out_features * in_features
+
+    def input_factors(self, weights_OI: Mapping[str, torch.Tensor], statistics: InputStatistics) -> torch.Tensor | None:
+        strength = self.config.smoothing
+        return smoothing_factors(weights_OI.values(), statistics, strength) if strength else None
 
 
 class _CalibratesGroups(SavesPacked):

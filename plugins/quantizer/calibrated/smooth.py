@@ -1,6 +1,7 @@
 """SmoothQuant: what is hard to round in the activations moves into the weights.
 
-Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models" (2022), equation 4.
+Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models" (2022),
+equation 4.
 
 Shapes: O output features; I input features.
 """
