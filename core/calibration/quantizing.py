@@ -162,7 +162,7 @@ class _Quantizing:
         assert spec is not None
         if options.data is None:
             name = self._parts.report["quantizer"].chosen.name
-            raise ConfigError(f"quantizer {name!r} is calibrated on a text", where="--data", hint="Name a text file.")
+            raise ConfigError(f"quantizer {name!r} is calibrated on a text", where="--data", hint="Name a UTF-8 file.")
         context = options.context or min(DEFAULT_CONTEXT, spec.max_position)
         wanted = options.num_tokens or DEFAULT_TOKENS
         if context > spec.max_position:

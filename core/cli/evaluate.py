@@ -36,6 +36,14 @@ def perplexity(
             show_default=False,
         ),
     ] = None,
+    packed: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder that drivetrain quantize made of the model, to measure too. May be given several times.",
+            metavar="DIR",
+            show_default=False,
+        ),
+    ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=2, help="Tokens of the text. Default: 8192, or all.", show_default=False)
     ] = None,
@@ -68,7 +76,15 @@ def perplexity(
     from drivetrain.evaluation import compare_quantizers
 
     with show_progress() as progress:
-        found = compare_quantizers(settings, requests, data, num_tokens=tokens, context=context, progress=progress)
+        found = compare_quantizers(
+            settings,
+            requests,
+            data,
+            packed=packed or (),
+            num_tokens=tokens,
+            context=context,
+            progress=progress,
+        )
     if plot is not None:
         from drivetrain.evaluation.plot import draw_plot
 

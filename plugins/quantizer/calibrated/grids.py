@@ -57,7 +57,11 @@ class Rounding:
             scales_ON = _storable(scales_ON)
             return scales_ON, torch.full_like(scales_ON, self.middle)
         scales_ON = _storable((high_ON - low_ON) / self.highest)
-        return scales_ON, (-low_ON / scales_ON).round_().clamp_(1, self.highest)
+        zeros_ON = (-low_ON / scales_ON).round_().clamp_max_(self.highest)
+        # With a zero point of 1 one value fewer is left above it: wider steps, so that the largest weight is not cut.
+        is_all_above = zeros_ON < 1
+        scales_ON = torch.where(is_all_above, _storable(high_ON / (self.highest - 1)), scales_ON)
+        return scales_ON, zeros_ON.clamp_min_(1)
 
     def values(self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
         """The nearest values, as floats; scales and zeros broadcast against the weights."""

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from drivetrain.contracts.packed import PackedWeight
 from drivetrain.contracts.quantizer import InputStatistics, QuantizerConfig
+from drivetrain.errors import ConfigError
 from drivetrain.plugins.quantizer.calibrated.awq import awq_factors, awq_grid
 from drivetrain.plugins.quantizer.calibrated.gptq import gptq
 from drivetrain.plugins.quantizer.calibrated.grids import Rounding, check_group, check_range
@@ -128,8 +129,22 @@ class CalibratesGptq(_CalibratesGroups):
 
     def work_bytes(self, name: str, out_features: int, in_features: int) -> int:
         check_group(name, in_features, self._rounding)
+        self._check_words(name, out_features, in_features)
         # The second moments in float64 three times, and once more in order; weights, values and errors.
         return (4 * _FLOAT64 + _FLOAT32) * in_features**2 + 5 * _FLOAT32 * out_features * in_features
+
+    def _check_words(self, name: str, out_features: int, in_features: int) -> None:
+        """Raise ConfigError, before anything is computed, for sizes that files of the format can't hold."""
+        multiple = 32 if self.config.bits == 3 else 8
+        for size, what in ((in_features, "inputs"), (out_features, "outputs")):
+            if size % multiple:
+                raise ConfigError(
+                    f"the {what} of the layer fill no whole words of the GPTQ format",
+                    where=name,
+                    found=size,
+                    allowed=f"multiples of {multiple}",
+                    hint=f"Keep the layer as it is with a rule: quantizer.rules: {{{name}: none}}.",
+                )
 
     def input_factors(self, weights_OI: Mapping[str, torch.Tensor], statistics: InputStatistics) -> torch.Tensor | None:
         return None
