@@ -105,7 +105,8 @@ import sys
 from pathlib import Path
 torch.set_num_threads(1)
 from support.calibration import quantize
-quantize(Path(sys.argv[1]), Path(sys.argv[2]), {"name": "gptq", "group": 16}, Path(sys.argv[3]), resume=len(sys.argv) > 4)
+model, out, text = map(Path, sys.argv[1:4])
+quantize(model, out, {"name": "gptq", "group": 16}, text, resume=len(sys.argv) > 4)
 """
 
 
@@ -130,7 +131,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
         assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
         assert run.num_finished() >= count
         assert not out.exists()
-    with pytest.raises(CalibrationError, match="a run that did not end is there.*--resume"):
+    with pytest.raises(CalibrationError, match=r"a run that did not end is there.*--resume"):
         quantize(tmp_path / "model", out, GPTQ, text)
     with pytest.raises(CalibrationError, match=r"another one: quantizer options was .*; seed was 0 and is 1"):
         quantize(tmp_path / "model", out, GPTQ | {"bits": 3, "rules": {"o_proj": "none"}}, text, resume=True, seed=1)
