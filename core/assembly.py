@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from drivetrain.config import Settings
-from drivetrain.contracts.attention import AttentionBackend, KVGroup
+from drivetrain.contracts.attention import FULL_KV, AttentionBackend, AttentionSpec, KVGroup
 from drivetrain.contracts.frontend import Frontend
 from drivetrain.contracts.kernels import BuildsAhead, KernelProvider
 from drivetrain.contracts.kinds import KINDS
@@ -23,7 +23,7 @@ from drivetrain.contracts.model import BuildContext, CausalLM, Model, ModelSpec
 from drivetrain.contracts.platform import Platform, SupportsGraphs
 from drivetrain.contracts.plugin import Plugin, ProbeContext, Purpose
 from drivetrain.contracts.precision import Precision
-from drivetrain.contracts.quantizer import Quantizer
+from drivetrain.contracts.quantizer import Quantizer, QuantizerConfig
 from drivetrain.contracts.scheduler import Limits, Scheduler
 from drivetrain.contracts.source import ListsNames, Progress, Source, silent
 from drivetrain.errors import (
@@ -278,6 +278,8 @@ class _Resolution:
         self.context = dataclasses.replace(self.context, model=self.parts.spec)
 
     def _settle_quantizer(self, quantizer: Quantizer) -> None:
+        self.context = with_kv(self.context, kv_format(quantizer))
+        self.parts.spec = self.context.model
         origin = self.selector.request("quantizer").origin
         self.parts.plugins["quantizer"] = apply_rules(quantizer, self._registry, self.context, origin)
 
@@ -311,6 +313,19 @@ def apply_rules(quantizer: Quantizer, registry: Registry, context: ProbeContext,
             raise
 
     return with_rules(quantizer, make, origin)
+
+
+def kv_format(quantizer: Quantizer) -> str:
+    """The format of keys and values that a quantizer was told to ask for."""
+    return quantizer.config.kv if isinstance(quantizer.config, QuantizerConfig) else FULL_KV
+
+
+def with_kv(context: ProbeContext, kv: str) -> ProbeContext:
+    """The context with keys and values kept in this format, in the model's shape too."""
+    model = context.model
+    if model is not None:
+        model = dataclasses.replace(model, attention=dataclasses.replace(model.attention, kv=kv))
+    return dataclasses.replace(context, model=model, kv=kv)
 
 
 def rank_kernels(selector: Selector, record: KernelRecord, context: ProbeContext) -> None:
@@ -390,6 +405,7 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
             device,
             _capture(parts),
             must_capture=parts.settings.engine.graphs == "on",
+            spec=parts.spec.attention,
         ),
         kv,
         parts.scheduler,
@@ -564,15 +580,24 @@ def _capture(parts: Parts) -> Capture | None:
 
 
 def make_kv(
-    parts: Parts, attention: AttentionBackend, num_blocks: Sequence[int], limits: Limits, max_model_len: int
+    parts: Parts,
+    attention: AttentionBackend,
+    num_blocks: Sequence[int],
+    limits: Limits,
+    max_model_len: int,
+    spec: AttentionSpec | None = None,
 ) -> KVManager:
-    """Empty books for a cache of ``attention`` with these numbers of blocks."""
+    """Empty books for a cache of ``attention`` with these numbers of blocks.
+
+    spec: where keys and values are not kept as the parts say.
+    """
     from drivetrain.serving.blocks import KVManager
 
     assert parts.spec is not None
-    contract = attention.kv_contract(parts.spec.attention)
+    spec = spec or parts.spec.attention
+    contract = attention.kv_contract(spec)
     return KVManager(
-        parts.spec.attention.groups,
+        spec.groups,
         num_blocks,
         contract.block_size,
         max_running=limits.max_running,

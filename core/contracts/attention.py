@@ -19,10 +19,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from drivetrain.contracts.plugin import Plugin
+from drivetrain.contracts.plugin import Plugin, Probe, ProbeContext, Purpose
 
 if TYPE_CHECKING:
     import torch
+
+FULL_KV = "auto"
+"""KV format: keys and values are kept in the dtype of the queries."""
+
+SCALED_KV = {"int8": ("int8", 127.0), "fp8": ("float8_e4m3fn", 448.0)}
+"""KV formats with scales -> torch name of a stored number, and the number that the largest value of a key becomes."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,20 @@ class KVGroup:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """All attention layers of a model, in order, and the dtype (torch name) of queries, keys and values."""
+    """All attention layers of a model, in order, and the dtype (torch name) of queries, keys and values.
+
+    kv: the format in which keys and values are kept, as the quantizer has it: ``FULL_KV`` or one of ``SCALED_KV``.
+        Without a cache it means nothing.
+    """
 
     layers: tuple[LayerAttention, ...]
     dtype: str
+    kv: str = FULL_KV
+
+    @property
+    def kv_dtype(self) -> str:
+        """Torch name of the type in which a key's numbers are stored."""
+        return SCALED_KV[self.kv][0] if self.kv in SCALED_KV else self.dtype
 
     @cached_property
     def groups(self) -> tuple[KVGroup, ...]:
@@ -97,6 +113,39 @@ class PagedCache:
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
+
+
+PAGED_SCALED = "paged-BNGD+scales/1"
+"""Name of the layout that :class:`ScaledCache` is; the contract's dtype tells ``int8`` from ``fp8``."""
+
+
+@dataclass(frozen=True)
+class ScaledPages:
+    """Keys or values of one layer as small numbers, with a scale for each token and head beside them.
+
+    codes:  int8 or float8_e4m3fn [B, N, G, D].
+    scales: float32 [B, N, G]; a key is its codes times its scale. It comes from that key alone, when it is written: its
+            largest absolute value divided by the largest code, and codes are rounded to nearest. Nothing is calibrated,
+            and no later token changes an earlier one. A key that is not finite has the scale NaN.
+
+    ``drivetrain.pages`` writes and reads them in plain torch, which is their meaning.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ScaledCache:
+    """Keys and values of every layer as small numbers. They are no tensors, so that code which takes a
+    :class:`PagedCache` for granted fails, and computes nothing with codes."""
+
+    keys: tuple[ScaledPages, ...]
+    values: tuple[ScaledPages, ...]
+
+
+AnyPagedCache = PagedCache | ScaledCache
+"""A cache of one of the two layouts that are named here."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +208,8 @@ class TakesWritten(Protocol):
     rotates them on the way."""
 
     def layer_pages(self, layer: int) -> LayerPages | None:
-        """Where to write; None when this step needs keys and values in :meth:`AttentionStep.attend`."""
+        """Where to write; None when this step needs keys and values in :meth:`AttentionStep.attend`, as it does where
+        they are kept with scales."""
 
     def attend_written(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:
         """As ``attend``, after everything of this step has been written to ``layer_pages(layer)``."""
@@ -167,11 +217,12 @@ class TakesWritten(Protocol):
 
 @dataclass(frozen=True)
 class PagedView:
-    """What a coarse kernel needs to write into the cache and attend over it by itself."""
+    """What a coarse kernel needs to write into the cache and attend over it by itself. A kernel that does not know
+    :class:`ScaledCache` leaves such a step to the layers."""
 
     spec: AttentionSpec
     batch: AttentionBatch
-    cache: PagedCache
+    cache: AnyPagedCache
     block_size: int
 
 
@@ -196,16 +247,36 @@ class AttentionBackend(Plugin):
     Optional abilities: ``training`` (``begin`` works with ``cache=None``), ``windows``, ``soft_cap``, ``converts``
     (:class:`ConvertsCache`), ``opens_pages`` (its steps are :class:`OpensPages`), ``takes_written`` (its steps are
     :class:`TakesWritten`), ``batch_invariant`` (a sequence's result does not depend on what else is in the batch, to
-    the last bit), and ``graph_safe``: of a decode step, ``begin`` and ``attend`` read the number of sequences and the
+    the last bit), ``kv_int8`` and ``kv_fp8`` (keeps keys and values in that format, see ``AttentionSpec.kv``), and
+    ``graph_safe``: of a decode step, ``begin`` and ``attend`` read the number of sequences and the
     device tensors only, launch the same work whatever these hold, and wait for nothing, so that a platform may record
     the step and replay it with other values at the same addresses. A backend that does not claim one of the
-    first three refuses, in its probe, a model that needs it.
+    first three refuses, in its probe, a model that needs it, and one that does not claim a KV format refuses that
+    (:meth:`refuses_kv`).
 
     One that compiles has ``build_ahead`` (:class:`drivetrain.contracts.kernels.BuildsAhead`), which is called before
     anything else of it when an engine is built.
     """
 
     kind = "attention"
+
+    @classmethod
+    def refuses_kv(cls, context: ProbeContext) -> Probe | None:
+        """The probe's answer where the context asks for a KV format that this backend does not claim; else None."""
+        wanted = f"kv_{context.kv}"
+        if context.kv == FULL_KV or context.purpose is not Purpose.SERVE or wanted in cls.abilities():
+            return None
+        own = sorted(name.removeprefix("kv_") for name in cls.abilities() if name.startswith("kv_"))
+        return Probe.no(
+            "unsupported_kv",
+            f"it does not keep keys and values as {context.kv}",
+            wanted=context.kv,
+            offered=", ".join([FULL_KV, *own]),
+        )
+
+    @classmethod
+    def probe(cls, context: ProbeContext) -> Probe:
+        return cls.refuses_kv(context) or Probe.yes()
 
     @abstractmethod
     def kv_contract(self, spec: AttentionSpec) -> KVContract:

@@ -96,6 +96,7 @@ class ProbeContext:
     checkpoint:  the opened weight files.
     model:       the model's shape.
     chosen:      kind -> plugin name, for everything resolved so far.
+    kv:          format of keys and values that the chosen quantizer asks for; ``"auto"`` is the parameters' dtype.
     """
 
     purpose: Purpose = Purpose.SERVE
@@ -106,6 +107,7 @@ class ProbeContext:
     checkpoint: Checkpoint | None = None
     model: ModelSpec | None = None
     chosen: Mapping[str, str] = field(default_factory=dict)
+    kv: str = "auto"
 
 
 class Plugin(ABC):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from pydantic import Field
 
@@ -68,7 +68,7 @@ class Quantizer(Plugin):
 
     kind = "quantizer"
 
-    Config = QuantizerConfig
+    Config: ClassVar[type[PluginConfig]] = QuantizerConfig
 
     @abstractmethod
     def bits_per_weight(self) -> float | None:

@@ -23,7 +23,7 @@ from drivetrain.contracts.kinds import KINDS
 from drivetrain.errors import ContractError
 
 if TYPE_CHECKING:
-    from drivetrain.contracts.plugin import Plugin
+    from drivetrain.contracts.plugin import Plugin, Probe, ProbeContext
 
 SHARED_VERSION = "1.0"
 """Version of what all kinds share: :mod:`drivetrain.contracts.plugin` and this module."""
@@ -155,7 +155,12 @@ def _lift(kind: str, plugin: type[Plugin], minor: int, where: str, spoken: Contr
 
 def _as_it_is(plugin: type[Plugin], version: str) -> type[Plugin]:
     """For a minor version that brought only what no plugin has to have."""
-    content = {"contract_version": version, "__doc__": plugin.__doc__, "__module__": plugin.__module__}
+    return _lifted(plugin, version)
+
+
+def _lifted(plugin: type[Plugin], version: str, **more: Any) -> type[Plugin]:
+    """A subclass of that version under the same name."""
+    content = {"contract_version": version, "__doc__": plugin.__doc__, "__module__": plugin.__module__, **more}
     return type(plugin.__name__, (plugin,), content)
 
 
@@ -169,6 +174,18 @@ def _more_operations(plugin: type[Plugin]) -> type[Plugin]:
 def _open_pages(plugin: type[Plugin]) -> type[Plugin]:
     """1.1 brought the abilities ``opens_pages`` and ``takes_written``."""
     return _as_it_is(plugin, "1.1")
+
+
+@adapter("attention", from_minor=1)
+def _kv_formats(plugin: type[Plugin]) -> type[Plugin]:
+    """1.2 brought KV formats, which a backend of 1.1 does not know: it must not be chosen where one is asked for."""
+    known: Any = plugin
+
+    def probe(cls: type[Plugin], context: ProbeContext) -> Probe:
+        answer: Probe = known.refuses_kv(context) or known.probe(context)
+        return answer
+
+    return _lifted(plugin, "1.2", probe=classmethod(probe))
 
 
 # --- deprecations --------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -216,8 +216,8 @@ def check_finite(name: str, linear: nn.Linear) -> None:
         )
 
 
-def _some(names: Sequence[str] | object, most: int = 6) -> str:
-    listed = list(names)  # type: ignore[call-overload]
+def _some(names: Iterable[str], most: int = 6) -> str:
+    listed = list(names)
     return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
 
 

@@ -150,6 +150,7 @@ class MetaCheckpoint(Checkpoint):
 
     def __init__(self, files: Checkpoint) -> None:
         self.path, self.config, self.generation_config = files.path, files.config, files.generation_config
+        self.packed_by, self.why_not_packed = files.packed_by, files.why_not_packed
         self._files = files
         self._names = frozenset(files.names())
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from drivetrain.contracts.attention import AttentionBackend, KVCache
+from drivetrain.contracts.attention import AttentionBackend, AttentionSpec, KVCache
 from drivetrain.contracts.model import CausalLM
 from drivetrain.errors import GraphCaptureError
 from drivetrain.serving.blocks import KVManager
@@ -37,14 +37,16 @@ class ModelRunner:
         capture: Capture | None = None,
         *,
         must_capture: bool = False,
+        spec: AttentionSpec | None = None,
     ) -> None:
         """capture: records device work for replay; None where the platform can't, or was told not to.
         must_capture: a step that can't be recorded is an error, not run in the plain way with a warning.
+        spec: the model's attention with the format in which keys and values are kept; by default the model's own.
         """
         self.model = model
         self.attention = attention
         self.device = device
-        self.spec = model.spec.attention
+        self.spec = spec or model.spec.attention
         self._capture = capture
         self._must_capture = must_capture
         self.on_fallback: Callable[[int], None] = lambda count: None
@@ -59,10 +61,21 @@ class ModelRunner:
         """How many blocks a cache needs for ``num_blocks`` that sequences may get: captured steps take one more."""
         return with_scratch(num_blocks, self._capture)
 
-    def exchange(self, model: CausalLM, attention: AttentionBackend, cache: KVCache, kv: KVManager) -> None:
-        """Use other parts from the next step on; ``cache`` is one that ``attention`` can read, ``kv`` its books."""
+    def exchange(
+        self,
+        model: CausalLM,
+        attention: AttentionBackend,
+        cache: KVCache,
+        kv: KVManager,
+        spec: AttentionSpec | None = None,
+    ) -> None:
+        """Use other parts from the next step on; ``cache`` is one that ``attention`` can read, ``kv`` its books.
+
+        spec: where keys and values are kept in another format than before.
+        """
         kept = self.model is model and self.attention is attention and self.cache is cache
         self.model, self.attention, self.cache = model, attention, cache
+        self.spec = spec or self.spec
         if self._graph_limits is not None and not kept:
             self._plan_graphs(kv, self._graph_limits.max_running)
 

@@ -7,8 +7,9 @@ A transaction in four phases:
     commit     between two steps, in the engine's thread: pointers flip, the epoch goes up by one
     probation  the next steps are watched for errors, numbers that are none, and stalls: finalize, or roll back
 
-What becomes of keys and values follows from the contracts: an equal KV contract keeps them; otherwise token ids and
-sampler state are kept and the rest is computed anew. A rolled back step is run again by the old parts, so that no
+What becomes of keys and values follows from the contracts: an equal KV contract keeps them; full ones are scaled where
+they are to be kept as int8 or fp8; otherwise token ids and sampler state are kept and the rest is computed anew, so
+that what was rounded once never passes for full. A rolled back step is run again by the old parts, so that no
 request ever sees it. A swap that is not finished when its time is up is given up: whatever it has changed until then
 is rolled back.
 """
@@ -27,19 +28,29 @@ from drivetrain.assembly import (
     ServingStack,
     apply_rules,
     build_model,
+    kv_format,
     make_kv,
     prefer_quantizer,
     rank_kernels,
     weigh_model,
     with_fallbacks,
+    with_kv,
 )
 from drivetrain.binding import bind_sample
 from drivetrain.config import EngineSettings
-from drivetrain.contracts.attention import AttentionBackend, ConvertsCache, KVCache, KVContract
+from drivetrain.contracts.attention import (
+    FULL_KV,
+    PAGED_BNGD,
+    PAGED_SCALED,
+    AttentionBackend,
+    AttentionSpec,
+    ConvertsCache,
+    KVCache,
+)
 from drivetrain.contracts.kernels import KernelProvider
 from drivetrain.contracts.model import CausalLM
 from drivetrain.contracts.plugin import Plugin
-from drivetrain.contracts.quantizer import Quantizer
+from drivetrain.contracts.quantizer import Quantizer, QuantizerConfig
 from drivetrain.contracts.scheduler import Scheduler
 from drivetrain.errors import DrivetrainError, SwapError
 from drivetrain.registry import PartRequest, Plan, Selection, SelectionReport, Selector
@@ -115,6 +126,7 @@ class LiveParts:
     scheduler: Scheduler
     attention: AttentionBackend
     cache: KVCache
+    spec: AttentionSpec
     kv: KVManager
     model: CausalLM
     binder: KernelBinder
@@ -129,6 +141,7 @@ class LiveParts:
             engine.scheduler,
             engine.runner.attention,
             engine.runner.cache,
+            engine.runner.spec,
             engine.kv,
             engine.runner.model,
             stack.binder,
@@ -148,12 +161,14 @@ class LiveParts:
             lost = engine.preempt_all()
         elif drops_prefixes:
             engine.drop_prefixes()
-        engine.runner.exchange(self.model, self.attention, self.cache, self.kv)
+        engine.runner.exchange(self.model, self.attention, self.cache, self.kv, self.spec)
         engine.exchange(self.scheduler, self.kv)
         engine.draw = self.draw
         stack.binder = self.binder
         stack.parts.plugins = dict(self.plugins)
         stack.parts.report = self.report
+        stack.parts.context = with_kv(stack.parts.context, self.spec.kv)
+        stack.parts.spec = stack.parts.context.model or stack.parts.spec
         return lost
 
 
@@ -164,6 +179,10 @@ class Phase(StrEnum):
     COMMITTED = "committed"
     SETTLED = "settled"
     WITHDRAWN = "withdrawn"
+
+
+_Converter = Callable[[ServingStack, LiveParts], KVCache]
+"""Makes the new parts' cache from the live one. Runs in the engine's thread, between two steps."""
 
 
 @dataclass
@@ -182,7 +201,7 @@ class PreparedSwap:
     extra_memory_bytes: int
     peak_memory_bytes: int
     expected_pause_seconds: float
-    converter: ConvertsCache | None = None
+    converter: _Converter | None = None
     weights: Weights | None = None
     prepare_seconds: float = 0.0
     done: threading.Event = field(default_factory=threading.Event)
@@ -235,9 +254,12 @@ def prepare(stack: ServingStack, requests: Mapping[str, PartRequest], *, dry_run
         new.scheduler = cast(Scheduler, chosen["scheduler"])
     if "attention" in chosen:
         new.attention = cast(AttentionBackend, chosen["attention"])
+    new.spec = dataclasses.replace(live.spec, kv=kv_format(cast(Quantizer, new.plugins["quantizer"])))
+    _check_kv(new)
     fate, extra = _settle_cache(stack, live, new, dry_run)
     weights, peak = None, extra
-    if "kernels" in chosen or "quantizer" in chosen:
+    has_new_weights = "quantizer" in chosen and not _quantizes_alike(live.plugins["quantizer"], chosen["quantizer"])
+    if "kernels" in chosen or has_new_weights:
         assert stack.parts.checkpoint is not None
         weights = Weights.of(stack.parts.checkpoint)
         kept, most = _settle_model(stack, live, new, dry_run)
@@ -248,14 +270,14 @@ def prepare(stack: ServingStack, requests: Mapping[str, PartRequest], *, dry_run
         epoch,
         {s.kind: (live.report[s.kind].chosen.name, s.chosen.name) for s in selections},
         fate,
-        drops_prefixes="quantizer" in chosen,
+        drops_prefixes="quantizer" in chosen,  # other weights, or other keys, give other ones
         extra_memory_bytes=extra,
         peak_memory_bytes=peak,
         expected_pause_seconds=_expected_pause(stack.engine, fate),
         weights=weights,
     )
     if fate is CacheFate.CONVERT:
-        prepared.converter = cast(ConvertsCache, new.attention)
+        prepared.converter = _converter(live, new)
     if not dry_run:
         _warm(stack, new)
     prepared.prepare_seconds = time.perf_counter() - started
@@ -271,10 +293,14 @@ def _choose(stack: ServingStack, requests: Mapping[str, PartRequest]) -> tuple[d
     rank_kernels(selector, parts.kernel_record, parts.context)
     names = parts.report.chosen_names
     context = dataclasses.replace(parts.context, chosen={k: v for k, v in names.items() if k not in requests})
-    chosen = {kind: selector.choose(kind, context) for kind in names if kind in requests}
-    if "quantizer" in chosen:
-        quantizer, origin = cast(Quantizer, chosen["quantizer"]), requests["quantizer"].origin
-        chosen["quantizer"] = apply_rules(quantizer, parts.registry, context, origin)
+    chosen: dict[str, Plugin] = {}
+    for kind in names:
+        if kind in requests:
+            chosen[kind] = selector.choose(kind, context)
+            if kind == "quantizer":
+                quantizer, origin = cast(Quantizer, chosen[kind]), requests[kind].origin
+                chosen[kind] = apply_rules(quantizer, parts.registry, context, origin)
+                context = with_kv(context, kv_format(quantizer))
     return chosen, list(selector.report.selections)
 
 
@@ -283,42 +309,86 @@ def _merged(report: SelectionReport, selections: list[Selection]) -> SelectionRe
     return dataclasses.replace(report, selections=tuple(new.get(s.kind, s) for s in report.selections))
 
 
+def _check_kv(new: LiveParts) -> None:
+    """Raise SwapError when the attention backend can't keep keys and values as the quantizer wants them."""
+    known = sorted(name.removeprefix("kv_") for name in new.attention.abilities() if name.startswith("kv_"))
+    if new.spec.kv != FULL_KV and new.spec.kv not in known:
+        raise SwapError(
+            f"the attention backend {new.report['attention'].chosen.name} does not keep keys and values that way",
+            where="quantizer.kv",
+            found=new.spec.kv,
+            allowed=(FULL_KV, *known),
+            hint="Name another attention in the same swap.",
+        )
+
+
+def _quantizes_alike(old: Plugin, new: Plugin) -> bool:
+    """Whether both make the same weights: they are of one class and differ in the format of keys and values at most."""
+    from drivetrain.packed.rules import RuledQuantizer
+
+    classes = {type(part.base if isinstance(part, RuledQuantizer) else part) for part in (old, new)}
+    if len(classes) > 1 or not isinstance(new.config, QuantizerConfig):
+        return False
+    return bool(old.config.model_copy(update={"kv": new.config.kv}) == new.config and old.config != new.config)
+
+
 def _settle_cache(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run: bool) -> tuple[CacheFate, int]:
-    """Keep the cache where the contracts are equal; otherwise make an empty one of about the same bytes."""
-    spec = stack.engine.runner.spec
-    ours, theirs = new.attention.kv_contract(spec), live.attention.kv_contract(spec)
-    if new.attention is live.attention or ours == theirs:
+    """Keep the cache where the contracts are equal; otherwise make an empty one for as many tokens."""
+    ours, theirs = new.attention.kv_contract(new.spec), live.attention.kv_contract(live.spec)
+    if (new.attention is live.attention and new.spec == live.spec) or ours == theirs:
         return CacheFate.KEEP, 0
     counts = [-(-pool.total * theirs.block_size // ours.block_size) for pool in live.kv.pools]
     extra = sum(
-        count * new.attention.bytes_per_block(spec, group) for count, group in zip(counts, spec.groups, strict=True)
+        count * new.attention.bytes_per_block(new.spec, group)
+        for count, group in zip(counts, new.spec.groups, strict=True)
     )
-    if ours.block_size == theirs.block_size and _converter(new.attention, theirs) is not None:
+    if ours.block_size == theirs.block_size and _converter(live, new) is not None:
         return CacheFate.CONVERT, extra
     if not dry_run:
-        new.kv = make_kv(stack.parts, new.attention, counts, new.scheduler.limits(), stack.max_model_len)
+        new.kv = make_kv(stack.parts, new.attention, counts, new.scheduler.limits(), stack.max_model_len, new.spec)
         runner = stack.engine.runner
-        new.cache = new.attention.allocate(spec, runner.blocks_to_allocate(counts), runner.device)
+        new.cache = new.attention.allocate(new.spec, runner.blocks_to_allocate(counts), runner.device)
     return CacheFate.RECOMPUTE, extra
 
 
-def _converter(attention: AttentionBackend, theirs: KVContract) -> ConvertsCache | None:
-    return attention if isinstance(attention, ConvertsCache) and attention.converts_from(theirs) else None
+def _converter(live: LiveParts, new: LiveParts) -> _Converter | None:
+    """What makes the new cache from the live one: the new backend itself, or the core from full keys to scaled ones.
+
+    The other way, numbers that were rounded would go on as if they were full, in cached prefixes too.
+    """
+    ours, theirs = new.attention.kv_contract(new.spec), live.attention.kv_contract(live.spec)
+    if ours.layout == PAGED_SCALED:
+        return _scale if theirs.layout == PAGED_BNGD else None
+    is_able = isinstance(new.attention, ConvertsCache) and new.attention.converts_from(theirs)
+    return _convert if is_able else None
 
 
-def _convert(stack: ServingStack, converter: ConvertsCache) -> KVCache:
-    """The live cache in the new backend's layout. Runs in the engine's thread, between two steps."""
+def _convert(stack: ServingStack, new: LiveParts) -> KVCache:
+    """The live cache in the new backend's layout."""
     engine = stack.engine
     runner, pools = engine.runner, engine.kv.pools
     engine.runner.copy_blocks(engine.kv)
-    return converter.convert(
-        runner.spec,
+    return cast(ConvertsCache, new.attention).convert(
+        new.spec,
         runner.attention.kv_contract(runner.spec),
         runner.cache,
         runner.blocks_to_allocate([pool.total for pool in pools]),
         [pool.live_blocks() for pool in pools],
         runner.device,
     )
+
+
+def _scale(stack: ServingStack, new: LiveParts) -> KVCache:
+    """The live cache's numbers in small, with scales."""
+    from drivetrain.pages import scaled_cache
+
+    engine = stack.engine
+    runner, pools = engine.runner, engine.kv.pools
+    engine.runner.copy_blocks(engine.kv)
+    num_blocks = runner.blocks_to_allocate([pool.total for pool in pools])
+    made = new.attention.allocate(new.spec, num_blocks, runner.device)
+    scaled_cache(made, runner.cache, new.spec, [pool.live_blocks() for pool in pools])
+    return made
 
 
 def _settle_model(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run: bool) -> tuple[int, int]:
@@ -390,12 +460,12 @@ def _warm(stack: ServingStack, new: LiveParts) -> None:
     from drivetrain.serving.runner import ModelRunner
 
     engine = stack.engine
-    contract = new.attention.kv_contract(engine.runner.spec)
+    contract = new.attention.kv_contract(new.spec)
     limits = new.scheduler.limits()
     length = min(8, stack.max_model_len)
-    blocks = [-(-length // contract.block_size) + 1 for _ in engine.runner.spec.groups]
-    runner = ModelRunner(new.model, new.attention, blocks, engine.runner.device)
-    kv = make_kv(stack.parts, new.attention, blocks, limits, length)
+    blocks = [-(-length // contract.block_size) + 1 for _ in new.spec.groups]
+    runner = ModelRunner(new.model, new.attention, blocks, engine.runner.device, spec=new.spec)
+    kv = make_kv(stack.parts, new.attention, blocks, limits, length, new.spec)
     settings = EngineSettings(prefix_cache=False)
     scratch = Engine(
         runner, kv, new.scheduler, dataclasses.replace(engine.limits, max_model_len=length), settings, _NoText
@@ -471,7 +541,7 @@ def commit(
     running = engine.num_running
     try:
         if prepared.converter is not None:
-            prepared.parts.cache = _convert(stack, prepared.converter)
+            prepared.parts.cache = prepared.converter(stack, prepared.parts)
         lost = prepared.parts.install(stack, drops_prefixes=prepared.drops_prefixes)
     except BaseException as error:
         before.install(stack, drops_prefixes=False)

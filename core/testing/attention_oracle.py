@@ -160,7 +160,8 @@ class Attended:
 class Trial:
     """A backend with a cache of its own, fed with random sequences; every output comes with the plain loop's.
 
-    The values of token p of sequence s in a layer depend on the seed alone, not on how steps are cut or mixed.
+    The values of token p of sequence s in a layer depend on the seed alone, not on how steps are cut or mixed. Keys and
+    values are multiplied by ``loudness`` of their sequence, values by ``head_loudness`` of their head too.
     """
 
     def __init__(
@@ -173,6 +174,7 @@ class Trial:
         self.book = BlockBook(spec, block_size, tokens // block_size + 48, seed)
         self.cache = backend.allocate(spec, self.book.num_blocks, device)
         self.loudness: dict[int, float] = {}
+        self.head_loudness: Sequence[float] | None = None
         self.num_written = 0
         self._draws: dict[tuple[int, int], torch.Generator] = {}
         self._kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -237,4 +239,7 @@ class Trial:
         rows = [torch.randn(sum(heads), shape.head_size, generator=generator) for _ in range(count)]
         q, k, v = torch.stack(rows).to(self.dtype).split(heads, dim=1)
         loudness = self.loudness.get(s, 1.0)
-        return q.contiguous(), k * loudness, v * loudness
+        v = v * loudness
+        if self.head_loudness is not None:
+            v = v * torch.tensor(self.head_loudness, dtype=v.dtype).unsqueeze(-1)
+        return q.contiguous(), k * loudness, v

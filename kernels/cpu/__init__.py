@@ -21,7 +21,7 @@ _DTYPES = ("float32", "bfloat16")
 
 
 def _makers() -> Mapping[str, Maker]:
-    from drivetrain.kernels.cpu import operations
+    from drivetrain.kernels.cpu import operations, packed
     from drivetrain.kernels.cpu.decoder import CoarseDecoder
 
     return {
@@ -34,18 +34,19 @@ def _makers() -> Mapping[str, Maker]:
         "gated_linear": operations.make_gated_linear,
         "sample": operations.make_sample,
         "decoder_layers": CoarseDecoder,
+        **dict.fromkeys(packed.PACKED, packed.make_packed),
     }
 
 
 class CpuKernels(KernelProvider):
-    """C++ for AVX-512, AVX2 and NEON, compiled on first use; float32 and bfloat16, down to a whole step in one call."""
+    """C++ for AMX, AVX-512, AVX2 and NEON, compiled on first use; float32 and bfloat16, whole steps in one call."""
 
     contract_version = "1.1"
     tier = Tier.TUNED
 
     class Config(PluginConfig):
-        instructions: Literal["auto", "avx512", "avx2", "baseline"] = Field(
-            "auto", description="vector instructions to compile for; auto takes the widest that the processor has"
+        instructions: Literal["auto", "amx", "avx512", "avx2", "baseline"] = Field(
+            "auto", description="instructions to compile for; auto takes the best that the processor has"
         )
 
     config: Config
@@ -77,7 +78,9 @@ class CpuKernels(KernelProvider):
             return Probe.no("other_device", "computes on the CPU only", wanted=spec.device_type, offered="cpu")
         if spec.dtype not in _DTYPES:
             return Probe.no("unsupported_dtype", "no kernel", wanted=spec.dtype, offered=", ".join(_DTYPES))
-        return probe_compiler()
+        from drivetrain.kernels.cpu.packed import refused_shape
+
+        return refused_shape(spec) or probe_compiler()
 
     def build_ahead(self, progress: Progress) -> None:
         """Have the C++ compiled. Raises KernelBuildError."""

@@ -1,8 +1,9 @@
 """The coarse operation: all layers of a decoder in one call, with their attention over the paged cache.
 
 What it needs of the layers it reads from them once, as pointers to the weights where they lie; a step then fills in the
-pointers that change. Where gradients are asked for, where the attention backend keeps its pages to itself, or where a
-layer holds something that is no plain linear layer, the layers are called one after the other.
+pointers that change. Weights may be dense or packed, each projection in its own way. Where gradients are asked for,
+where the attention backend keeps its pages to itself, or where a layer holds something else, the layers are called one
+after the other.
 
 Shapes: T tokens of a step; S sequences; E hidden size; R rotary dims.
 """
@@ -17,12 +18,23 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from drivetrain.contracts.attention import AttentionStep, OpensPages, PagedView
+from drivetrain.contracts.attention import (
+    AnyPagedCache,
+    AttentionStep,
+    OpensPages,
+    PagedCache,
+    PagedView,
+    ScaledPages,
+)
 from drivetrain.contracts.kernels import Angles, DecoderLayer, DecoderLayerParts, KernelSpec, Projection
 from drivetrain.fusion.joint import Part
-from drivetrain.kernels.cpu.library import FORMATS, check
+from drivetrain.kernels.cpu.library import CACHE_FORMATS, FORMATS, check
 from drivetrain.kernels.cpu.operations import MatrixFields, dense
+from drivetrain.kernels.cpu.packed import PACKED, Described
 from drivetrain.kernels.reference.decoder import decoder_layers
+from drivetrain.packed import PackedLinear
+from drivetrain.packed.gguf import block_type
+from drivetrain.pages import Pages
 
 _NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "q_norm", "k_norm")
 _PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -61,7 +73,7 @@ class StepFields(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in (
                 *("query_starts", "kv_lengths", "tables", "table_strides", "slots"),
-                *("cos", "sin", "keys", "values"),
+                *("cos", "sin", "keys", "values", "key_scales", "value_scales"),
             )
         ),
     )
@@ -69,6 +81,19 @@ class StepFields(ctypes.Structure):
 
 def _pointers(tensors: Sequence[torch.Tensor]) -> ctypes.Array[Any]:
     return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
+def _codes_of(pages: Pages) -> torch.Tensor:
+    return pages.codes if isinstance(pages, ScaledPages) else pages
+
+
+def _stores_of(cache: AnyPagedCache) -> tuple[ctypes.Array[Any] | None, ...]:
+    """Keys, values and, where they have any, their scales."""
+    if isinstance(cache, PagedCache):
+        return _pointers(cache.keys), _pointers(cache.values), None, None
+    both = (cache.keys, cache.values)
+    codes = [_pointers([pages.codes for pages in layers]) for layers in both]
+    return (*codes, *(_pointers([pages.scales for pages in layers]) for layers in both))
 
 
 class _Weights:
@@ -97,6 +122,8 @@ class _Weights:
         return tensor
 
     def _matrix(self, projection: Projection) -> MatrixFields:
+        if isinstance(projection.module, PackedLinear):
+            return self._packed_matrix(projection, projection.module)
         linear = cast(nn.Linear, projection.module)
         if isinstance(linear, Part):
             self._keep(linear.joint_weight)  # of whose memory the part's weight is a view
@@ -117,6 +144,13 @@ class _Weights:
             FORMATS[weight_OI.dtype],
         )
 
+    def _packed_matrix(self, projection: Projection, layer: PackedLinear) -> MatrixFields:
+        described = describe(projection, layer)
+        for tensor in layer.packed.tensors.values():
+            self._keep(tensor)
+        self._copies += described.kept
+        return described.fields
+
     @property
     def are_where_they_were(self) -> bool:
         """False once a parameter's memory is another: what the library holds would be stale."""
@@ -133,7 +167,7 @@ class _Bound(threading.local):
     layers: Sequence[DecoderLayer] | None = None
     is_plain = False
     cache: object = None
-    stores: tuple[ctypes.Array[Any], ...] = ()
+    stores: tuple[ctypes.Array[Any] | None, ...] = ()
     fields = DecoderFields()
 
 
@@ -165,7 +199,7 @@ class CoarseDecoder:
             bound.cache = None
         if bound.cache is not view.cache:
             bound.cache = view.cache
-            bound.stores = (_pointers(view.cache.keys), _pointers(view.cache.values))
+            bound.stores = _stores_of(view.cache)
             bound.fields = self._describe(bound.weights, view)
         x = x_TE.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         self._run(bound, view, x, [(dense(cos.float()), dense(sin.float())) for cos, sin in angles])
@@ -178,7 +212,7 @@ class CoarseDecoder:
             len(weights.layers),
             *(sizes[name] for name in ("E", "H", "G", "D", "R", "I")),
             FORMATS[getattr(torch, self._spec.dtype)],
-            FORMATS[view.cache.keys[0].dtype],
+            CACHE_FORMATS[_codes_of(view.cache.keys[0]).dtype],
             view.block_size,
             int(params["activation"]),
             int(params["norms_heads"]),
@@ -204,19 +238,48 @@ class CoarseDecoder:
             x_TE.shape[0],
             batch.query_starts.data_ptr(),
             batch.kv_lengths.data_ptr(),
-            *(ctypes.addressof(array) for array in arrays),
+            *(None if array is None else ctypes.addressof(array) for array in arrays),
         )
         fields = ctypes.addressof(bound.fields)
         check(self._library.dt_decoder_forward(fields, ctypes.addressof(step), x_TE.data_ptr()))
 
 
+def describe(projection: Projection, layer: PackedLinear) -> Described:
+    """The outputs of a packed layer that a projection is. Raises ConfigError where its tensors do not fit."""
+    packed, bias_O = layer.packed, layer.bias
+    if projection.rows is not None:
+        packed = packed.rows(projection.first, projection.rows)
+        bias_O = None if bias_O is None else bias_O[projection.first : projection.first + projection.rows]
+    kind = block_type(packed.params) if "blocks" in packed.tensors else None
+    number = int(packed.params.get("type", 0))
+    return Described(packed.operation, list(packed.tensors.values()), bias_O, packed.in_features, kind, number)
+
+
 def _is_plain(layer: DecoderLayer, spec: KernelSpec) -> bool:
-    """Whether every weight of a layer is a dense one of the expected dtype, in main memory."""
+    """Whether every weight of a layer can be read: norms and dense weights of the expected dtype, or packed ones."""
     parts = layer.parts()
     dtype = getattr(torch, spec.dtype)
-    projections: list[Projection] = [getattr(parts, name) for name in _PROJECTIONS]
-    if not all(isinstance(projection.module, nn.Linear | Part) for projection in projections):
-        return False
-    weights = [cast(nn.Linear, projection.module).weight for projection in projections]
-    weights += [weight for name in _NORMS if (weight := getattr(parts, name)) is not None]
+    weights = [weight for name in _NORMS if (weight := getattr(parts, name)) is not None]
+    for name in _PROJECTIONS:
+        projection: Projection = getattr(parts, name)
+        if isinstance(projection.module, PackedLinear):
+            if not _can_read(projection, projection.module):
+                return False
+        elif isinstance(projection.module, nn.Linear | Part):
+            weights.append(cast(nn.Linear, projection.module).weight)
+        else:
+            return False
     return all(weight.dtype == dtype and weight.device.type == "cpu" and weight.is_contiguous() for weight in weights)
+
+
+def _can_read(projection: Projection, layer: PackedLinear) -> bool:
+    """Whether packed weights can be read where they lie: in main memory, in order, without a copy of them."""
+    packed = layer.packed
+    if packed.order is not None or packed.operation not in PACKED:
+        return False
+    if any(tensor.device.type != "cpu" for tensor in packed.tensors.values()):
+        return False
+    described = describe(projection, layer)
+    places = {tensor.data_ptr() for tensor in described.copies}
+    bias = described.fields.bias
+    return not places - {bias}

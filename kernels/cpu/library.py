@@ -6,6 +6,7 @@ The sources are the same for all: ``src/simd.h`` says how wide a vector is by wh
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,42 @@ from typing import Any
 import torch
 
 from drivetrain.contracts.source import Progress, silent
+from drivetrain.errors import KernelBuildError
 from drivetrain.hardware import read_processor
 from drivetrain.native import SourceBuild
+
+_log = logging.getLogger("drivetrain")
 
 SOURCES = Path(__file__).with_name("src")
 
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
+_AVX512_FLAGS = (*(f"-m{name}" for name in _AVX512), "-mfma", "-mf16c")
 
 VARIANTS = {
-    "avx512": (*(f"-m{name}" for name in _AVX512), "-mfma", "-mf16c"),
+    "amx": (*_AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "avx512": _AVX512_FLAGS,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "baseline": (),
 }
-"""Variant -> flags. ``baseline`` is what every processor of the machine's kind has: SSE2 on x86-64, NEON on arm64."""
+"""Variant -> flags, best first. ``amx`` is ``avx512`` with the matrix unit; ``baseline`` is what every processor of the
+machine's kind has: SSE2 on x86-64, NEON on arm64."""
+
+_EXTRA = {"avx512": {"avx512_vnni": "-mavx512vnni"}, "avx2": {"avx_vnni": "-mavxvnni"}}
+"""Variant -> instruction set -> flag that is added where the processor has it: dot products of integers."""
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 """dtype -> its number in the library (``Format`` in ``src/matmul.h``)."""
+
+CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
+"""dtype in which keys and values are kept -> its number (``CacheFormat`` in ``src/attention.h``)."""
+
+_NEEDS = {
+    "amx": (*_AVX512, "fma", "f16c", "avx512_bf16", "amx_tile", "amx_bf16"),
+    "avx512": (*_AVX512, "fma"),
+    "avx2": ("avx2", "fma", "f16c"),
+    "baseline": (),
+}
+"""Variant -> instruction sets of the processor, by the names of the Linux kernel."""
 
 _POINTER, _INT, _LONG, _FLOAT, _DOUBLE = (
     ctypes.c_void_p,
@@ -39,6 +60,7 @@ _POINTER, _INT, _LONG, _FLOAT, _DOUBLE = (
 )
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "dt_enable": (_INT,),
     "dt_set_threads": (None, _INT),
     "dt_rms_norm": (None, *[_POINTER] * 3, _FLOAT, _FLOAT, *[_INT] * 3, _POINTER, _POINTER),
     "dt_gated": (None, _POINTER, _POINTER, *[_INT] * 4, _POINTER),
@@ -48,7 +70,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "dt_sample": (None, _POINTER, _INT, _INT, *[_POINTER] * 6),
     "dt_attend": (
         _INT,
-        *[_POINTER] * 5,
+        *[_POINTER] * 7,
         *[_LONG] * 5,
         _DOUBLE,
         _DOUBLE,
@@ -66,21 +88,21 @@ _GUARD = threading.Lock()
 _OPENED: dict[str, ctypes.CDLL] = {}
 
 
-def best_variant() -> str:
-    """The widest variant that this processor runs. Reads files; starts nothing."""
+def runnable_variants() -> tuple[str, ...]:
+    """The variants whose instructions this processor has, best first. Reads files; starts nothing."""
     found = set(read_processor().instruction_sets)
-    if found.issuperset(_AVX512) and "fma" in found:
-        return "avx512"
-    return "avx2" if found.issuperset({"avx2", "fma", "f16c"}) else "baseline"
+    return tuple(name for name in VARIANTS if found.issuperset(_NEEDS[name]))
 
 
 def source_build(variant: str) -> SourceBuild:
     """What the library of one variant is made from."""
+    found = read_processor().instruction_sets
     return SourceBuild(
         f"drivetrain_cpu_{variant}",
         tuple(sorted(SOURCES.glob("*.cpp"))),
         flags=(
             *VARIANTS[variant],
+            *(flag for name, flag in _EXTRA.get(variant, {}).items() if name in found),
             # Multiply and add become one instruction; nothing else may be reordered, so that NaN stays NaN.
             *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-pthread"),
         ),
@@ -90,21 +112,45 @@ def source_build(variant: str) -> SourceBuild:
 def open_library(variant: str = "auto", progress: Progress = silent) -> ctypes.CDLL:
     """The library, built where it is not yet, set to torch's number of threads. Raises KernelBuildError.
 
-    variant: a key of ``VARIANTS``, or ``auto`` for the widest that the processor runs.
+    variant: a key of ``VARIANTS``, or ``auto`` for the best that this machine runs. What the processor has may still be
+    unknown to the compiler, or refused by the system: then ``auto`` takes the next, with a warning.
     """
-    chosen = best_variant() if variant == "auto" else variant
     with _GUARD:
-        library = _OPENED.get(chosen) or _OPENED.setdefault(chosen, _opened(chosen, progress))
+        library = _OPENED.get(variant)
+        if library is None:
+            library = _best(progress) if variant == "auto" else _opened(variant, progress)
+            _OPENED[variant] = library
     library.dt_set_threads(torch.get_num_threads())
     return library
 
 
+def _best(progress: Progress) -> ctypes.CDLL:
+    *others, last = runnable_variants()
+    for variant in others:
+        try:
+            return _opened(variant, progress)
+        except KernelBuildError as error:
+            _log.warning("the CPU kernels can't use %s here, and the next variant is taken: %s", variant, error)
+    return _opened(last, progress)
+
+
 def _opened(variant: str, progress: Progress) -> ctypes.CDLL:
+    library = _OPENED.get(variant)
+    if library is not None:
+        return library
     library = source_build(variant).library(progress=progress)
     library.variant = variant  # type: ignore[attr-defined]
     for name, (result, *arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    if library.dt_enable() != 0:
+        raise KernelBuildError(
+            "the system does not let this process use the matrix unit",
+            where=f"kernels/cpu, instructions {variant}",
+            allowed=tuple(name for name in VARIANTS if name != variant),
+            hint="Linux 5.16 and later allow it, unless a sandbox forbids arch_prctl. Take another variant.",
+        )
+    _OPENED[variant] = library
     return library
 
 

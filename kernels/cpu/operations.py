@@ -31,6 +31,8 @@ class MatrixFields(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("cols", ctypes.c_int64),
         ("format", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("scales", "mins", "high", "x_scale")),
+        *((name, ctypes.c_int64) for name in ("stride", "group", "scale_format", "rounding")),
     )
 
 

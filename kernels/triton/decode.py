@@ -18,9 +18,11 @@ import triton
 import triton.language as tl
 
 from drivetrain.contracts.attention import LayerAttention
+from drivetrain.kernels.triton.codes import parts_of, to_codes
 from drivetrain.kernels.triton.flash import attend_keys, score_constants
 from drivetrain.kernels.triton.launch import INTERPRETED, power_of_two
 from drivetrain.kernels.triton.tuning import FUSED, Blocks
+from drivetrain.pages import Pages
 
 CHUNK_STEP = 128
 """Chunks are multiples of so many keys: all key blocks that are tried divide it."""
@@ -56,6 +58,8 @@ def _decode(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
+    k_scales_ptr: tl.tensor,
+    v_scales_ptr: tl.tensor,
     out_ptr: tl.tensor,
     parts_ptr: tl.tensor,
     logs_ptr: tl.tensor,
@@ -78,6 +82,7 @@ def _decode(
     D: tl.constexpr,
     N: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    FORMAT: tl.constexpr,
     IS_CUT: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -101,18 +106,25 @@ def _decode(
     table_row = table_ptr + sequence.to(tl.int64) * table_width
     k_group = k_ptr + group * k_by_head
     v_group = v_ptr + group * v_by_head
+    k_scales = k_scales_ptr
+    v_scales = v_scales_ptr
+    if FORMAT > 0:
+        k_scales += group
+        v_scales += group
     total = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
     best = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32)
     weight = tl.zeros([BLOCK_R], dtype=tl.float32)
     total, best, weight = attend_keys(
-        total, best, weight, q, positions, table_row, k_group, v_group, begin, whole, begin, end,
-        factor, cap, k_by_block, k_by_token, v_by_block, v_by_token,
-        D, N, 0, HAS_CAP, False, WIDE, BLOCK_N, BLOCK_D,
+        total, best, weight, q, positions, table_row, k_group, v_group, k_scales, v_scales,
+        begin, whole, begin, end,
+        factor, cap, k_by_block, k_by_token, v_by_block, v_by_token, G,
+        D, N, 0, HAS_CAP, FORMAT, False, WIDE, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     total, best, weight = attend_keys(
-        total, best, weight, q, positions, table_row, k_group, v_group, whole, end, begin, end,
-        factor, cap, k_by_block, k_by_token, v_by_block, v_by_token,
-        D, N, 0, HAS_CAP, True, WIDE, BLOCK_N, BLOCK_D,
+        total, best, weight, q, positions, table_row, k_group, v_group, k_scales, v_scales,
+        whole, end, begin, end,
+        factor, cap, k_by_block, k_by_token, v_by_block, v_by_token, G,
+        D, N, 0, HAS_CAP, FORMAT, True, WIDE, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     out = total / weight[:, None]
     if IS_CUT:
@@ -169,6 +181,8 @@ def _write(
     v_ptr: tl.tensor,
     keys_ptr: tl.tensor,
     values_ptr: tl.tensor,
+    key_scales_ptr: tl.tensor,
+    value_scales_ptr: tl.tensor,
     slots_ptr: tl.tensor,
     num_rows: tl.tensor,
     k_by_token: tl.tensor,
@@ -184,19 +198,26 @@ def _write(
     G: tl.constexpr,
     D: tl.constexpr,
     N: tl.constexpr,
+    FORMAT: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> None:
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     dims = tl.arange(0, BLOCK_D)
     tokens, heads = rows // G, rows % G
-    is_in = (rows < num_rows)[:, None] & (dims < D)[None, :]
-    slots = tl.load(slots_ptr + tokens, mask=rows < num_rows, other=0)
+    is_row = rows < num_rows
+    is_in = is_row[:, None] & (dims < D)[None, :]
+    slots = tl.load(slots_ptr + tokens, mask=is_row, other=0)
     blocks, places = slots // N, slots % N
-    k = tl.load(k_ptr + (tokens * k_by_token + heads * k_by_head)[:, None] + dims[None, :], mask=is_in)
-    v = tl.load(v_ptr + (tokens * v_by_token + heads * v_by_head)[:, None] + dims[None, :], mask=is_in)
+    k = tl.load(k_ptr + (tokens * k_by_token + heads * k_by_head)[:, None] + dims[None, :], mask=is_in, other=0.0)
+    v = tl.load(v_ptr + (tokens * v_by_token + heads * v_by_head)[:, None] + dims[None, :], mask=is_in, other=0.0)
     to_keys = blocks * keys_by_block + places * keys_by_token + heads * keys_by_head
     to_values = blocks * values_by_block + places * values_by_token + heads * values_by_head
+    if FORMAT > 0:
+        k, k_scales = to_codes(k.to(tl.float32), FORMAT)
+        v, v_scales = to_codes(v.to(tl.float32), FORMAT)
+        tl.store(key_scales_ptr + slots * G + heads, k_scales, mask=is_row)
+        tl.store(value_scales_ptr + slots * G + heads, v_scales, mask=is_row)
     tl.store(keys_ptr + to_keys[:, None] + dims[None, :], k.to(keys_ptr.dtype.element_ty), mask=is_in)
     tl.store(values_ptr + to_values[:, None] + dims[None, :], v.to(values_ptr.dtype.element_ty), mask=is_in)
 
@@ -205,13 +226,14 @@ def _write(
 
 
 def write(
-    keys_BNGD: torch.Tensor,
-    values_BNGD: torch.Tensor,
+    keys: Pages,
+    values: Pages,
     k_TGD: torch.Tensor,
     v_TGD: torch.Tensor,
     slots_T: torch.Tensor,
 ) -> None:
-    """Put new keys and values into their slots."""
+    """Put new keys and values into their slots, as codes and scales where the pages are of that kind."""
+    (keys_BNGD, key_scales, form), (values_BNGD, value_scales, _) = parts_of(keys), parts_of(values)
     num_tokens, groups, size = k_TGD.shape
     block = power_of_two(size)
     rows = max(1, (16384 if INTERPRETED else 1024) // block)
@@ -220,6 +242,8 @@ def write(
         v_TGD,
         keys_BNGD,
         values_BNGD,
+        key_scales,
+        value_scales,
         slots_T,
         num_tokens * groups,
         *k_TGD.stride()[:2],
@@ -229,6 +253,7 @@ def write(
         G=groups,
         D=size,
         N=keys_BNGD.shape[1],
+        FORMAT=form,
         BLOCK_D=block,
         ROWS=rows,
         **FUSED,
@@ -247,8 +272,8 @@ def candidates(layer: LayerAttention, itemsize: int) -> list[Blocks]:
 def decode(
     layer: LayerAttention,
     q_THD: torch.Tensor,
-    keys_BNGD: torch.Tensor,
-    values_BNGD: torch.Tensor,
+    keys: Pages,
+    values: Pages,
     out_THD: torch.Tensor,
     query_starts: torch.Tensor,
     table: torch.Tensor,
@@ -256,6 +281,7 @@ def decode(
     blocks: Blocks,
 ) -> None:
     """Attend into the rows of ``out_THD`` that belong to the sequences of ``chunks``."""
+    (keys_BNGD, key_scales, form), (values_BNGD, value_scales, _) = parts_of(keys), parts_of(values)
     num_chunks, heads, size = chunks.items.shape[0], layer.num_heads, layer.head_size
     groups = layer.num_kv_heads
     parts = logs = None
@@ -267,6 +293,8 @@ def decode(
         q_THD,
         keys_BNGD,
         values_BNGD,
+        key_scales,
+        value_scales,
         out_THD,
         parts,
         logs,
@@ -283,6 +311,7 @@ def decode(
         D=size,
         N=keys_BNGD.shape[1],
         HAS_CAP=layer.soft_cap is not None,
+        FORMAT=form,
         IS_CUT=chunks.is_cut,
         WIDE=INTERPRETED,
         BLOCK_R=max(16, power_of_two(heads // groups)),

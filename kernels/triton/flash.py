@@ -23,8 +23,10 @@ import triton
 import triton.language as tl
 
 from drivetrain.contracts.attention import LayerAttention
+from drivetrain.kernels.triton.codes import from_codes, load_scales, parts_of
 from drivetrain.kernels.triton.launch import INTERPRETED, dot, power_of_two, tanh
 from drivetrain.kernels.triton.tuning import Blocks
+from drivetrain.pages import Pages
 
 LOG2_E = 1 / math.log(2)
 
@@ -34,7 +36,11 @@ def scores(
     q: tl.tensor, k: tl.tensor, factor: tl.tensor, cap: tl.tensor, HAS_CAP: tl.constexpr, WIDE: tl.constexpr
 ) -> tl.tensor:
     """Scores times log2(e). See :func:`score_constants`."""
-    s = dot(q, k, WIDE) * factor
+    return cap_scores(dot(q, k, WIDE) * factor, cap, HAS_CAP)
+
+
+@triton.jit
+def cap_scores(s: tl.tensor, cap: tl.tensor, HAS_CAP: tl.constexpr) -> tl.tensor:
     if HAS_CAP:
         s = cap * tanh(s)
     return s
@@ -50,6 +56,8 @@ def attend_keys(
     table_ptr: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
+    k_scales_ptr: tl.tensor,
+    v_scales_ptr: tl.tensor,
     begin: tl.tensor,
     end: tl.tensor,
     first_key: tl.tensor,
@@ -60,10 +68,12 @@ def attend_keys(
     k_by_token: tl.tensor,
     v_by_block: tl.tensor,
     v_by_token: tl.tensor,
+    scales_by_token: tl.tensor,
     D: tl.constexpr,
     N: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    FORMAT: tl.constexpr,
     IS_MASKED: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -73,6 +83,7 @@ def attend_keys(
 
     IS_MASKED: some of the keys are hidden from some of the rows, or not there: outside ``first_key .. end_key``.
     N:         0 where keys lie one after another.
+    FORMAT:    0 for keys and values as they are; otherwise they are codes, and scores and weights take their scales.
     """
     dims = tl.arange(0, BLOCK_D)
     for start in range(begin, end, BLOCK_N):
@@ -90,12 +101,18 @@ def attend_keys(
             v_rows = v_ptr + keys.to(tl.int64) * v_by_token
         if IS_MASKED:
             # What lies in hidden places may be anything, NaN too, which not even a weight of 0 undoes.
-            k = tl.load(k_rows[None, :] + dims[:, None], mask=is_key[None, :] & (dims < D)[:, None], other=0.0)
+            k = tl.load(k_rows[None, :] + dims[:, None], mask=is_key[None, :] & (dims < D)[:, None], other=0)
         elif D < BLOCK_D:
-            k = tl.load(k_rows[None, :] + dims[:, None], mask=(dims < D)[:, None], other=0.0)
+            k = tl.load(k_rows[None, :] + dims[:, None], mask=(dims < D)[:, None], other=0)
         else:
             k = tl.load(k_rows[None, :] + dims[:, None])
-        s = scores(q, k, factor, cap, HAS_CAP, WIDE)
+        if FORMAT > 0:
+            places = (blocks * N + keys % N) * scales_by_token
+            k = from_codes(k, FORMAT).to(q.dtype)
+            raw = dot(q, k, WIDE) * load_scales(k_scales_ptr, places, is_key, FORMAT)[None, :]
+            s = cap_scores(raw * factor, cap, HAS_CAP)
+        else:
+            s = scores(q, k, factor, cap, HAS_CAP, WIDE)
         if IS_MASKED:
             is_seen = is_key[None, :] & (keys[None, :] <= positions[:, None])
             if WINDOW > 0:
@@ -110,11 +127,14 @@ def attend_keys(
         shrink = tl.exp2(best - safe)
         weight = weight * shrink + tl.sum(p, axis=1)
         if IS_MASKED:
-            v = tl.load(v_rows[:, None] + dims[None, :], mask=is_key[:, None] & (dims < D)[None, :], other=0.0)
+            v = tl.load(v_rows[:, None] + dims[None, :], mask=is_key[:, None] & (dims < D)[None, :], other=0)
         elif D < BLOCK_D:
-            v = tl.load(v_rows[:, None] + dims[None, :], mask=(dims < D)[None, :], other=0.0)
+            v = tl.load(v_rows[:, None] + dims[None, :], mask=(dims < D)[None, :], other=0)
         else:
             v = tl.load(v_rows[:, None] + dims[None, :])
+        if FORMAT > 0:
+            v = from_codes(v, FORMAT).to(q.dtype)
+            p = p * load_scales(v_scales_ptr, places, is_key, FORMAT)[None, :]
         total = total * shrink[:, None] + dot(p.to(v.dtype), v, WIDE)
         best = better
     return total, best, weight
@@ -140,6 +160,8 @@ def _forward(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
+    k_scales_ptr: tl.tensor,
+    v_scales_ptr: tl.tensor,
     out_ptr: tl.tensor,
     log_ptr: tl.tensor,
     tiles_ptr: tl.tensor,
@@ -163,6 +185,7 @@ def _forward(
     N: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    FORMAT: tl.constexpr,
     KEEPS_LOG: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -184,6 +207,11 @@ def _forward(
     q = tl.load(q_rows[:, None] + dims[None, :], mask=is_in, other=0.0)
     k_group = k_ptr + group * k_by_head
     v_group = v_ptr + group * v_by_head
+    k_scales = k_scales_ptr
+    v_scales = v_scales_ptr
+    if FORMAT > 0:
+        k_scales += group
+        v_scales += group
     if N > 0:
         table_row = table_ptr + sequence.to(tl.int64) * table_width
     else:
@@ -202,19 +230,22 @@ def _forward(
     weight = tl.zeros([BLOCK_M], dtype=tl.float32)
     if WINDOW > 0:
         total, best, weight = attend_keys(
-            total, best, weight, q, positions, table_row, k_group, v_group, begin, whole_from, first_key, last + 1,
-            factor, cap, k_by_block, k_by_token, v_by_block, v_by_token,
-            D, N, WINDOW, HAS_CAP, True, WIDE, BLOCK_N, BLOCK_D,
+            total, best, weight, q, positions, table_row, k_group, v_group, k_scales, v_scales,
+            begin, whole_from, first_key, last + 1,
+            factor, cap, k_by_block, k_by_token, v_by_block, v_by_token, G,
+            D, N, WINDOW, HAS_CAP, FORMAT, True, WIDE, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     total, best, weight = attend_keys(
-        total, best, weight, q, positions, table_row, k_group, v_group, whole_from, whole_to, first_key, last + 1,
-        factor, cap, k_by_block, k_by_token, v_by_block, v_by_token,
-        D, N, WINDOW, HAS_CAP, False, WIDE, BLOCK_N, BLOCK_D,
+        total, best, weight, q, positions, table_row, k_group, v_group, k_scales, v_scales,
+        whole_from, whole_to, first_key, last + 1,
+        factor, cap, k_by_block, k_by_token, v_by_block, v_by_token, G,
+        D, N, WINDOW, HAS_CAP, FORMAT, False, WIDE, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     total, best, weight = attend_keys(
-        total, best, weight, q, positions, table_row, k_group, v_group, whole_to, last + 1, first_key, last + 1,
-        factor, cap, k_by_block, k_by_token, v_by_block, v_by_token,
-        D, N, WINDOW, HAS_CAP, True, WIDE, BLOCK_N, BLOCK_D,
+        total, best, weight, q, positions, table_row, k_group, v_group, k_scales, v_scales,
+        whole_to, last + 1, first_key, last + 1,
+        factor, cap, k_by_block, k_by_token, v_by_block, v_by_token, G,
+        D, N, WINDOW, HAS_CAP, FORMAT, True, WIDE, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     weight = tl.where(weight > 0.0, weight, 1.0)  # rows that are not there may have seen nothing
     out_rows = (start + tokens) * (G * R) + heads
@@ -278,8 +309,8 @@ def layer_constants(layer: LayerAttention) -> dict[str, Any]:
 def forward(
     layer: LayerAttention,
     q_THD: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    keys: Pages,
+    values: Pages,
     out_THD: torch.Tensor,
     log_TH: torch.Tensor | None,
     starts: torch.Tensor,
@@ -295,11 +326,14 @@ def forward(
     if tiles.shape[0] == 0:
         return
     is_paged = table is not None
-    strides = [x.stride()[:3] if is_paged else (0, *x.stride()[:2]) for x in (keys, values)]
+    (k, k_scales, form), (v, v_scales, _) = parts_of(keys), parts_of(values)
+    strides = [x.stride()[:3] if is_paged else (0, *x.stride()[:2]) for x in (k, v)]
     _forward[(tiles.shape[0], layer.num_kv_heads)](
         q_THD,
-        keys,
-        values,
+        k,
+        v,
+        k_scales,
+        v_scales,
         out_THD,
         log_TH,
         tiles,
@@ -312,7 +346,8 @@ def forward(
         *strides[0],
         *strides[1],
         0 if table is None else table.stride(0),
-        N=keys.shape[1] if is_paged else 0,
+        N=k.shape[1] if is_paged else 0,
+        FORMAT=form,
         KEEPS_LOG=log_TH is not None,
         **common,
         **blocks.launch,

@@ -27,6 +27,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from drivetrain.contracts.attention import (
     PAGED_BNGD,
+    AnyPagedCache,
     AttentionBatch,
     AttentionSpec,
     AttentionStep,
@@ -35,10 +36,12 @@ from drivetrain.contracts.attention import (
     LayerAttention,
     LayerPages,
     PagedCache,
+    ScaledCache,
 )
 from drivetrain.contracts.plugin import PluginConfig, Probe, ProbeContext, Purpose, Tier
 from drivetrain.errors import ConfigError, EngineError, KernelBuildError
-from drivetrain.plugins.attention.sdpa import SdpaAttention, write_tokens
+from drivetrain.pages import write_tokens
+from drivetrain.plugins.attention.sdpa import SdpaAttention
 
 _TILE = 128
 """Queries in a tile of the block mask; without a cache, keys too. torch's own default."""
@@ -406,7 +409,14 @@ class FlexAttention(SdpaAttention):
     config: FlexConfig  # type: ignore[assignment]
 
     @classmethod
+    def abilities(cls) -> frozenset[str]:
+        """Those of sdpa but for KV formats: torch's programs take keys and values as they are."""
+        return super().abilities() - {"kv_int8", "kv_fp8"}
+
+    @classmethod
     def probe(cls, context: ProbeContext) -> Probe:
+        if (refused := cls.refuses_kv(context)) is not None:
+            return refused
         if context.dtype is not None and context.dtype not in _DTYPES:
             return Probe.no(
                 "unsupported_dtype",
@@ -450,7 +460,8 @@ class FlexAttention(SdpaAttention):
         parts += [f"mask={self.config.mask}"] if self.config.mask is not None else []
         return KVContract("+".join((PAGED_BNGD, *parts)), self.config.block_size, spec.dtype)
 
-    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: PagedCache | None) -> AttentionStep:
+    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: AnyPagedCache | None) -> AttentionStep:
+        assert not isinstance(cache, ScaledCache), "the probe refuses what makes such a cache"
         if cache is None and any(batch.context_lengths):
             raise EngineError(
                 "a sequence has context in a cache, but no cache was given",

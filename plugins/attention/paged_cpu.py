@@ -13,11 +13,19 @@ from functools import cached_property
 
 import torch
 
-from drivetrain.contracts.attention import AttentionBatch, AttentionSpec, AttentionStep, PagedCache, PagedView
+from drivetrain.contracts.attention import (
+    AnyPagedCache,
+    AttentionBatch,
+    AttentionSpec,
+    AttentionStep,
+    PagedView,
+    ScaledPages,
+)
 from drivetrain.contracts.plugin import Probe, ProbeContext, Tier
 from drivetrain.contracts.source import Progress
-from drivetrain.kernels.cpu.library import FORMATS, check, open_library
+from drivetrain.kernels.cpu.library import CACHE_FORMATS, FORMATS, check, open_library
 from drivetrain.native import probe_compiler
+from drivetrain.pages import Pages
 from drivetrain.plugins.attention.sdpa import SdpaAttention
 
 
@@ -40,18 +48,22 @@ class PagedCpuStep:
         q, k, v = (x.to(torch.float32, memory_format=torch.contiguous_format) for x in (q_THD, k_TGD, v_TGD))
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out_THD = torch.empty_like(q)
-        keys, values, table = pages.cache.keys[layer], pages.cache.values[layer], batch.block_tables[group]
+        keys, key_scales = _parts_of(pages.cache.keys[layer])
+        values, value_scales = _parts_of(pages.cache.values[layer])
+        table = batch.block_tables[group]
         status = self._library.dt_attend(
             q.data_ptr(),
             k.data_ptr(),
             v.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
+            None if key_scales is None else key_scales.data_ptr(),
+            None if value_scales is None else value_scales.data_ptr(),
             attention.num_heads,
             attention.num_kv_heads,
             attention.head_size,
             pages.block_size,
-            FORMATS[keys.dtype],
+            CACHE_FORMATS[keys.dtype],
             attention.scale,
             attention.soft_cap or 0.0,
             attention.window or 0,
@@ -68,6 +80,11 @@ class PagedCpuStep:
         return out_THD.to(q_THD.dtype)
 
 
+def _parts_of(pages: Pages) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What keys or values of a layer are kept in, and their scales."""
+    return (pages.codes, pages.scales) if isinstance(pages, ScaledPages) else (pages, None)
+
+
 class PagedCpuAttention(SdpaAttention):
     """Paged attention in C++ on the CPU, over the same cache as sdpa; lets the CPU kernels run whole layers."""
 
@@ -79,6 +96,8 @@ class PagedCpuAttention(SdpaAttention):
             return Probe.no(
                 "other_device", "it computes on the CPU only", wanted="cpu", offered=context.platform.device_type
             )
+        if (refused := cls.refuses_kv(context)) is not None:
+            return refused
         dtypes = [str(dtype).removeprefix("torch.") for dtype in FORMATS]
         if context.dtype is not None and context.dtype not in dtypes:
             return Probe.no(
@@ -90,7 +109,7 @@ class PagedCpuAttention(SdpaAttention):
     def abilities(cls) -> frozenset[str]:
         return super().abilities() - {"takes_written"} | {"opens_pages"}
 
-    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: PagedCache | None) -> AttentionStep:
+    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: AnyPagedCache | None) -> AttentionStep:
         if cache is None:
             return super().begin(spec, batch, None)
         return PagedCpuStep(PagedView(spec, batch, cache, self.config.block_size), self._library)

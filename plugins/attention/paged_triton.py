@@ -11,7 +11,7 @@ tokens in a block.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,22 +20,21 @@ import torch
 from pydantic import Field
 
 from drivetrain.contracts.attention import (
-    PAGED_BNGD,
-    AttentionBackend,
+    FULL_KV,
+    SCALED_KV,
+    AnyPagedCache,
     AttentionBatch,
     AttentionSpec,
     AttentionStep,
-    KVContract,
-    KVGroup,
     LayerAttention,
-    PagedCache,
+    ScaledPages,
 )
-from drivetrain.contracts.plugin import PluginConfig, Probe, ProbeContext, Tier
+from drivetrain.contracts.plugin import Probe, ProbeContext, Tier
 from drivetrain.errors import EngineError
 from drivetrain.kernels.triton import tuner_of
 from drivetrain.kernels.triton.availability import DTYPES, probe
 from drivetrain.kernels.triton.tuning import DEFAULT_FOLDER, Choice
-from drivetrain.plugins.attention.sdpa import lazy_zeros
+from drivetrain.pages import PagedBackend, PagedConfig, Pages, tensors_of
 
 if TYPE_CHECKING:
     from drivetrain.kernels.triton.decode import Chunks
@@ -52,7 +51,7 @@ _WORTH_TIMING_KEYS = 65536
 """Keys (tokens times key/value heads) from which on a step tells something about block sizes for decodes."""
 
 
-class PagedTritonConfig(PluginConfig):
+class PagedTritonConfig(PagedConfig):
     """Settings of the paged-triton backend."""
 
     block_size: int = Field(16, ge=1, description="Tokens in a block of the cache; 16 or more read fastest.")
@@ -159,7 +158,8 @@ class _Kernels:
         for layer in set(spec.layers):
             if len(plan.prefills):
                 candidates = functools.partial(self.flash.forward_candidates, layer, dtype.itemsize)
-                blocks = self._choice("flash", layer, dtype).known((block_size,), candidates)
+                name = "flash" if block_size == 0 else _kernel_name("flash", spec.kv)
+                blocks = self._choice(name, layer, dtype).known((block_size,), candidates)
                 plan.tiles(layer.num_heads // layer.num_kv_heads, blocks["BLOCK_M"])
             if len(plan.decodes):
                 plan.chunks(layer.window, layer.num_kv_heads)
@@ -168,8 +168,8 @@ class _Kernels:
         self,
         layer: LayerAttention,
         q_THD: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        keys: Pages,
+        values: Pages,
         out_THD: torch.Tensor,
         log_TH: torch.Tensor | None,
         table: torch.Tensor | None,
@@ -182,8 +182,8 @@ class _Kernels:
                 layer, q_THD, keys, values, out_THD, log_TH, starts, kv_lengths, table, plan.tiles, blocks
             )
 
-        choice = self._choice("flash", layer, q_THD.dtype)
-        block_size = 0 if table is None else keys.shape[1]
+        choice = self._choice(_kernel_name("flash", _kv_of(keys)), layer, q_THD.dtype)
+        block_size = 0 if table is None else tensors_of(keys)[0].shape[1]
         worth_it = q_THD.shape[0] * q_THD.shape[1] >= _WORTH_TIMING_ROWS
         candidates = functools.partial(self.flash.forward_candidates, layer, q_THD.dtype.itemsize)
         launch(choice((block_size,), candidates, launch, worth_it))
@@ -192,8 +192,8 @@ class _Kernels:
         self,
         layer: LayerAttention,
         q_THD: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        keys: Pages,
+        values: Pages,
         out_THD: torch.Tensor,
         table: torch.Tensor,
         plan: StepPlan,
@@ -204,10 +204,10 @@ class _Kernels:
             starts = plan.batch.query_starts
             self.decoding.decode(layer, q_THD, keys, values, out_THD, starts, table, chunks, blocks)
 
-        choice = self._choice("decode", layer, q_THD.dtype)
+        choice = self._choice(_kernel_name("decode", _kv_of(keys)), layer, q_THD.dtype)
         worth_it = plan.num_decode_keys * layer.num_kv_heads >= _WORTH_TIMING_KEYS
         candidates = functools.partial(self.decoding.candidates, layer, q_THD.dtype.itemsize)
-        launch(choice((keys.shape[1],), candidates, launch, worth_it))
+        launch(choice((tensors_of(keys)[0].shape[1],), candidates, launch, worth_it))
 
     def backward(
         self, inputs: BackwardInputs, layer: LayerAttention, plan: StepPlan
@@ -233,6 +233,17 @@ class _Kernels:
         if choice is None:
             choice = self._choices[key] = Choice(self._tuner, f"{kernel}/{_layer_class(layer, dtype)}")
         return choice
+
+
+def _kv_of(keys: Pages) -> str:
+    """The KV format of a layer's keys."""
+    dtype = str(keys.codes.dtype).removeprefix("torch.") if isinstance(keys, ScaledPages) else None
+    return next((kv for kv, (stored, _) in SCALED_KV.items() if stored == dtype), FULL_KV)
+
+
+def _kernel_name(kernel: str, kv: str) -> str:
+    """Which blocks are fastest depends on how keys are kept."""
+    return kernel if kv == FULL_KV else f"{kernel}+{kv}"
 
 
 def _layer_class(layer: LayerAttention, dtype: torch.dtype) -> str:
@@ -272,7 +283,7 @@ class _Attention(torch.autograd.Function):
 class PagedTritonStep:
     """Attention of one step by its plan."""
 
-    def __init__(self, spec: AttentionSpec, plan: StepPlan, cache: PagedCache | None, kernels: _Kernels) -> None:
+    def __init__(self, spec: AttentionSpec, plan: StepPlan, cache: AnyPagedCache | None, kernels: _Kernels) -> None:
         self._layers = spec.layers
         self._group_of = {layer: group.index for group in spec.groups for layer in group.layers}
         self._plan, self._cache, self._kernels = plan, cache, kernels
@@ -297,16 +308,17 @@ class PagedTritonStep:
 # --- the plugin ----------------------------------------------------------------------------------------------------
 
 
-class PagedTritonAttention(AttentionBackend):
+class PagedTritonAttention(PagedBackend):
     """Flash attention and split decode attention in Triton, over the plain paged cache."""
 
+    contract_version = "1.2"
     tier = Tier.TUNED
     Config = PagedTritonConfig
     config: PagedTritonConfig
 
     @classmethod
     def probe(cls, context: ProbeContext) -> Probe:
-        answer = probe(context)
+        answer = cls.refuses_kv(context) or probe(context)
         if answer.ok and context.model is not None:
             largest = max(layer.head_size for layer in context.model.attention.layers)
             if largest > MAX_HEAD_SIZE:
@@ -327,30 +339,9 @@ class PagedTritonAttention(AttentionBackend):
 
     @classmethod
     def abilities(cls) -> frozenset[str]:
-        return frozenset({"training", "windows", "soft_cap"})
+        return frozenset({"training", "windows", "soft_cap", "kv_int8", "kv_fp8"})
 
-    def kv_contract(self, spec: AttentionSpec) -> KVContract:
-        return KVContract(PAGED_BNGD, self.config.block_size, spec.dtype)
-
-    def bytes_per_block(self, spec: AttentionSpec, group: KVGroup) -> int:
-        itemsize: int = getattr(torch, spec.dtype).itemsize
-        features = sum(spec.layers[i].num_kv_heads * spec.layers[i].head_size for i in group.layers)
-        return 2 * self.config.block_size * features * itemsize
-
-    def allocate(self, spec: AttentionSpec, num_blocks: Sequence[int], device: torch.device) -> PagedCache:
-        dtype: torch.dtype = getattr(torch, spec.dtype)
-        blocks_of_layer = {layer: num_blocks[group.index] for group in spec.groups for layer in group.layers}
-
-        def store(index: int) -> torch.Tensor:
-            layer = spec.layers[index]
-            shape = (blocks_of_layer[index], self.config.block_size, layer.num_kv_heads, layer.head_size)
-            # Zeros, because another backend may take the cache over, and masked slots take part in its products.
-            return lazy_zeros(shape, dtype, device)
-
-        indices = range(len(spec.layers))
-        return PagedCache(tuple(store(i) for i in indices), tuple(store(i) for i in indices))
-
-    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: PagedCache | None) -> AttentionStep:
+    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: AnyPagedCache | None) -> AttentionStep:
         if cache is None and any(batch.context_lengths):
             raise EngineError(
                 "a sequence has context in a cache, but no cache was given",
@@ -365,16 +356,3 @@ class PagedTritonAttention(AttentionBackend):
     @functools.cached_property
     def _kernels(self) -> _Kernels:
         return _Kernels(tuner_of(self.config.record, self.config.tune))
-
-    def copy_blocks(self, cache: PagedCache, group: KVGroup, pairs: Sequence[tuple[int, int]]) -> None:
-        if not pairs:
-            return
-        source, destination = torch.tensor(pairs, device=cache.keys[group.layers[0]].device).unbind(1)
-        for layer in group.layers:
-            for store in (cache.keys[layer], cache.values[layer]):
-                store.index_copy_(0, destination, store.index_select(0, source))
-
-    def clear_blocks(self, cache: PagedCache, group: KVGroup, blocks: Sequence[int]) -> None:
-        for layer in group.layers:
-            for store in (cache.keys[layer], cache.values[layer]):
-                store[list(blocks)] = 0

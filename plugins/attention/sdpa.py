@@ -10,29 +10,25 @@ Sequences with one new token, the decodes, are attended together; sequences with
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from pydantic import Field
 from torch.nn import functional
 
 from drivetrain.contracts.attention import (
-    PAGED_BNGD,
-    AttentionBackend,
+    AnyPagedCache,
     AttentionBatch,
     AttentionSpec,
     AttentionStep,
-    KVContract,
     KVGroup,
     LayerAttention,
     LayerPages,
     PagedCache,
 )
-from drivetrain.contracts.plugin import PluginConfig, Probe, ProbeContext, Tier
+from drivetrain.contracts.plugin import Probe, ProbeContext, Tier
 from drivetrain.errors import EngineError
+from drivetrain.pages import PagedBackend, Pages, read_blocks, write_tokens
 
 _MASK_BYTES = 64 * 2**20
 """Bound on the masks a step keeps, and on the mask or scores of one slice of queries."""
@@ -42,14 +38,6 @@ _ROWS_PER_BUCKET = 16
 """Decodes are sorted by length and attended in up to 4 buckets of at least 16 rows, each padded to its own longest.
 Measured with 64 sequences of 50 to 350 tokens, 9/3 heads of 64, 30 layers, 2 CPU threads: 110 ms a step with one
 bucket, 58 ms with 4, 58 ms with 8, 101 ms one by one; with 16 sequences 1 bucket is as good as 2, better than 4."""
-
-
-class SdpaConfig(PluginConfig):
-    """Settings of the sdpa backend."""
-
-    block_size: int = Field(
-        16, ge=1, description="Tokens in a block of the cache. Smaller wastes less memory; larger gathers faster."
-    )
 
 
 # --- the plan of one step ------------------------------------------------------------------------------------------
@@ -279,7 +267,7 @@ def _attend_capped(
 class SdpaStep:
     """Attention of one step by its plan."""
 
-    def __init__(self, spec: AttentionSpec, plans: Sequence[GroupPlan], cache: PagedCache | None) -> None:
+    def __init__(self, spec: AttentionSpec, plans: Sequence[GroupPlan], cache: AnyPagedCache | None) -> None:
         self._layers = spec.layers
         self._cache = cache
         self._plan_of_layer: list[GroupPlan] = [plans[0]] * len(spec.layers)
@@ -291,9 +279,11 @@ class SdpaStep:
         plan, attention = self._plan_of_layer[layer], self._layers[layer]
         keys = values = None
         if self._cache is not None:
+            assert plan.slots is not None
             keys, values = self._cache.keys[layer], self._cache.values[layer]
-            write_tokens(keys, plan.slots, k_TGD)
-            write_tokens(values, plan.slots, v_TGD)
+            # A prompt attends to its own keys as they are kept, so that it does not matter where it was cut.
+            k_TGD = write_tokens(keys, plan.slots, k_TGD)
+            v_TGD = write_tokens(values, plan.slots, v_TGD)
         if plan.prefills and not plan.decodes:
             parts = [self._prefill(attention, part, q_THD, k_TGD, v_TGD, keys, values) for part in plan.prefills]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -309,7 +299,7 @@ class SdpaStep:
     def layer_pages(self, layer: int) -> LayerPages | None:
         """Only a step of decodes: a prompt with nothing before it attends without its pages."""
         plan = self._plan_of_layer[layer]
-        if self._cache is None or plan.prefills or plan.slots is None:
+        if not isinstance(self._cache, PagedCache) or plan.prefills or plan.slots is None:
             return None
         return LayerPages(self._cache.keys[layer], self._cache.values[layer], plan.slots)
 
@@ -327,16 +317,17 @@ class SdpaStep:
         layer: LayerAttention,
         bucket: DecodeBucket,
         q_THD: torch.Tensor,
-        keys: torch.Tensor | None,
-        values: torch.Tensor | None,
+        keys: Pages | None,
+        values: Pages | None,
     ) -> torch.Tensor:
         assert keys is not None
         assert values is not None
-        s, (groups, size) = bucket.rows_s.shape[0], keys.shape[2:]
+        s, groups, size = bucket.rows_s.shape[0], layer.num_kv_heads, layer.head_size
         # Heads of one group become rows of queries, so that keys and values are read once and never repeated.
         q_sGRD = q_THD.index_select(0, bucket.rows_s).view(s, groups, -1, size)
         k_sGLD, v_sGLD = (
-            _gather(x, bucket.blocks_sW).view(s, -1, groups, size).transpose(1, 2) for x in (keys, values)
+            read_blocks(x, bucket.blocks_sW, q_THD.dtype).view(s, -1, groups, size).transpose(1, 2)
+            for x in (keys, values)
         )
         if layer.soft_cap is None:
             o = functional.scaled_dot_product_attention(
@@ -353,15 +344,15 @@ class SdpaStep:
         q_THD: torch.Tensor,
         k_TGD: torch.Tensor,
         v_TGD: torch.Tensor,
-        keys: torch.Tensor | None,
-        values: torch.Tensor | None,
+        keys: Pages | None,
+        values: Pages | None,
     ) -> torch.Tensor:
         if part.blocks is None:
             k_LGD, v_LGD = k_TGD[part.rows], v_TGD[part.rows]
         else:
             assert keys is not None
             assert values is not None
-            k_LGD, v_LGD = _gather(keys, part.blocks), _gather(values, part.blocks)
+            k_LGD, v_LGD = (read_blocks(x, part.blocks, q_THD.dtype) for x in (keys, values))
         q_tHD = q_THD[part.rows]
         pieces = [
             self._prefill_slice(layer, piece, part.keep, q_tHD[piece.queries], k_LGD[piece.keys], v_LGD[piece.keys])
@@ -389,66 +380,24 @@ class SdpaStep:
         return o_GRtD.permute(2, 0, 1, 3).reshape(t, layer.num_heads, size)
 
 
-def write_tokens(store_BNGD: torch.Tensor, slots_T: torch.Tensor | None, new_TGD: torch.Tensor) -> None:
-    assert slots_T is not None
-    store_BNGD.flatten(0, 1).index_copy_(0, slots_T, new_TGD.to(store_BNGD.dtype))
-
-
-def _gather(store_BNGD: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """The tokens of some blocks, [len(blocks) * N, G, D]. Whole blocks as rows: 1.7 times faster than by token."""
-    groups, size = store_BNGD.shape[2:]
-    return store_BNGD.flatten(1).index_select(0, blocks).view(-1, groups, size)
-
-
 # --- the plugin ----------------------------------------------------------------------------------------------------
 
 
-def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros; in main memory, pages that the system hands out as they are first written, so that a large cache costs
-    nothing before it is used (torch.zeros writes them all)."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
-
-
-class SdpaAttention(AttentionBackend):
+class SdpaAttention(PagedBackend):
     """Paged attention in plain torch, on any device: the reference that other backends are tested against."""
 
-    contract_version = "1.1"
+    contract_version = "1.2"
     tier = Tier.REFERENCE
-    Config = SdpaConfig
-    config: SdpaConfig
 
     @classmethod
     def probe(cls, context: ProbeContext) -> Probe:
-        return Probe.yes("plain torch runs on every device and dtype")
+        return cls.refuses_kv(context) or Probe.yes("plain torch runs on every device and dtype")
 
     @classmethod
     def abilities(cls) -> frozenset[str]:
-        return frozenset({"training", "windows", "soft_cap", "takes_written"})
+        return frozenset({"training", "windows", "soft_cap", "takes_written", "kv_int8", "kv_fp8"})
 
-    def kv_contract(self, spec: AttentionSpec) -> KVContract:
-        return KVContract(PAGED_BNGD, self.config.block_size, spec.dtype)
-
-    def bytes_per_block(self, spec: AttentionSpec, group: KVGroup) -> int:
-        itemsize = getattr(torch, spec.dtype).itemsize
-        features = sum(spec.layers[i].num_kv_heads * spec.layers[i].head_size for i in group.layers)
-        return 2 * self.config.block_size * features * itemsize
-
-    def allocate(self, spec: AttentionSpec, num_blocks: Sequence[int], device: torch.device) -> PagedCache:
-        dtype: torch.dtype = getattr(torch, spec.dtype)
-        blocks_of_layer = {layer: num_blocks[group.index] for group in spec.groups for layer in group.layers}
-
-        def store(index: int) -> torch.Tensor:
-            layer = spec.layers[index]
-            shape = (blocks_of_layer[index], self.config.block_size, layer.num_kv_heads, layer.head_size)
-            # Zeros, because a masked slot still takes part in the product: 0 * NaN would be NaN.
-            return lazy_zeros(shape, dtype, device)
-
-        indices = range(len(spec.layers))
-        return PagedCache(tuple(store(i) for i in indices), tuple(store(i) for i in indices))
-
-    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: PagedCache | None) -> AttentionStep:
+    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: AnyPagedCache | None) -> AttentionStep:
         if cache is None and any(batch.context_lengths):
             raise EngineError(
                 "a sequence has context in a cache, but no cache was given",
@@ -458,16 +407,3 @@ class SdpaAttention(AttentionBackend):
             )
         planner = _Planner(spec, batch, None if cache is None else self.config.block_size)
         return SdpaStep(spec, [planner.plan(group) for group in spec.groups], cache)
-
-    def copy_blocks(self, cache: PagedCache, group: KVGroup, pairs: Sequence[tuple[int, int]]) -> None:
-        if not pairs:
-            return
-        for layer in group.layers:
-            for store in (cache.keys[layer], cache.values[layer]):
-                source, destination = torch.tensor(pairs, device=store.device).unbind(1)
-                store.index_copy_(0, destination, store.index_select(0, source))
-
-    def clear_blocks(self, cache: PagedCache, group: KVGroup, blocks: Sequence[int]) -> None:
-        for layer in group.layers:
-            for store in (cache.keys[layer], cache.values[layer]):
-                store[list(blocks)] = 0

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -25,12 +25,14 @@ from drivetrain.contracts.attention import AttentionSpec, AttentionStep, LayerAt
 from drivetrain.contracts.loader import Checkpoint
 from drivetrain.contracts.model import BuildContext, CausalLM, Model, ModelSpec
 from drivetrain.contracts.plugin import Probe, ProbeContext, Tier
-from drivetrain.contracts.quantizer import DecidesTables
+from drivetrain.contracts.quantizer import DecidesTables, TakesStored
 from drivetrain.errors import LoaderError, MissingDependencyError, MissingTensorError, UnknownArchitectureError
 from drivetrain.packed import PackedEmbedding, PackedLinear
 
 if TYPE_CHECKING:
     import types
+
+    from drivetrain.contracts.packed import PackedWeight
 
 _IMPLEMENTATION = "drivetrain"
 _TRACE = "drivetrain_trace"
@@ -432,6 +434,88 @@ def _without_values(keys: Mapping[str, Any], dtype: torch.dtype) -> Any:
     return model
 
 
+def _load_stored(checkpoint: Checkpoint, context: BuildContext) -> Any:
+    """The library's model with the weights of a checkpoint whose layers are packed, which the library would unpack.
+
+    The checkpoint itself is asked for each tensor by the name that the library's module has for it. Layers that the
+    quantizer takes as they are stored are never there in full.
+    """
+    model = _without_values(checkpoint.config, context.dtype)
+    held, used = set(checkpoint.names()), set()
+    loaded: dict[int, nn.Parameter] = {}
+    for name, part in list(model.named_modules()):
+        stored = _stored(checkpoint, name, part, context)
+        for own_name, placeholder in list(part.named_parameters(recurse=False)):
+            full_name = f"{name}.{own_name}"
+            used.add(full_name)
+            if stored is not None and own_name == "weight":
+                continue
+            if id(placeholder) not in loaded:
+                loaded[id(placeholder)] = nn.Parameter(_read(checkpoint, full_name, placeholder, context))
+            setattr(part, own_name, loaded[id(placeholder)])
+        if stored is not None:
+            quantizer = cast(TakesStored, context.quantizer)
+            bias = None if part.bias is None else part.bias.detach()
+            model.set_submodule(name, quantizer.convert_stored(name, stored, bias))
+    unused = sorted(held - used - {f"{name}.{own}" for name, own in _make_buffers(model, checkpoint, context)})
+    if unused:
+        raise LoaderError(
+            f"the files hold tensors that {checkpoint.architecture} has no place for: {', '.join(unused[:8])}",
+            where=str(checkpoint.path),
+            hint="The configuration describes another model than the weights.",
+        )
+    return model.eval()
+
+
+def _stored(checkpoint: Checkpoint, name: str, part: nn.Module, context: BuildContext) -> PackedWeight | None:
+    quantizer = context.quantizer
+    weight = f"{name}.weight"
+    if type(part) is not nn.Linear or not isinstance(quantizer, TakesStored) or weight not in checkpoint:
+        return None
+    stored = checkpoint.packed(weight)
+    return stored.to(context.device) if stored is not None and quantizer.takes(name, stored) else None
+
+
+def _read(checkpoint: Checkpoint, name: str, placeholder: torch.Tensor, context: BuildContext) -> torch.Tensor:
+    if name not in checkpoint or tuple(checkpoint.shape(name)) != tuple(placeholder.shape):
+        found = tuple(checkpoint.shape(name)) if name in checkpoint else None
+        raise MissingTensorError(
+            f"the files hold no tensor {name} of shape {tuple(placeholder.shape)} for {checkpoint.architecture}",
+            where=str(checkpoint.path),
+            found=found,
+            hint="The library may store this architecture in another form than it runs it; use the full weights.",
+        )
+    own = torch.empty(placeholder.shape, dtype=context.dtype, device=context.device)
+    return own.copy_(checkpoint.tensor(name, context.dtype))
+
+
+def _make_buffers(model: Any, checkpoint: Checkpoint, context: BuildContext) -> list[tuple[str, str]]:
+    """Give every buffer its values: of the files, or as the library makes them of the configuration. Returns those of
+    the files."""
+    read = []
+    for name, part in model.named_modules():
+        empty = [own_name for own_name, buffer in part.named_buffers(recurse=False) if buffer.is_meta]
+        made = []
+        for own_name in empty:
+            buffer = part.get_buffer(own_name)
+            if f"{name}.{own_name}" in checkpoint:
+                setattr(part, own_name, _read(checkpoint, f"{name}.{own_name}", buffer, context).to(buffer.dtype))
+                read.append((name, own_name))
+            elif context.device.type != "meta":
+                # NaN, so that a buffer which the library does not fill is seen.
+                value = float("nan") if buffer.is_floating_point() else 0
+                setattr(part, own_name, torch.full_like(buffer, value, device=context.device))
+                made.append(own_name)
+        if made:
+            model._init_weights(part)
+        for own_name in made:
+            buffer = part.get_buffer(own_name)
+            if not buffer.is_floating_point() or bool(buffer.isnan().any()):
+                reason = f"its {name}.{own_name} is not in the files, and the library does not say how it is made"
+                raise _refused(checkpoint.architecture, f"{reason}, as packed layers need")
+    return read
+
+
 def _quantize(module: TransformersForCausalLM, context: BuildContext) -> None:
     quantizer = context.quantizer
     if quantizer is None:
@@ -514,13 +598,20 @@ class TransformersModel(Model):
 
     def build(self, checkpoint: Checkpoint, context: BuildContext) -> CausalLM:
         spec = self.describe(checkpoint.config, str(context.dtype).removeprefix("torch."))
+        is_stored = checkpoint.packed_by is not None
         if context.device.type == "meta":
-            module = TransformersForCausalLM(_without_values(checkpoint.config, context.dtype), spec)
+            model = (
+                _load_stored(checkpoint, context) if is_stored else _without_values(checkpoint.config, context.dtype)
+            )
+            module = TransformersForCausalLM(model, spec)
             _quantize(module, context)
             return module.eval()
         what = f"loading {spec.architecture}"
         context.progress(what, 0, 1, "models")
-        model = _load(checkpoint, _library_config(checkpoint.config), context)
+        if is_stored:
+            model = _load_stored(checkpoint, context)
+        else:
+            model = _load(checkpoint, _library_config(checkpoint.config), context)
         expected = _library_logits(model, spec.vocab_size)
         module = TransformersForCausalLM(model, spec)
         _check_against(module, expected)

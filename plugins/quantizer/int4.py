@@ -41,7 +41,7 @@ class Int4Config(QuantizerConfig):
     """Options of the quantizer ``int4``."""
 
     group: Literal[16, 32, 64, 128, 256] = Field(
-        64, description="weights of a row that share a scale and a minimum; it must divide the inputs of every layer"
+        32, description="weights of a row that share a scale and a minimum; it must divide the inputs of every layer"
     )
     symmetric: bool = Field(
         False, description="codes lie evenly around zero: what GPTQ and others expect, at the same size and less exact"
@@ -63,7 +63,7 @@ class Int4Quantizer(SavesPacked, Quantizer):
     config: Int4Config
 
     def bits_per_weight(self) -> float | None:
-        """4, and a scale and a minimum for each group: 4.5 for groups of 64 in float16."""
+        """4, and a scale and a minimum for each group: 5 for groups of 32 in float16, 4.5 for 64."""
         return 4 + 2 * 8 * self._scale_dtype.itemsize / self.config.group
 
     def declares(self) -> Declaration:
@@ -116,7 +116,8 @@ def pack_int4(
 ) -> PackedWeight:
     """The weight in the layout of ``linear_int4``; ``group`` divides I."""
     packs = partial(_pack_groups, group, is_symmetric, searches, scale_dtype)
-    return PackedWeight("linear_int4", pack_rows(weight_OI, packs), *weight_OI.shape, params={"group": group})
+    num_rows, width = weight_OI.shape
+    return PackedWeight("linear_int4", pack_rows(weight_OI, packs), num_rows, width, {"group": group})
 
 
 def _pack_groups(

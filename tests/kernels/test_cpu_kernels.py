@@ -3,6 +3,8 @@ that lies as it happens to lie; what they can't do they refuse, or leave to the 
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,16 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from drivetrain.binding import KernelBinder
 from drivetrain.contracts.attention import OpensPages
 from drivetrain.contracts.kernels import KernelSpec
 from drivetrain.contracts.model import BuildContext
 from drivetrain.contracts.source import silent
-from drivetrain.errors import ConfigError
-from drivetrain.kernels.cpu import CpuKernels
+from drivetrain.errors import ConfigError, KernelBuildError
+from drivetrain.kernels.cpu import CpuKernels, library
 from drivetrain.kernels.cpu.decoder import CoarseDecoder
-from drivetrain.kernels.cpu.library import VARIANTS, best_variant
+from drivetrain.kernels.cpu.library import VARIANTS, open_library, runnable_variants
+from drivetrain.kernels.cpu.operations import matrix_fields
 from drivetrain.kernels.reference import ReferenceKernels
 from drivetrain.plugins.attention.paged_cpu import PagedCpuAttention
 from drivetrain.plugins.attention.sdpa import SdpaAttention
@@ -32,8 +37,8 @@ torch.set_num_threads(1)
 CPU = torch.device("cpu")
 NAMES = sorted(tiny_configs())
 REFERENCE = ReferenceKernels(ReferenceKernels.Config())
-WIDTHS = {"baseline": 0, "avx2": 1, "avx512": 2}
-HERE = [name for name in VARIANTS if WIDTHS[name] <= WIDTHS[best_variant()]]
+HERE = runnable_variants()
+needs_amx = pytest.mark.skipif("amx" not in HERE, reason="this processor has no matrix unit (AMX)")
 
 STEPS: Sequence[dict[int, int]] = (
     {0: 5, 1: 1, 2: 17},
@@ -71,9 +76,9 @@ def build(checkpoint: FolderCheckpoint, kernels: CpuKernels | None, dtype: torch
 
 
 @torch.inference_mode()
-def scores(module: Any, backend: type[SdpaAttention], block_size: int = 4) -> torch.Tensor:
+def scores(module: Any, backend: type[SdpaAttention], block_size: int = 4, kv: str = "auto") -> torch.Tensor:
     """Scores of every token of STEPS, fed over a paged cache."""
-    spec = module.spec.attention
+    spec = dataclasses.replace(module.spec.attention, kv=kv)
     attention = backend(backend.Config(block_size=block_size))
     pages = Pages(spec, block_size, 80)
     cache = attention.allocate(spec, pages.num_blocks, CPU)
@@ -105,6 +110,27 @@ def test_every_architecture_scores_as_the_plain_loop_does(
     for name, checkpoint in checkpoints.items():
         found = scores(build(checkpoint, provider(variant)), PagedCpuAttention)
         torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-4, msg=lambda text, name=name: name + text)
+
+
+KV_DISTANCE = {"int8": (0.003, 0.02), "fp8": (0.01, 0.1)}
+"""How far scores may be, in the mean of squares and relative to their spread, from those of sdpa in the same format (a
+last bit decides here and there to which code a number is rounded) and from those of full keys."""
+
+
+@pytest.mark.parametrize("kv", KV_DISTANCE)
+@pytest.mark.parametrize("variant", HERE)
+def test_whole_steps_over_scaled_keys(
+    checkpoints: dict[str, FolderCheckpoint], expected: dict[str, torch.Tensor], variant: str, kv: str
+) -> None:
+    """The coarse operation writes and reads keys and values with scales as sdpa does, and both stay near full ones."""
+    for name in ("smollm2", "gemma2", "qwen3"):
+        plain = scores(build(checkpoints[name], None), SdpaAttention, kv=kv)
+        found = scores(build(checkpoints[name], provider(variant)), PagedCpuAttention, kv=kv)
+        from_sdpa, from_full = (
+            ((found - other).square().mean().sqrt() / expected[name].std()).item() for other in (plain, expected[name])
+        )
+        assert from_sdpa <= KV_DISTANCE[kv][0], name
+        assert 1e-4 < from_full <= KV_DISTANCE[kv][1], name
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -232,9 +258,15 @@ def test_long_contexts_are_cut_and_joined() -> None:
 
     torch.set_num_threads(4)
     try:
-        for window, soft_cap in ((None, None), (1500, None), (None, 5.0)):
+        for window, soft_cap, kv in (
+            (None, None, "auto"),
+            (1500, None, "auto"),
+            (None, 5.0, "auto"),
+            (None, None, "int8"),
+            (1500, 5.0, "fp8"),
+        ):
             layer = LayerAttention(6, 2, 20, 20**-0.5, window, soft_cap)
-            spec = AttentionSpec((layer,), "float32")
+            spec = AttentionSpec((layer,), "float32", kv)
             results = []
             for backend in (SdpaAttention, PagedCpuAttention):
                 attention, pages = backend(backend.Config()), Pages(spec, 16, 400)
@@ -295,6 +327,123 @@ def test_not_a_number_stays_one() -> None:
             x[-1, 33] = bad
             assert not linear(x, torch.ones(8, 40), None)[-1].isfinite().any()
             assert not gated(x, torch.ones(rows, 40))[-1].isfinite().all()
+
+
+def product(variant: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x @ weight.T in float32, whatever the weight is kept in; of one variant."""
+    if weight.dtype is torch.float32:
+        return provider(variant).make(KernelSpec("linear", "cpu", "float32"))(x, weight, None)  # type: ignore[no-any-return]
+    out = torch.empty(x.shape[0], weight.shape[0])
+    fields = matrix_fields(weight)
+    open_library(variant).dt_linear(x.data_ptr(), x.shape[0], ctypes.addressof(fields), 0, out.data_ptr())
+    return out
+
+
+def ill_scaled(rows: int, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Of every size between 1e-8 and 1e8, in every row."""
+    exponents = torch.rand(rows, size, generator=generator) * 16 - 8
+    return torch.randn(rows, size, generator=generator) * 10**exponents
+
+
+@needs_amx
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_the_matrix_unit_are_as_exact_as_plain_float32(dtype: torch.dtype) -> None:
+    """In three parts a float32 loses nothing. The error of a sum is measured by the sum of the sizes of its terms, as
+    the bound of a float32 sum is: the largest is at most 1.5 times that of float32's own multiply-adds."""
+    generator = torch.Generator().manual_seed(5)
+    for make in (lambda *shape: torch.randn(shape, generator=generator), lambda *s: ill_scaled(*s, generator)):
+        for size in (32, 576, 1536, 5000):
+            x, weight = make(40, size), make(64, size).to(dtype)
+            exact = x.double() @ weight.double().T
+            terms = x.double().abs() @ weight.double().abs().T
+            errors = [
+                ((product(variant, x, weight).double() - exact).abs() / terms).max().item()
+                for variant in ("amx", "avx512")
+            ]
+            assert errors[0] <= 1.5 * max(errors[1], 2**-24), (size, errors)
+
+
+@needs_amx
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(5, 80), outer=st.integers(1, 130), inner=st.integers(1, 140), seed=st.integers(0, 99))
+def test_the_matrix_unit_takes_every_shape(rows: int, outer: int, inner: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, weight, up = (torch.randn(n, inner, generator=generator) for n in (rows, outer, outer))
+    for dtype in (torch.float32, torch.bfloat16):
+        found = product("amx", x, weight.to(dtype))
+        torch.testing.assert_close(found, x @ weight.to(dtype).float().T, rtol=1e-5, atol=1e-4)
+    gated = provider("amx").make(KernelSpec("gated_linear", "cpu", "float32", {}, {"activation": 0.0}))
+    expected = torch.nn.functional.silu(x @ weight.T) * (x @ up.T)
+    torch.testing.assert_close(gated(x, weight, up), expected, rtol=1e-5, atol=1e-3)
+
+
+@needs_amx
+def test_more_features_than_the_matrix_unit_takes_at_once() -> None:
+    """Sums of several blocks of features, for one panel of tokens and for several."""
+    generator = torch.Generator().manual_seed(6)
+    for rows in (6, 20, 40, 100):
+        x, weight, up = (torch.randn(n, 4500, generator=generator) for n in (rows, 70, 70))
+        torch.testing.assert_close(product("amx", x, weight), product("avx512", x, weight), rtol=1e-5, atol=1e-3)
+        makers = [provider(v).make(KernelSpec("gated_linear", "cpu", "float32")) for v in ("amx", "avx512")]
+        torch.testing.assert_close(*(gated(x, weight, up) for gated in makers), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("variant", HERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_is_as_in_float32(variant: str, dtype: torch.dtype) -> None:
+    """An infinity stays one where its other factor is no zero, and the largest numbers do not overflow on their own."""
+    inf, largest = float("inf"), torch.finfo(torch.float32).max
+    for place in (0, 17, 40):
+        for value in (inf, -inf, float("nan"), largest, -largest, 3.3961775e38):
+            x, weight = torch.full((7, 50), 0.5), torch.full((20, 50), 0.25).to(dtype)
+            x[3, place] = value
+            x[5, place] = 0.0
+            torch.testing.assert_close(product(variant, x, weight), x @ weight.float().T, equal_nan=True)
+            x[3, place] = 1.0
+            weight[2, place] = value
+            torch.testing.assert_close(product(variant, x, weight), x @ weight.float().T, equal_nan=True)
+
+
+@needs_amx
+def test_numbers_too_small_for_the_matrix_unit_are_zero() -> None:
+    """As documented: what a part would need below 2^-126 is lost, which leaves an absolute error of that size."""
+    x, ones = torch.full((6, 32), 2.0**-120 * 1.2345678), torch.ones(4, 32)
+    torch.testing.assert_close(product("amx", x, ones), x @ ones.T, rtol=1e-2, atol=0)
+    assert not product("amx", torch.full((6, 32), 1e-40), ones).any()
+
+
+def test_a_variant_that_can_not_be_built_gives_way_under_auto(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A compiler may not know what the processor has. By name it is an error; ``auto`` takes the next, and says so."""
+    if len(HERE) == 1:
+        pytest.skip("this processor runs one variant only")
+    monkeypatch.setitem(VARIANTS, HERE[0], ("-mno-such-instructions",))
+    monkeypatch.setattr(library, "_OPENED", {})
+    with pytest.raises(KernelBuildError):
+        open_library(HERE[0])
+    with caplog.at_level("WARNING", "drivetrain"):
+        assert open_library("auto").variant == HERE[1]
+    assert HERE[0] in caplog.text
+
+
+@needs_amx
+def test_a_system_that_refuses_the_matrix_unit_is_an_error_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its permission is asked for once a process; here the library answers for the system."""
+
+    class Refuses:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *arguments: 1
+
+    class Build:
+        def library(self, progress: Any) -> Any:
+            return Refuses()
+
+    monkeypatch.setattr(library, "_OPENED", {})
+    monkeypatch.setattr(library, "source_build", lambda variant: Build())
+    monkeypatch.setattr(library, "_SIGNATURES", {})
+    with pytest.raises(KernelBuildError, match="matrix unit"):
+        open_library("amx")
 
 
 def test_what_it_has_no_kernel_for_is_refused() -> None:

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from drivetrain.contracts.attention import AttentionSpec, LayerAttention
+from drivetrain.contracts.attention import FULL_KV, SCALED_KV, AttentionSpec, LayerAttention
 from drivetrain.contracts.kernels import KernelSpec
 from drivetrain.kernels.triton import TritonKernels, tuner_of
 from drivetrain.kernels.triton import launch as launching
@@ -116,13 +116,15 @@ def products_() -> None:
 def attention() -> None:
     backend = PagedTritonAttention(PagedTritonAttention.Config(tune=False, chunk_size=32))
     for layer in (LayerAttention(8, 2, 128, 0.1), LayerAttention(4, 4, 80, 0.1, window=40, soft_cap=30.0)):
-        spec, heads = AttentionSpec((layer,), "bfloat16"), (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads)
-        book = BlockBook(spec, 16, 64)
-        cache = backend.allocate(spec, book.num_blocks, CPU)
-        for new_tokens in ({0: 70, 1: 1}, {0: 1, 1: 1}):
-            batch = book.batch(new_tokens, CPU)
-            rows = [randn(batch.num_tokens, count, layer.head_size) for count in heads]
-            backend.begin(spec, batch, cache).attend(0, *rows)
+        heads = (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads)
+        for kv in (FULL_KV, *SCALED_KV):
+            spec = AttentionSpec((layer,), "bfloat16", kv)
+            book = BlockBook(spec, 16, 64)
+            cache = backend.allocate(spec, book.num_blocks, CPU)
+            for new_tokens in ({0: 70, 1: 1}, {0: 1, 1: 1}):
+                batch = book.batch(new_tokens, CPU)
+                rows = [randn(batch.num_tokens, count, layer.head_size) for count in heads]
+                backend.begin(spec, batch, cache).attend(0, *rows)
         rows = [randn(70, count, layer.head_size, grad=True) for count in heads]
         backend.begin(spec, whole_batch([70], CPU), None).attend(0, *rows).sum().backward()
 

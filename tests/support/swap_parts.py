@@ -80,6 +80,14 @@ class FaultyConverter(ConvertingAttention):
         raise InjectedError("attention was told to fail in commit")
 
 
+class PlainOnlyAttention(SdpaAttention):
+    """The same attention, but for keys and values with scales."""
+
+    @classmethod
+    def abilities(cls) -> frozenset[str]:
+        return super().abilities() - {"kv_int8", "kv_fp8"}
+
+
 class SameLayoutAttention(SdpaAttention):
     """Another backend with the same KV contract."""
 
@@ -211,6 +219,7 @@ PARTS: dict[str, Sequence[tuple[str, Callable[..., Any]]]] = {
     "attention": (
         ("other-layout", OtherLayoutAttention),
         ("same-layout", SameLayoutAttention),
+        ("plain-only", PlainOnlyAttention),
         ("converting", ConvertingAttention),
         ("faulty-converter", FaultyConverter),
         ("faulty", FaultyAttention),

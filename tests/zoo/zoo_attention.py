@@ -7,14 +7,16 @@ D head size; B blocks of N tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from pydantic import Field
 
 from drivetrain.contracts.attention import (
+    FULL_KV,
     PAGED_BNGD,
+    AnyPagedCache,
     AttentionBackend,
     AttentionBatch,
     AttentionSpec,
@@ -23,10 +25,11 @@ from drivetrain.contracts.attention import (
     KVGroup,
     LayerAttention,
     LayerPages,
-    PagedCache,
 )
-from drivetrain.contracts.plugin import Plugin, PluginConfig
+from drivetrain.contracts.plugin import Plugin, PluginConfig, Probe, ProbeContext
+from drivetrain.pages import scale_rows, tensors_of, unscale_rows
 from drivetrain.plugins.attention.sdpa import SdpaAttention
+from drivetrain.testing.attention_oracle import PlainStep
 
 Stores = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values of each layer, both [B, N, G, D]."""
@@ -200,7 +203,7 @@ class CopiesKeysOnly(PlainPaged):
 class ClearsOneLayer(SdpaAttention):
     """Clears blocks in the first layer of the group only, and multiplies masked slots by zero."""
 
-    def clear_blocks(self, cache: PagedCache, group: KVGroup, blocks: Sequence[int]) -> None:
+    def clear_blocks(self, cache: AnyPagedCache, group: KVGroup, blocks: Sequence[int]) -> None:
         super().clear_blocks(cache, dataclasses.replace(group, layers=group.layers[:1]), blocks)
 
 
@@ -279,8 +282,109 @@ class _CopiedPagesStep:
 class HandsOutACopy(SdpaAttention):
     """The pages that it lets the model write are a copy."""
 
-    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: PagedCache | None) -> AttentionStep:
+    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: AnyPagedCache | None) -> AttentionStep:
         return _CopiedPagesStep(super().begin(spec, batch, cache))
+
+
+class _AltersKeysStep:
+    def __init__(self, step: Any, alter: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._step, self._alter = step, alter
+
+    def attend(self, layer: int, q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self._step.attend(layer, q_THD, self._alter(k_TGD), self._alter(v_TGD))
+        return out
+
+
+def _rounded_as_one(x_TGD: torch.Tensor) -> torch.Tensor:
+    codes, scales = scale_rows(x_TGD.flatten(1).unsqueeze(1), torch.int8)
+    return unscale_rows(codes, scales, x_TGD.dtype).view_as(x_TGD)
+
+
+class OneScaleForAllHeads(SdpaAttention):
+    """A token's heads share one scale, so that a loud head drowns a quiet one."""
+
+    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: AnyPagedCache | None) -> AttentionStep:
+        step = super().begin(spec, batch, cache)
+        return step if spec.kv == FULL_KV else _AltersKeysStep(step, _rounded_as_one)
+
+
+class RoundsFaultsAway(SdpaAttention):
+    """Makes numbers of what is none before it is rounded: a fault of the weights is never seen."""
+
+    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: AnyPagedCache | None) -> AttentionStep:
+        step = super().begin(spec, batch, cache)
+        return step if spec.kv == FULL_KV else _AltersKeysStep(step, torch.nan_to_num)
+
+
+class LeavesScalesBehind(SdpaAttention):
+    """Copies a block's codes and not their scales."""
+
+    def copy_blocks(self, cache: AnyPagedCache, group: KVGroup, pairs: Sequence[tuple[int, int]]) -> None:
+        for layer in group.layers:
+            for pages in (cache.keys[layer], cache.values[layer]):
+                codes = tensors_of(pages)[0]
+                for source, target in pairs:
+                    codes[target] = codes[source]
+
+
+class ClearsCodesOnly(SdpaAttention):
+    """Clears a block's codes and not their scales, and nothing times NaN is NaN."""
+
+    def clear_blocks(self, cache: AnyPagedCache, group: KVGroup, blocks: Sequence[int]) -> None:
+        for layer in group.layers:
+            for pages in (cache.keys[layer], cache.values[layer]):
+                tensors_of(pages)[0][list(blocks)] = 0
+
+
+class ForgetsScalesInItsBytes(SdpaAttention):
+    """Counts the codes only."""
+
+    def bytes_per_block(self, spec: AttentionSpec, group: KVGroup) -> int:
+        layers = [spec.layers[index] for index in group.layers]
+        itemsize: int = getattr(torch, spec.kv_dtype).itemsize
+        return 2 * self.config.block_size * sum(x.num_kv_heads * x.head_size for x in layers) * itemsize
+
+
+class TakesFormatsUnclaimed(SdpaAttention):
+    """Does not claim a KV format, and its probe takes one all the same."""
+
+    @classmethod
+    def abilities(cls) -> frozenset[str]:
+        return super().abilities() - {"kv_int8"}
+
+    @classmethod
+    def probe(cls, context: ProbeContext) -> Probe:
+        return Probe.yes()
+
+
+class KeepsFullKeys(SdpaAttention):
+    """Claims to keep int8, and keeps everything as it is."""
+
+    def kv_contract(self, spec: AttentionSpec) -> KVContract:
+        return super().kv_contract(dataclasses.replace(spec, kv=FULL_KV))
+
+    def bytes_per_block(self, spec: AttentionSpec, group: KVGroup) -> int:
+        return super().bytes_per_block(dataclasses.replace(spec, kv=FULL_KV), group)
+
+    def allocate(self, spec: AttentionSpec, num_blocks: Sequence[int], device: torch.device) -> AnyPagedCache:
+        return super().allocate(dataclasses.replace(spec, kv=FULL_KV), num_blocks, device)
+
+
+class _OwnKeysStep:
+    def __init__(self, spec: AttentionSpec, batch: AttentionBatch, step: AttentionStep) -> None:
+        self._step, self._plain = step, PlainStep(spec, batch.query_lengths)
+
+    def attend(self, layer: int, q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> torch.Tensor:
+        self._step.attend(layer, q_THD, k_TGD, v_TGD)
+        return self._plain.attend(layer, q_THD, k_TGD, v_TGD)
+
+
+class SeesItsOwnKeysUnrounded(SdpaAttention):
+    """A prompt attends to its own keys before they are rounded: what comes out depends on where it is cut."""
+
+    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: AnyPagedCache | None) -> AttentionStep:
+        step = super().begin(spec, batch, cache)
+        return step if any(batch.context_lengths) else _OwnKeysStep(spec, batch, step)
 
 
 SOUND = PlainPaged
@@ -303,5 +407,13 @@ ZOO: dict[type[Plugin], str] = {
     TakesWindowsUnclaimed: "test_the_probe_refuses_what_is_not_claimed",
     WritesToItsInputs: "test_inputs_are_left_alone",
     HandsOutACopy: "test_written_pages_are_as_good_as_given_keys",
+    OneScaleForAllHeads: "test_each_head_and_token_has_a_scale_of_its_own",
+    RoundsFaultsAway: "test_what_is_not_finite_stays_visible",
+    LeavesScalesBehind: "test_scales_go_with_copied_blocks",
+    ClearsCodesOnly: "test_what_is_not_finite_stays_visible",
+    ForgetsScalesInItsBytes: "test_scales_are_counted",
+    TakesFormatsUnclaimed: "test_the_probe_refuses_what_is_not_claimed",
+    KeepsFullKeys: "test_the_kv_contract_tells_the_format",
+    SeesItsOwnKeysUnrounded: "test_a_cut_does_not_change_scaled_keys",
 }
 """Broken backend -> the test that has to catch it."""

@@ -3,9 +3,9 @@
 Shapes: T query tokens of a step; H query heads; G key/value heads; D head size; B blocks of the cache; N tokens in a
 block.
 
-What a backend does not do, its probe must refuse: a shape, dtype, window or soft cap that the probe says no to is
-skipped as not claimed. A backend may also claim ``batch_invariant``: a sequence's output is the same to the last bit
-whatever else is in the step.
+What a backend does not do, its probe must refuse: a shape, dtype, window, soft cap or KV format that the probe says no
+to is skipped as not claimed. A backend may also claim ``batch_invariant``: a sequence's output is the same to the last
+bit whatever else is in the step.
 """
 
 from __future__ import annotations
@@ -17,9 +17,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import pytest
 import torch
 
-from drivetrain.contracts.attention import AttentionBackend, AttentionSpec, KVContract, LayerAttention
+from drivetrain.contracts.attention import (
+    FULL_KV,
+    PAGED_BNGD,
+    SCALED_KV,
+    AttentionBackend,
+    AttentionSpec,
+    KVContract,
+    LayerAttention,
+)
 from drivetrain.contracts.model import ModelSpec
-from drivetrain.contracts.plugin import Purpose
+from drivetrain.contracts.plugin import ProbeContext, Purpose
 from drivetrain.registry import Registry, load
 from drivetrain.testing.attention_oracle import Attended, PlainStep, Trial, whole_batch
 from drivetrain.testing.measure import HostTraffic, tensor_bytes
@@ -49,6 +57,8 @@ MIXED: tuple[dict[int, int], ...] = (
 )
 """Steps as sequence -> new tokens: prefills, chunks behind a context and decodes in one batch, in changing order."""
 
+KV_FORMATS = tuple(SCALED_KV)
+
 Steps = Sequence[Mapping[int, int]]
 
 
@@ -57,6 +67,7 @@ def spec_of(
     heads: tuple[int, int, int] = (4, 2, 16),
     cap: float | None = None,
     dtype: str = "float32",
+    kv: str = FULL_KV,
 ) -> AttentionSpec:
     """One layer for each window; every layer has a scale of its own."""
     num_heads, num_kv_heads, size = heads
@@ -66,6 +77,7 @@ def spec_of(
             for index, window in enumerate(windows)
         ),
         dtype,
+        kv,
     )
 
 
@@ -109,8 +121,16 @@ class AttentionSuite(DeviceSuite):
             cls.require_claim("soft_cap")
         if purpose is Purpose.TRAIN:
             cls.require_claim("training")
+        if spec.kv != FULL_KV:
+            cls.require_claim(f"kv_{spec.kv}")
         cls.require_dtype(spec.dtype, model_of(spec), purpose)
         return cls.place().device
+
+    @classmethod
+    def context(cls, dtype: str, model: ModelSpec | None = None, purpose: Purpose = Purpose.SERVE) -> ProbeContext:
+        """As the probe is told once the quantizer is chosen."""
+        context = super().context(dtype, model, purpose)
+        return context if model is None else dataclasses.replace(context, kv=model.attention.kv)
 
     @classmethod
     def backends(cls) -> list[AttentionBackend]:
@@ -324,6 +344,146 @@ class AttentionSuite(DeviceSuite):
         assert first == backend.bytes_per_block(spec, spec.groups[0])
         assert backend.bytes_per_block(single, single.groups[0]) < first
 
+    # --- keys and values with scales ---------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("kv", KV_FORMATS)
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("heads", HEADS, ids=lambda heads: "x".join(map(str, heads)))
+    def test_scaled_keys_stay_near_the_plain_loop(self, heads: tuple[int, int, int], dtype: str, kv: str) -> None:
+        """Kept as int8 or fp8, prefills, chunks and decodes are within the format's tolerance of unrounded ones."""
+        self.check_steps(spec_of(heads=heads, dtype=dtype, kv=kv), MIXED)
+
+    @pytest.mark.parametrize("kv", KV_FORMATS)
+    def test_scaled_keys_under_windows_and_caps(self, kv: str) -> None:
+        """The same with windows and a soft cap, as far as they are claimed, and over a long context."""
+        windows = (None, 7) if self.claims("windows") else (None, None)
+        self.check_steps(spec_of(windows, cap=5.0 if self.claims("soft_cap") else None, kv=kv), MIXED)
+        steps: list[dict[int, int]] = [{0: 300, 1: 70}, {0: 1, 1: 1}, {0: 2, 1: 30}]
+        self.check_steps(spec_of((None,), heads=(2, 1, 16), kv=kv), steps, tokens=600)
+
+    @pytest.mark.parametrize("kv", KV_FORMATS)
+    def test_the_kv_contract_tells_the_format(self, kv: str) -> None:
+        """The stored dtype is that of the format, and no layout with scales passes for one without; nor does a block
+        take more than the format needs."""
+        spec, full = spec_of((None,), heads=(8, 4, 64), kv=kv), spec_of((None,), heads=(8, 4, 64))
+        self.require_spec(spec)
+        backend: AttentionBackend = self.make()
+        contract = backend.kv_contract(spec)
+        assert contract.dtype == SCALED_KV[kv][0]
+        assert contract.layout not in (PAGED_BNGD, backend.kv_contract(full).layout)
+        counts = [backend.bytes_per_block(s, s.groups[0]) for s in (spec, full)]
+        assert counts[0] <= 0.3 * counts[1], f"a block takes {counts[0]} bytes, and {counts[1]} in float32"
+
+    @pytest.mark.parametrize("kv", KV_FORMATS)
+    def test_scales_are_counted(self, kv: str) -> None:
+        """``bytes_per_block`` is what a block takes with its scales."""
+        spec = spec_of(heads=(8, 4, 16), kv=kv)
+        device = self.require_spec(spec)
+        for backend in self.backends():
+            small, large = (tensor_bytes(backend.allocate(spec, [count], device)) for count in (8, 40))
+            claimed = backend.bytes_per_block(spec, spec.groups[0])
+            assert (large - small) / 32 <= claimed, f"a block takes {(large - small) / 32:.0f} bytes, {claimed} claimed"
+            assert (large - small) / 32 >= 0.95 * claimed
+
+    @pytest.mark.parametrize("kv", KV_FORMATS)
+    def test_each_head_and_token_has_a_scale_of_its_own(self, kv: str) -> None:
+        """A quiet head beside a loud one, and a quiet sequence after a loud one, keep their precision."""
+        spec = spec_of((None,), heads=(4, 2, 16), kv=kv)
+        device = self.require_spec(spec)
+        relative, absolute = TOLERANCES[SCALED_KV[kv][0]]
+        for backend in self.backends():
+            trial = Trial(backend, spec, device)
+            trial.head_loudness = (100.0, 0.01)
+            for new_tokens in ({0: 9, 1: 3}, {0: 1, 1: 2}):
+                for result in trial.step(new_tokens):
+                    for heads, loudness in ((slice(0, 2), 100.0), (slice(2, 4), 0.01)):
+                        found, wanted = (x[:, heads].double().cpu() for x in (result.found, result.wanted))
+                        torch.testing.assert_close(found, wanted, rtol=relative, atol=absolute * loudness)
+
+    @pytest.mark.parametrize("kv", KV_FORMATS)
+    def test_zeros_and_huge_keys_are_kept(self, kv: str) -> None:
+        """Keys and values of zeros have no largest number to divide by, and huge ones overflow nothing."""
+        spec = spec_of((None,), kv=kv)
+        device = self.require_spec(spec)
+        for backend in self.backends():
+            trial = Trial(backend, spec, device)
+            trial.loudness = {0: 0.0, 1: 1e18}
+            for new_tokens in ({0: 6, 1: 1}, {0: 1, 1: 1}):
+                for result in trial.step(new_tokens):
+                    assert torch.isfinite(result.found).all(), f"sequence {result.sequence} is not finite"
+                    if result.sequence == 0:
+                        assert not result.found.any(), "values of zeros give something else than zeros"
+                    if result.sequence == 1:
+                        assert result.found.abs().max() > 1e16, "huge values became small"
+
+    @pytest.mark.parametrize("kv", KV_FORMATS)
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_what_is_not_finite_stays_visible(self, bad: float, kv: str) -> None:
+        """Rounding hides no fault: who sees a key or value that is not finite gets something that is not either, until
+        the block is cleared."""
+        spec = spec_of((None,), kv=kv)
+        device = self.require_spec(spec)
+        for backend in self.backends():
+            trial = Trial(backend, spec, device)
+            trial.loudness[0] = bad
+            for new_tokens in ({0: 19}, {0: 1}):
+                for result in trial.step(new_tokens):
+                    assert not torch.isfinite(result.found).any(), "a value that is not finite was hidden"
+            for group, blocks in zip(spec.groups, trial.release(0), strict=True):
+                backend.clear_blocks(trial.cache, group, blocks)
+            for new_tokens in ({1: 5}, {1: 1}):
+                assert_as_plain(backend, spec, trial.step(new_tokens))
+
+    @pytest.mark.parametrize("kv", KV_FORMATS)
+    def test_scales_go_with_copied_blocks(self, kv: str) -> None:
+        """A copy of blocks has their scales too."""
+        spec = spec_of(kv=kv)
+        device = self.require_spec(spec)
+        for backend in self.backends():
+            trial = Trial(backend, spec, device)
+            trial.step({0: 22, 1: 5})
+            trial.fork(0, 2)
+            for new_tokens in ({0: 1, 2: 1}, {2: 3, 0: 2}):
+                assert_as_plain(backend, spec, trial.step(new_tokens))
+
+    @pytest.mark.parametrize("kv", KV_FORMATS)
+    def test_a_cut_does_not_change_scaled_keys(self, kv: str) -> None:
+        """A prompt in one piece, in chunks, and token by token gives the same, but for the last bits: a query sees its
+        own step's keys as later steps will."""
+        spec = spec_of((None,), kv=kv)
+        device = self.require_spec(spec)
+        for backend in self.backends():
+            outputs = []
+            for cut in ([14], [6, 8], [1] * 14):
+                trial = Trial(backend, spec, device)
+                # Queries are the same by position, so outputs are too.
+                outputs.append(torch.cat([result.found for new in cut for result in trial.step({0: new})]))
+            for other in outputs[1:]:
+                torch.testing.assert_close(other, outputs[0], rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("kv", KV_FORMATS)
+    def test_equal_contracts_share_scaled_keys(self, kv: str) -> None:
+        """A backend whose KV contract for this format equals that of ``sdpa`` goes on with its cache."""
+        spec = spec_of(kv=kv)
+        device = self.require_spec(spec)
+        plugin = load(Registry().find("attention", "sdpa"))
+        backend: AttentionBackend = self.make()
+        own = backend.kv_contract(spec)
+        sdpa = plugin(plugin.Config.model_validate({"block_size": own.block_size}))
+        assert isinstance(sdpa, AttentionBackend)
+        if sdpa.kv_contract(spec) != own:
+            pytest.skip(f"not claimed: the KV contract {own.layout} is not that of sdpa")
+        outputs = []
+        for order in ((sdpa, sdpa, sdpa), (sdpa, backend, sdpa), (backend, sdpa, backend)):
+            trial = Trial(order[0], spec, device)
+            found = []
+            for new_tokens, active in zip(({0: 9, 1: 3}, {0: 1, 1: 4}, {0: 2, 1: 1}), order, strict=True):
+                trial.backend = active
+                found += [result.found for result in trial.step(new_tokens)]
+            outputs.append(torch.cat(found))
+        for other in outputs[1:]:
+            torch.testing.assert_close(other, outputs[0], rtol=1e-3, atol=1e-3)
+
     # --- manners of a step -------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -446,11 +606,12 @@ class AttentionSuite(DeviceSuite):
         self._compare_training(spec_of((None,), cap=0.9), gradients=True)
 
     def test_the_probe_refuses_what_is_not_claimed(self) -> None:
-        """Asked for a window, a soft cap or training that it does not claim, the probe says no."""
+        """Asked for a window, a soft cap, training or a KV format that it does not claim, the probe says no."""
         asked = {
             "windows": (spec_of((None, 4)), Purpose.SERVE),
             "soft_cap": (spec_of(cap=5.0), Purpose.SERVE),
             "training": (spec_of(), Purpose.TRAIN),
+            **{f"kv_{kv}": (spec_of(kv=kv), Purpose.SERVE) for kv in KV_FORMATS},
         }
         for ability, (spec, purpose) in asked.items():
             if not self.claims(ability):

@@ -24,6 +24,9 @@ _GRADIENT_FACTOR = 10.0
 """A gradient is a longer sum than its forward; it may be this much farther from the oracle."""
 
 
+_CHECKS_WITHOUT_SCHEMA = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
 def _tensors(result: Any) -> Results:
     return tuple(result) if isinstance(result, tuple | list) else (result,)
 
@@ -339,8 +342,11 @@ class KernelsSuite(Suite):
             operator = cast(Any, kernel).operator
             inputs = case.inputs(getattr(torch, dtype), device)
             arguments = _asking(inputs, operation) if OPERATIONS[operation].differentiable else inputs
+            # The check of what is written to compares arguments by arithmetic that torch does not have for float8.
+            has_float8 = any(value is not None and value.dtype == torch.float8_e4m3fn for value in inputs)
+            checks = {"test_utils": _CHECKS_WITHOUT_SCHEMA} if has_float8 else {}
             try:
-                torch.library.opcheck(operator.overload, (*arguments, *operator.constants))
+                torch.library.opcheck(operator.overload, (*arguments, *operator.constants), **checks)
             except Exception as error:  # whatever rule is broken, by whatever exception torch tells it
                 pytest.fail(f"{case} {dtype}: {type(error).__name__}: {error}")
 

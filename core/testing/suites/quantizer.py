@@ -386,7 +386,8 @@ class QuantizerSuite(DeviceSuite):
         declared = quantizer.declares()
         form = layer.packed
         assert form.operation in declared.operations, f"{form.operation} is not in {declared.operations}"
-        wanted = nn.functional.linear(x, decode(form), linear.bias).double()
+        with torch.inference_mode():
+            wanted = nn.functional.linear(x, decode(form), linear.bias).double()
         # Activations that are rounded have an error of their own.
         allowed = 1e-5 if declared.activations is None else self.bound(x.dtype)
         for bound in (False, True):

@@ -1,8 +1,10 @@
 #include "attention.h"
 
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
+#include "codes.h"
 #include "pool.h"
 #include "tile.h"
 
@@ -17,28 +19,48 @@ template <class T>
 struct Pages {
   const T* keys;
   const T* values;
+  const float* key_scales;
+  const float* value_scales;
   const int32_t* table;
-  int block_size;
+  int block_size, kv_heads;
   size_t token_step;
 
   Pages(const LayerCache& cache, const Batch& batch, int sequence, int kv_head)
       : keys(static_cast<const T*>(cache.keys) + size_t(kv_head) * cache.head_size),
         values(static_cast<const T*>(cache.values) + size_t(kv_head) * cache.head_size),
+        key_scales(cache.key_scales ? cache.key_scales + kv_head : nullptr),
+        value_scales(cache.value_scales ? cache.value_scales + kv_head : nullptr),
         table(batch.tables + size_t(sequence) * batch.table_stride),
         block_size(cache.block_size),
+        kv_heads(cache.kv_heads),
         token_step(size_t(cache.kv_heads) * cache.head_size) {}
 
-  size_t at(int token) const {
-    return (size_t(table[token / block_size]) * block_size + token % block_size) * token_step;
-  }
+  // The slot of a token; its key is at keys + slot * token_step, the scale of that at key_scales + slot * kv_heads.
+  size_t slot(int token) const { return size_t(table[token / block_size]) * block_size + token % block_size; }
 };
 
 static inline void copy_row(const float* from, float* to, int size) { memcpy(to, from, size * 4); }
-static inline void copy_row(const bf16* from, float* to, int size) {
+template <class T>
+static inline void copy_row(const T* from, float* to, int size) {
   int i = 0;
   for (; i + W <= size; i += W) store(to + i, load(from + i));
-  for (; i < size; i++) to[i] = to_float(from[i]);
+  for (; i < size; i++) to[i] = get(from + i);
 }
+template <class T>
+static inline void copy_codes(const T* from, float scale, float* to, int size) {
+  vf factor = splat(scale);
+  int i = 0;
+  for (; i + W <= size; i += W) store(to + i, load(from + i) * factor);
+  for (; i < size; i++) to[i] = get(from + i) * scale;
+}
+
+struct Room {
+  std::vector<float> data;
+  float* reserve(size_t count) {
+    if (data.size() < count) data.resize(count);
+    return data.data();
+  }
+};
 
 // --- decode: one query a head, all heads of a group at once --------------------------------------------------------------
 
@@ -47,109 +69,203 @@ struct Partial {
   float largest, total;
 };
 
-template <class T>
-static float dot(const float* q, const T* key, int size) {
-  vf sums[2] = {};
-  int d = 0;
-  for (; d + 2 * W <= size; d += 2 * W) {
-    sums[0] += load(q + d) * load(key + d);
-    sums[1] += load(q + d + W) * load(key + d + W);
-  }
-  for (; d + W <= size; d += W) sums[0] += load(q + d) * load(key + d);
-  float total = sum(sums[0] + sums[1]);
-  for (; d < size; d++) total += q[d] * get(key + d);
-  return total;
-}
+// Query heads of a group that are taken together, so that a key is loaded, and a code turned into a float, once for all of
+// them: sums of heads x kTileKeys, the keys and a query fit the registers.
+constexpr int kTileHeads = kRegisters == 32 ? 4 : 2;
+constexpr int kTileKeys = 4;
+constexpr int kRow = (kKeys + W - 1) / W * W;
 
-template <class T>
-static void dot4(const float* q, const T* const (&keys)[4], int size, float* out) {
-  vf sums[4] = {};
+// Products of R queries, rows of `size`, with K keys: those of head r go to scores + r * kRow.
+template <int R, int K, class T>
+static inline void products(const float* q, const T* const* keys, int size, float* scores) {
+  vf sums[R][K] = {};
   int d = 0;
   for (; d + W <= size; d += W) {
-    vf x = load(q + d);
+    vf key[K];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) sums[i] += x * load(keys[i] + d);
+    for (int i = 0; i < K; i++) key[i] = load(keys[i] + d);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      vf x = load(q + size_t(r) * size + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < K; i++) sums[r][i] += x * key[i];
+    }
   }
-  sum4(sums[0], sums[1], sums[2], sums[3], out);
-  for (; d < size; d++)
-    for (int i = 0; i < 4; i++) out[i] += q[d] * get(keys[i] + d);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) {
+    if constexpr (K == 4) {
+      sum4(sums[r][0], sums[r][1], sums[r][2], sums[r][3], scores + r * kRow);
+    } else {
+      for (int i = 0; i < K; i++) scores[r * kRow + i] = sum(sums[r][i]);
+    }
+    for (int rest = d; rest < size; rest++)
+      for (int i = 0; i < K; i++) scores[r * kRow + i] += q[size_t(r) * size + rest] * get(keys[i] + rest);
+  }
 }
 
 static void cap(float* scores, int count, float soft_cap) {
   for (int i = 0; i < count; i += W) store(scores + i, vtanh(load(scores + i) * (1.0f / soft_cap)) * soft_cap);
 }
 
-// out[d] = out[d] * keep + sum over tokens of p[i] * value[i][d]
-template <class T>
-static void add_values(float* out, float keep, const float* p, const T* const* values, int count, int size) {
-  int d = 0;
-  for (; d + 4 * W <= size; d += 4 * W) {
-    vf sums[4];
-    for (int j = 0; j < 4; j++) sums[j] = load(out + d + j * W) * keep;
-    for (int i = 0; i < count; i++) {
-      vf weight = splat(p[i]);
+// out[r][d] = out[r][d] * keep[r] + sum over tokens of p[r][i] * value[i][d], for N vectors of d.
+template <int R, int N, class T>
+static inline void add_columns(float* out, const float* keep, const float* p, const T* const* values, int count, int size) {
+  vf sums[R][N];
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) sums[j] += weight * load(values[i] + d + j * W);
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) sums[r][j] = load(out + size_t(r) * size + j * W) * keep[r];
+  for (int i = 0; i < count; i++) {
+    vf value[N];
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) value[j] = load(values[i] + j * W);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      vf weight = splat(p[r * kRow + i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < N; j++) sums[r][j] += weight * value[j];
     }
-    for (int j = 0; j < 4; j++) store(out + d + j * W, sums[j]);
   }
-  for (; d + W <= size; d += W) {
-    vf total = load(out + d) * keep;
-    for (int i = 0; i < count; i++) total += splat(p[i]) * load(values[i] + d);
-    store(out + d, total);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) store(out + size_t(r) * size + j * W, sums[r][j]);
+}
+
+// The same for all of d. `values` is moved along; its entries are of no use afterwards.
+template <int R, class T>
+static void add_values(float* out, const float* keep, const float* p, const T** values, int count, int size) {
+  int d = 0;
+  auto move = [&](int by) {
+    for (int i = 0; i < count; i++) values[i] += by;
+    d += by;
+  };
+  for (; d + 4 * W <= size; move(4 * W)) add_columns<R, 4>(out + d, keep, p, values, count, size);
+  for (; d + W <= size; move(W)) add_columns<R, 1>(out + d, keep, p, values, count, size);
+  for (int column = 0; d + column < size; column++)
+    for (int r = 0; r < R; r++) {
+      float total = out[size_t(r) * size + d + column] * keep[r];
+      for (int i = 0; i < count; i++) total += p[r * kRow + i] * get(values[i] + column);
+      out[size_t(r) * size + d + column] = total;
+    }
+}
+
+// Scores of a head's products with `count` keys; what fills the row up is minus infinity. scales: of the keys, or null.
+static void finish_scores(float* scores, const float* scales, int count, const LayerCache& cache) {
+  for (int i = count; i < kRow; i++) scores[i] = 0.0f;
+  for (int i = 0; i < count; i += W) {
+    vf scaled = load(scores + i) * cache.scale;
+    store(scores + i, scales ? scaled * load(scales + i) : scaled);
   }
-  for (; d < size; d++) {
-    float total = out[d] * keep;
-    for (int i = 0; i < count; i++) total += p[i] * get(values[i] + d);
-    out[d] = total;
+  if (cache.soft_cap > 0) cap(scores, count, cache.soft_cap);
+  for (int i = count; i < kRow; i++) scores[i] = kMinusInfinity;
+}
+
+// One round of the online softmax for one head: scores become weights, times the scales of the values where there are any.
+static float soften_row(float* scores, const float* scales, int count, Partial& partial) {
+  vf best = splat(partial.largest);
+  for (int i = 0; i < count; i += W) best = vmax(load(scores + i), best);
+  float now = largest(best);
+  vf total = {};
+  for (int i = 0; i < count; i += W) {
+    vf p = vexp(load(scores + i) - now);
+    store(scores + i, scales ? p * load(scales + i) : p);
+    total += p;
+  }
+  float keep = partial.largest == kMinusInfinity ? 0.0f : expf(partial.largest - now);
+  partial = {now, partial.total * keep + sum(total)};
+  return keep;
+}
+
+// The slots of the next round's tokens, from `first` on; what lies there is asked for. Pages are strewn over memory and often
+// smaller than what a processor fetches ahead by itself.
+template <class T>
+static void ask_for(const Pages<T>& pages, int first, int end, int size, size_t* slots) {
+  if (first >= end) return;
+  int count = end - first < kKeys ? end - first : kKeys, place = first % pages.block_size;
+  const int32_t* block = pages.table + first / pages.block_size;
+  for (int i = 0; i < count; i++) {
+    slots[i] = size_t(*block) * pages.block_size + place;
+    const char* key = reinterpret_cast<const char*>(pages.keys + slots[i] * pages.token_step);
+    const char* value = reinterpret_cast<const char*>(pages.values + slots[i] * pages.token_step);
+    for (size_t byte = 0; byte < size * sizeof(T); byte += 64) {
+      __builtin_prefetch(key + byte);
+      __builtin_prefetch(value + byte);
+    }
+    if constexpr (is_code<T>) {
+      __builtin_prefetch(pages.key_scales + slots[i] * pages.kv_heads);
+      __builtin_prefetch(pages.value_scales + slots[i] * pages.kv_heads);
+    }
+    if (++place == pages.block_size) {
+      place = 0;
+      block++;
+    }
   }
 }
+
+// One round: where its keys and values lie, and their scales where there are any.
+template <class T>
+struct Round {
+  int count;
+  const T* keys[kKeys];
+  const T* values[kKeys];
+  alignas(64) float key_scales[kRow], value_scales[kRow];
+
+  void find(const Pages<T>& pages, const size_t* slots) {
+    for (int i = 0; i < count; i++) {
+      keys[i] = pages.keys + slots[i] * pages.token_step;
+      values[i] = pages.values + slots[i] * pages.token_step;
+      if constexpr (is_code<T>) {
+        key_scales[i] = pages.key_scales[slots[i] * pages.kv_heads] * kUnit<T>;
+        value_scales[i] = pages.value_scales[slots[i] * pages.kv_heads] * kUnit<T>;
+      }
+    }
+    for (int i = count; i < kRow; i++) key_scales[i] = value_scales[i] = 0.0f;
+  }
+
+  // R heads whose rows of q and out begin here.
+  template <int R>
+  void attend(const LayerCache& cache, const float* q, float* out, Partial* partials) const {
+    alignas(64) float scores[R * kRow];
+    float keep[R];
+    int size = cache.head_size, i = 0;
+    for (; i + kTileKeys <= count; i += kTileKeys) products<R, kTileKeys>(q, keys + i, size, scores + i);
+    for (; i < count; i++) products<R, 1>(q, keys + i, size, scores + i);
+    for (int r = 0; r < R; r++) {
+      finish_scores(scores + r * kRow, is_code<T> ? key_scales : nullptr, count, cache);
+      keep[r] = soften_row(scores + r * kRow, is_code<T> ? value_scales : nullptr, count, partials[r]);
+    }
+    const T* places[kKeys];
+    for (i = 0; i < count; i++) places[i] = values[i];
+    add_values<R>(out, keep, scores, places, count, size);
+  }
+};
 
 // Keys begin .. end - 1 of one sequence, for the `group` query heads that share kv_head: heads' rows of q and out are D apart.
 template <class T>
 static void decode(const LayerCache& cache, const Pages<T>& pages, int group, const float* q, float* out, Partial* partials,
                    int begin, int end) {
-  constexpr int kRow = (kKeys + W - 1) / W * W;
   int size = cache.head_size;
   for (int r = 0; r < group; r++) {
     partials[r] = {kMinusInfinity, 0.0f};
     memset(out + size_t(r) * size, 0, size * 4);
   }
-  alignas(64) float scores[kRow];
-  const T* keys[kKeys];
-  const T* values[kKeys];
-  for (int first = begin; first < end; first += kKeys) {
-    int count = end - first < kKeys ? end - first : kKeys;
-    for (int i = 0; i < count; i++) {
-      size_t at = pages.at(first + i);
-      keys[i] = pages.keys + at;
-      values[i] = pages.values + at;
-    }
-    for (int r = 0; r < group; r++) {
-      const float* query = q + size_t(r) * size;
-      int i = 0;
-      for (; i + 4 <= count; i += 4) {
-        const T* const four[4] = {keys[i], keys[i + 1], keys[i + 2], keys[i + 3]};
-        dot4(query, four, size, scores + i);
-      }
-      for (; i < count; i++) scores[i] = dot(query, keys[i], size);
-      for (; i < kRow; i++) scores[i] = 0.0f;
-      for (i = 0; i < count; i += W) store(scores + i, load(scores + i) * cache.scale);
-      if (cache.soft_cap > 0) cap(scores, count, cache.soft_cap);
-      for (i = count; i < kRow; i++) scores[i] = kMinusInfinity;
-      vf best = splat(partials[r].largest);
-      for (i = 0; i < count; i += W) best = vmax(load(scores + i), best);
-      float now = largest(best);
-      vf total = {};
-      for (i = 0; i < count; i += W) {
-        vf p = vexp(load(scores + i) - now);
-        store(scores + i, p);
-        total += p;
-      }
-      float keep = partials[r].largest == kMinusInfinity ? 0.0f : expf(partials[r].largest - now);
-      partials[r] = {now, partials[r].total * keep + sum(total)};
-      add_values(out + size_t(r) * size, keep, scores, values, count, size);
-    }
+  size_t slots[2][kKeys];  // of this round, and of the next, which is asked for while this one is computed
+  ask_for(pages, begin, end, size, slots[0]);
+  Round<T> round;
+  for (int first = begin, turn = 0; first < end; first += kKeys, turn ^= 1) {
+    ask_for(pages, first + kKeys, end, size, slots[turn ^ 1]);
+    round.count = end - first < kKeys ? end - first : kKeys;
+    round.find(pages, slots[turn]);
+    int r = 0;
+    auto run = [&](auto heads) {
+      constexpr int R = decltype(heads)::value;
+      for (; r + R <= group; r += R) round.template attend<R>(cache, q + size_t(r) * size, out + size_t(r) * size, partials + r);
+    };
+    run(std::integral_constant<int, kTileHeads>());
+    if constexpr (kTileHeads > 3) run(std::integral_constant<int, 3>());
+    if constexpr (kTileHeads > 2) run(std::integral_constant<int, 2>());
+    run(std::integral_constant<int, 1>());
   }
 }
 
@@ -159,14 +275,6 @@ static void normalize(float* out, int size, float total) {
 }
 
 // --- prefill: lanes are tokens --------------------------------------------------------------------------------------------
-
-struct Room {
-  std::vector<float> data;
-  float* reserve(size_t count) {
-    if (data.size() < count) data.resize(count);
-    return data.data();
-  }
-};
 
 // Scores that a query must not see become minus infinity. Lane i is the query at position first_query + i.
 template <int N>
@@ -232,9 +340,15 @@ static void prefill(const LayerCache& cache, const Pages<T>& pages, int group, c
   for (int first = begin; first < last; first += kKeys) {
     int here = last - first < kKeys ? last - first : kKeys;
     for (int j = 0; j < here; j++) {
-      size_t at = pages.at(first + j);
-      copy_row(pages.keys + at, keys + size_t(j) * size, size);
-      copy_row(pages.values + at, values + size_t(j) * size, size);
+      size_t slot = pages.slot(first + j), at = slot * pages.token_step;
+      float *key = keys + size_t(j) * size, *value = values + size_t(j) * size;
+      if constexpr (is_code<T>) {
+        copy_codes(pages.keys + at, pages.key_scales[slot * pages.kv_heads] * kUnit<T>, key, size);
+        copy_codes(pages.values + at, pages.value_scales[slot * pages.kv_heads] * kUnit<T>, value, size);
+      } else {
+        copy_row(pages.keys + at, key, size);
+        copy_row(pages.values + at, value, size);
+      }
     }
     bool is_cut = first + here - 1 > first_position || (cache.window > 0 && first <= first_position + count - 1 - cache.window);
     for (int r = 0; r < group; r++) {
@@ -385,10 +499,25 @@ static void write_as(const LayerCache& cache, const Batch& batch, const float* k
   }
 }
 
+template <class T>
+static void write_codes(const LayerCache& cache, const Batch& batch, const float* keys, const float* values, size_t stride) {
+  int size = cache.head_size;
+  for (int t = 0; t < batch.num_tokens; t++)
+    for (int g = 0; g < cache.kv_heads; g++) {
+      size_t row = size_t(batch.slots[t]) * cache.kv_heads + g, from = size_t(t) * stride + size_t(g) * size;
+      cache.key_scales[row] = encode(keys + from, static_cast<T*>(cache.keys) + row * size, size);
+      cache.value_scales[row] = encode(values + from, static_cast<T*>(cache.values) + row * size, size);
+    }
+}
+
 }  // namespace
 
 void write_cache(const LayerCache& cache, const Batch& batch, const float* keys, const float* values, size_t stride) {
-  (cache.format == Format::kFloat32 ? write_as<float> : write_as<bf16>)(cache, batch, keys, values, stride);
+  auto write = cache.format == CacheFormat::kFloat32    ? write_as<float>
+               : cache.format == CacheFormat::kBfloat16 ? write_as<bf16>
+               : cache.format == CacheFormat::kInt8     ? write_codes<int8_t>
+                                                        : write_codes<fp8>;
+  write(cache, batch, keys, values, stride);
 }
 
 size_t attention_floats(int num_heads, int kv_heads, int head_size) {
@@ -398,8 +527,11 @@ size_t attention_floats(int num_heads, int kv_heads, int head_size) {
 
 void attend(const LayerCache& cache, const Batch& batch, int num_heads, const float* q, size_t q_stride, float* out,
             size_t out_stride, float* space) {
-  (cache.format == Format::kFloat32 ? attend_as<float> : attend_as<bf16>)(cache, batch, num_heads, q, q_stride, out, out_stride,
-                                                                         space);
+  auto run = cache.format == CacheFormat::kFloat32    ? attend_as<float>
+             : cache.format == CacheFormat::kBfloat16 ? attend_as<bf16>
+             : cache.format == CacheFormat::kInt8     ? attend_as<int8_t>
+                                                      : attend_as<fp8>;
+  run(cache, batch, num_heads, q, q_stride, out, out_stride, space);
 }
 
 }  // namespace dt

@@ -8,6 +8,7 @@
 #include "elementwise.h"
 #include "matmul.h"
 #include "pool.h"
+#include "rounded.h"
 
 using namespace dt;
 
@@ -18,6 +19,11 @@ struct dt_matrix {
   const void* weight;
   const float* bias;
   int64_t rows, cols, format;
+  // What follows is of packed weights: see Matrix and Rounding. stride: bytes of a row. x_scale: of activations in float8, 0 for
+  // one of each row.
+  const void *scales, *mins, *high;
+  const float* x_scale;
+  int64_t stride, group, scale_format, rounding;
 };
 
 // Norm weights that a layer does not have are null.
@@ -36,7 +42,7 @@ struct dt_decoder {
   const dt_layer* layers;
 };
 
-// tables, slots: one for each group; cos, sin: one for each rope, [T, rotary]; keys, values: one for each layer.
+// tables, slots: one for each group; cos, sin: one for each rope, [T, rotary]; keys, values and their scales: one for each layer.
 struct dt_step {
   int64_t num_sequences, num_tokens;
   const int32_t *query_starts, *kv_lengths;
@@ -47,6 +53,8 @@ struct dt_step {
   const float* const* sin;
   void* const* keys;
   void* const* values;
+  float* const* key_scales;  // null where keys and values are kept as they are
+  float* const* value_scales;
 };
 
 }  // extern "C"
@@ -71,24 +79,59 @@ static thread_local Workspace workspace;
 static size_t rounded(size_t count) { return (count + 15) / 16 * 16; }
 
 static Matrix matrix_of(const dt_matrix& m) {
-  return Matrix{m.weight, m.bias, int(m.rows), int(m.cols), int(m.cols), Format(m.format)};
+  const bool is_packed = m.format >= int(Format::kInt8);
+  return Matrix{m.weight, m.bias,  int(m.rows), int(m.cols), int(is_packed ? m.stride : m.cols), Format(m.format),
+                m.scales, m.mins, m.high,      int(m.group), int(m.scale_format)};
 }
 
-// Rows [T, size] in `format`, packed; `extra` floats behind them are for the caller. False when there is no memory.
-static bool taken(const void* x, int tokens, int size, int format, size_t extra, Activations& packed, float*& rest) {
+// --- products of rows, whatever is done to the activations first ---------------------------------------------------------
+
+static bool rounds(const dt_matrix& m) { return m.rounding != int(Rounding::kNone); }
+static bool round_alike(const dt_matrix& a, const dt_matrix& b) { return a.rounding == b.rounding && (!a.x_scale || *a.x_scale == *b.x_scale); }
+
+// Floats of workspace for products of T rows of size I, where some matrix rounds them or none does.
+static size_t product_floats(int tokens, int size, bool any_rounds) {
+  size_t plain = rounded(packed_floats(tokens, size));
+  return any_rounds ? plain + rounded(size_t(tokens) * size) + rounded(rounded_floats(tokens, size)) : plain;
+}
+
+// Products of the same rows [T, I] of float32 with several matrices. Those that stand side by side and round alike are one.
+static void multiply(const float* rows, size_t stride, int tokens, const dt_matrix* const* matrices, const Sink* sinks, int count,
+                     float* space) {
+  constexpr int kMost = 3;
+  const int size = int(matrices[0]->cols);
+  for (int begin = 0, end; begin < count; begin = end) {
+    Matrix alike[kMost];
+    const dt_matrix& first = *matrices[begin];
+    for (end = begin; end < count && end - begin < kMost && round_alike(first, *matrices[end]); end++)
+      alike[end - begin] = matrix_of(*matrices[end]);
+    const int number = end - begin;
+    if (!rounds(first)) {
+      matmul(pack(rows, stride, tokens, size, space), alike, sinks + begin, number);
+    } else if (first.rounding == int(Rounding::kFloat8)) {
+      float* copy = space + rounded(packed_floats(tokens, size));
+      for (int t = 0; t < tokens; t++) memcpy(copy + size_t(t) * size, rows + size_t(t) * stride, size_t(size) * 4);
+      round_to_float8(copy, tokens, size, *first.x_scale);
+      matmul(pack(copy, size, tokens, size, space), alike, sinks + begin, number);
+    } else {
+      matmul(round_rows(rows, stride, tokens, size, Rounding(first.rounding), space), alike, sinks + begin, number);
+    }
+  }
+}
+
+// Rows [T, size] in `format` as float32, and `extra` floats behind them, for the caller. False when there is no memory.
+static bool taken(const void* x, int tokens, int size, int format, size_t extra, const float*& rows, float*& rest) {
   Workspace& room = workspace;
   size_t plain = format == int(Format::kFloat32) ? 0 : rounded(size_t(tokens) * size);
-  size_t space = rounded(packed_floats(tokens, size));
-  room.reserve(plain + space + extra);
+  room.reserve(plain + extra);
   if (!room.data) return false;
-  const float* rows = static_cast<const float*>(x);
+  rows = static_cast<const float*>(x);
   if (plain) {
     const bf16* in = static_cast<const bf16*>(x);
     for (size_t i = 0; i < size_t(tokens) * size; i++) room.data[i] = to_float(in[i]);
     rows = room.data;
   }
-  packed = pack(rows, size, tokens, size, room.data + plain);
-  rest = room.data + plain + space;
+  rest = room.data + plain;
   return true;
 }
 
@@ -100,11 +143,14 @@ class Run {
     int q = int(model.num_heads * model.head_size), kv = int(model.kv_heads * model.head_size);
     int widest = int(model.hidden > q ? model.hidden : q);
     qkv_stride_ = q + 2 * kv;
+    bool any_rounds = false;
+    for (int i = 0; i < model.num_layers; i++) any_rounds |= rounds_somewhere(model.layers[i]);
+    size_t gated = size_t(tokens_) * model.intermediate;  // of which there are two where the gate is a step of its own
     size_t sizes[] = {size_t(tokens_) * model.hidden,
                       size_t(tokens_) * qkv_stride_,
                       size_t(tokens_) * q,
-                      packed_floats(tokens_, widest),
-                      packed_floats(tokens_, int(model.intermediate)),
+                      product_floats(tokens_, widest, any_rounds),
+                      product_floats(tokens_, int(model.intermediate), any_rounds) + (any_rounds ? 2 * gated : 0),
                       attention_floats(int(model.num_heads), int(model.kv_heads), int(model.head_size))};
     size_t total = 0;
     for (size_t size : sizes) total += rounded(size);
@@ -130,14 +176,19 @@ class Run {
  private:
   Weights norm(const void* weight) const { return Weights{weight, Format(model_.format)}; }
 
-  // Rows that are normed when there is a weight, and packed for products.
-  Activations prepared(const float* rows, size_t stride, int size, const void* weight) {
-    if (!weight) return pack(rows, stride, tokens_, size, packed_);
+  static bool gate_rounds(const dt_layer& l) { return rounds(l.gate) || rounds(l.up) || rounds(l.down); }
+  static bool rounds_somewhere(const dt_layer& l) {
+    return rounds(l.q) || rounds(l.k) || rounds(l.v) || rounds(l.o) || gate_rounds(l);
+  }
+
+  // Rows of the residual stream, normed where there is a weight.
+  const float* normed(const void* weight) {
+    if (!weight) return x_;
+    int size = int(model_.hidden);
     for_tokens(size, [&](int t) {
-      rms_norm_row(rows + size_t(t) * stride, norm(weight), float(model_.eps), float(model_.norm_offset), size,
-                   normed_ + size_t(t) * size);
+      rms_norm_row(x_ + size_t(t) * size, norm(weight), float(model_.eps), float(model_.norm_offset), size, normed_ + size_t(t) * size);
     });
-    return pack(normed_, size, tokens_, size, packed_);
+    return normed_;
   }
 
   template <class F>
@@ -150,18 +201,13 @@ class Run {
     });
   }
 
-  // x += scale * product, with a norm in between where the layer has one.
-  void add_product(const Activations& in, const dt_matrix& m, const void* after) {
-    Matrix weights = matrix_of(m);
+  // x += scale * product, with a norm in between where the layer has one. `product(sink)` makes it.
+  template <class F>
+  void add(const void* after, F&& product) {
     float scale = float(model_.residual_scale);
     int size = int(model_.hidden);
-    if (!after) {
-      Sink sink{Sink::kAdd, x_, size_t(size), scale};
-      matmul(in, &weights, &sink, 1);
-      return;
-    }
-    Sink sink{Sink::kStore, normed_, size_t(size), 1.0f};
-    matmul(in, &weights, &sink, 1);
+    if (!after) return product(Sink{Sink::kAdd, x_, size_t(size), scale});
+    product(Sink{Sink::kStore, normed_, size_t(size), 1.0f});
     for_tokens(size, [&](int t) {
       float* row = normed_ + size_t(t) * size;
       rms_norm_row(row, norm(after), float(model_.eps), float(model_.norm_offset), size, row);
@@ -173,27 +219,30 @@ class Run {
   void attention(const dt_layer& layer, int index) {
     int heads = int(model_.num_heads), kv_heads = int(model_.kv_heads), size = int(model_.head_size);
     int q_size = heads * size, kv_size = kv_heads * size;
-    Activations in = prepared(x_, model_.hidden, int(model_.hidden), layer.before_attention);
-    Matrix matrices[] = {matrix_of(layer.q), matrix_of(layer.k), matrix_of(layer.v)};
+    const float* in = normed(layer.before_attention);
+    const dt_matrix* matrices[] = {&layer.q, &layer.k, &layer.v};
     Sink sinks[] = {{Sink::kStore, qkv_, size_t(qkv_stride_), 1.0f},
                     {Sink::kStore, qkv_ + q_size, size_t(qkv_stride_), 1.0f},
                     {Sink::kStore, qkv_ + q_size + kv_size, size_t(qkv_stride_), 1.0f}};
-    matmul(in, matrices, sinks, 3);
+    multiply(in, model_.hidden, tokens_, matrices, sinks, 3, packed_);
 
     Batch batch{int(step_.num_sequences), tokens_,       step_.query_starts, step_.kv_lengths, step_.tables[layer.group],
                 int(step_.table_strides[layer.group]), step_.slots[layer.group]};
     LayerCache cache{step_.keys[index],
                      step_.values[index],
+                     step_.key_scales ? step_.key_scales[index] : nullptr,
+                     step_.value_scales ? step_.value_scales[index] : nullptr,
                      int(model_.block_size),
                      kv_heads,
                      size,
-                     Format(model_.cache_format),
+                     CacheFormat(model_.cache_format),
                      float(model_.attention_scale),
                      float(model_.soft_cap),
                      int(layer.window)};
     for_tokens(qkv_stride_, [&](int t) { turn_and_write(layer, cache, batch, t); });
     attend(cache, batch, heads, qkv_, qkv_stride_, attended_, q_size, parts_);
-    add_product(pack(attended_, q_size, tokens_, q_size, packed_), layer.o, layer.after_attention);
+    const dt_matrix* o = &layer.o;
+    add(layer.after_attention, [&](const Sink& sink) { multiply(attended_, q_size, tokens_, &o, &sink, 1, packed_); });
   }
 
   // Head norms, rotary embedding and the cache, for one token.
@@ -220,9 +269,27 @@ class Run {
   }
 
   void mlp(const dt_layer& layer) {
-    Activations in = prepared(x_, model_.hidden, int(model_.hidden), layer.before_mlp);
-    Activations gated = gated_matmul(in, matrix_of(layer.gate), matrix_of(layer.up), Activation(model_.activation), gated_);
-    add_product(gated, layer.down, layer.after_mlp);
+    const float* in = normed(layer.before_mlp);
+    Activation kind = Activation(model_.activation);
+    if (gate_rounds(layer)) return mlp_by_rows(layer, in, kind);
+    int hidden = int(model_.hidden);
+    Activations gated = gated_matmul(pack(in, hidden, tokens_, hidden, packed_), matrix_of(layer.gate), matrix_of(layer.up), kind, gated_);
+    Matrix down = matrix_of(layer.down);
+    add(layer.after_mlp, [&](const Sink& sink) { matmul(gated, &down, &sink, 1); });
+  }
+
+  // Activations are rounded by rows: gate, up and what comes of them are rows too.
+  void mlp_by_rows(const dt_layer& layer, const float* in, Activation kind) {
+    int size = int(model_.intermediate);
+    float* gates = gated_;
+    float* ups = gates + size_t(tokens_) * size;
+    float* space = gated_ + rounded(2 * size_t(tokens_) * size);
+    const dt_matrix* matrices[] = {&layer.gate, &layer.up};
+    Sink sinks[] = {{Sink::kStore, gates, size_t(size), 1.0f}, {Sink::kStore, ups, size_t(size), 1.0f}};
+    multiply(in, model_.hidden, tokens_, matrices, sinks, 2, packed_);
+    gate_in_place(gates, ups, tokens_, size, kind);
+    const dt_matrix* down = &layer.down;
+    add(layer.after_mlp, [&](const Sink& sink) { multiply(gates, size, tokens_, &down, &sink, 1, space); });
   }
 
   const dt_decoder& model_;
@@ -246,26 +313,26 @@ DT_API int dt_decoder_forward(const dt_decoder* model, const dt_step* step, floa
 
 // y[T, O] = x[T, I] @ weight^T + bias. x and y in `io_format`, bias in float32 or null.
 DT_API int dt_linear(const void* x, int tokens, const dt_matrix* m, int io_format, void* y) {
-  Activations packed;
-  float* rest;
-  if (!taken(x, tokens, int(m->cols), io_format, 0, packed, rest)) return 1;
-  Matrix weights = matrix_of(*m);
+  const float* rows;
+  float* space;
+  if (!taken(x, tokens, int(m->cols), io_format, product_floats(tokens, int(m->cols), rounds(*m)), rows, space)) return 1;
   Sink sink{io_format == int(Format::kFloat32) ? Sink::kStore : Sink::kStoreBf16, y, size_t(m->rows), 1.0f};
-  matmul(packed, &weights, &sink, 1);
+  multiply(rows, m->cols, tokens, &m, &sink, 1, space);
   return 0;
 }
 
 // y[T, O] = act(x @ gate^T) * (x @ up^T).
 DT_API int dt_gated_linear(const void* x, int tokens, const dt_matrix* gate, const dt_matrix* up, int activation, int io_format,
                            void* y) {
-  Activations packed;
-  float* rest;
-  int size = int(gate->rows);
-  size_t count = size_t(tokens) * size, space = rounded(packed_floats(tokens, size));
+  const float* rows;
+  float* space;
+  int size = int(gate->rows), cols = int(gate->cols);
+  size_t count = size_t(tokens) * size, first = rounded(packed_floats(tokens, cols)), second = rounded(packed_floats(tokens, size));
   bool is_plain = io_format == int(Format::kFloat32);
-  if (!taken(x, tokens, int(gate->cols), io_format, space + (is_plain ? 0 : count), packed, rest)) return 1;
-  Activations gated = gated_matmul(packed, matrix_of(*gate), matrix_of(*up), Activation(activation), rest);
-  float* out = is_plain ? static_cast<float*>(y) : rest + space;
+  if (!taken(x, tokens, cols, io_format, first + second + (is_plain ? 0 : count), rows, space)) return 1;
+  Activations packed = pack(rows, cols, tokens, cols, space);
+  Activations gated = gated_matmul(packed, matrix_of(*gate), matrix_of(*up), Activation(activation), space + first);
+  float* out = is_plain ? static_cast<float*>(y) : space + first + second;
   unpack(gated, out);
   if (!is_plain)
     for (size_t i = 0; i < count; i++) static_cast<bf16*>(y)[i] = to_bf16(out[i]);
@@ -273,16 +340,17 @@ DT_API int dt_gated_linear(const void* x, int tokens, const dt_matrix* gate, con
 }
 
 // Attention of one layer, keys and values already written or written here (when k is not null). float32 rows.
-DT_API int dt_attend(const float* q, const float* k, const float* v, void* keys, void* values, int64_t num_heads, int64_t kv_heads,
-              int64_t head_size, int64_t block_size, int64_t cache_format, double scale, double soft_cap, int64_t window,
+DT_API int dt_attend(const float* q, const float* k, const float* v, void* keys, void* values, float* key_scales,
+              float* value_scales, int64_t num_heads, int64_t kv_heads, int64_t head_size, int64_t block_size,
+              int64_t cache_format, double scale, double soft_cap, int64_t window,
               int64_t num_sequences, int64_t num_tokens, const int32_t* query_starts, const int32_t* kv_lengths,
               const int32_t* tables, int64_t table_stride, const int64_t* slots, float* out) {
   Workspace& room = workspace;
   room.reserve(attention_floats(int(num_heads), int(kv_heads), int(head_size)));
   if (!room.data) return 1;
   Batch batch{int(num_sequences), int(num_tokens), query_starts, kv_lengths, tables, int(table_stride), slots};
-  LayerCache cache{keys,          values,       int(block_size), int(kv_heads), int(head_size), Format(cache_format),
-                   float(scale), float(soft_cap), int(window)};
+  LayerCache cache{keys,           values,         key_scales,   value_scales,    int(block_size),
+                   int(kv_heads),  int(head_size), CacheFormat(cache_format), float(scale), float(soft_cap), int(window)};
   if (k) write_cache(cache, batch, k, v, size_t(kv_heads * head_size));
   attend(cache, batch, int(num_heads), q, size_t(num_heads * head_size), out, size_t(num_heads * head_size), room.data);
   return 0;

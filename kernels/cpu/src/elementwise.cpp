@@ -101,6 +101,10 @@ void rms_norm_row(const float* x, const Weights& weight, float eps, float offset
   norm_row(x, weight, eps, offset, size, out);
 }
 
+void gate_in_place(float* gate, const float* up, int rows, int size, Activation kind) {
+  gate_rows(static_cast<const float*>(gate), up, rows, size, kind, gate);
+}
+
 void rotate(float* head, const float* cos, const float* sin, int rotary) {
   int half = rotary / 2, i = 0;
   for (; i + W <= half; i += W) {

@@ -1,7 +1,8 @@
 #include "matmul.h"
 
-#include <cstdlib>
-
+#include "amx.h"
+#include "chunk.h"
+#include "packed.h"
 #include "pool.h"
 #include "tile.h"
 
@@ -10,63 +11,14 @@ namespace {
 
 static_assert(kChunk % kTile1 == 0 && kChunk % kTile2 == 0 && kChunk % W == 0);
 
-constexpr int kFewChunk = 32;  // outputs of one chunk when weights stream by
+constexpr int kFewChunk = 32;            // outputs at a time when weights stream by
+constexpr size_t kFewBytes = 96 << 10;  // of weights that one thread takes at a time
+constexpr int kFewShares = 4;           // of a product for each thread
 static_assert(kFewChunk <= kChunk);
-
-struct Scratch {
-  float* data = nullptr;
-  size_t size = 0;
-  float* reserve(size_t count) {
-    if (count > size) {
-      free(data);
-      data = static_cast<float*>(aligned_alloc(64, (count * 4 + 63) / 64 * 64));
-      size = count;
-    }
-    return data;
-  }
-  ~Scratch() { free(data); }
-};
 
 thread_local Scratch decoded;  // weights of one chunk in float32
 
 // --- many rows -----------------------------------------------------------------------------------------------------------
-
-// Weights of a chunk as float32 rows: in place where they are, else decoded once for all tokens.
-static const float* rows_of(const Matrix& m, int first, int count, size_t& stride, Scratch& scratch) {
-  if (m.format == Format::kFloat32) {
-    stride = m.stride;
-    return static_cast<const float*>(m.weight) + size_t(first) * m.stride;
-  }
-  stride = (m.cols + W - 1) / W * W + W;  // rows do not start on the same cache set
-  float* out = scratch.reserve(size_t(count) * stride);
-  const bf16* in = static_cast<const bf16*>(m.weight) + size_t(first) * m.stride;
-  for (int r = 0; r < count; r++) {
-    const bf16* from = in + size_t(r) * m.stride;
-    float* to = out + r * stride;
-    int k = 0;
-    for (; k + W <= m.cols; k += W) store(to + k, load(from + k));
-    for (; k < m.cols; k++) to[k] = to_float(from[k]);
-  }
-  return out;
-}
-
-// Sums of a chunk and a panel, [count, width], turned into rows of tokens for `put(token, output, value)`.
-template <class Put>
-static void turn(const float* sums, int count, int width, int tokens, const float* bias, const Put& put) {
-  int o = 0;
-  for (; o + W <= count; o += W) {
-    for (int first = 0; first < tokens; first += W) {
-      vf rows[W];
-      for (int i = 0; i < W; i++) rows[i] = load(sums + (o + i) * width + first);
-      transpose(rows);
-      vf add = bias ? load(bias + o) : vf{};
-      int valid = tokens - first < W ? tokens - first : W;
-      for (int i = 0; i < valid; i++) put(first + i, o, rows[i] + add);
-    }
-  }
-  for (; o < count; o++)
-    for (int t = 0; t < tokens; t++) put(t, o, sums[o * width + t] + (bias ? bias[o] : 0.0f));
-}
 
 static inline int panel_width(int num_tokens, int panel) { return num_tokens - panel * kPanel <= W ? W : kPanel; }
 static inline int panel_tokens(int num_tokens, int panel) {
@@ -165,23 +117,32 @@ static void few_sums(const Activations& x, const float* rows, const T* w, size_t
 }
 
 static void few_sums(const Activations& x, const Matrix& m, int first, int count, float (*out)[kChunk]) {
-  if (m.format == Format::kFloat32)
+  if (m.is_packed() && streams(m)) {
+    few_packed_sums(x, m, first, count, out);
+  } else if (m.is_packed()) {
+    size_t stride = 0;
+    const float* rows = rows_of(m, first, count, stride, decoded);
+    few_sums(x, x.rows, rows, stride, count, out);
+  } else if (m.format == Format::kFloat32) {
     few_sums(x, x.rows, static_cast<const float*>(m.weight) + size_t(first) * m.stride, m.stride, count, out);
-  else
+  } else {
     few_sums(x, x.split, static_cast<const bf16*>(m.weight) + size_t(first) * m.stride, m.stride, count, out);
+  }
   if (m.bias)
     for (int t = 0; t < x.num_tokens; t++)
       for (int o = 0; o < count; o++) out[t][o] += m.bias[first + o];
 }
 
-static void few_chunk(const Activations& x, const Matrix& m, const Sink& sink, int first) {
-  int count = m.rows - first < kFewChunk ? m.rows - first : kFewChunk;
-  float out[kFewRows][kChunk];
-  few_sums(x, m, first, count, out);
-  for (int t = 0; t < x.num_tokens; t++) {
-    int o = 0;
-    for (; o + W <= count; o += W) sink.put(t, first + o, load(out[t] + o));
-    for (; o < count; o++) sink.put(t, first + o, out[t][o]);
+static void few_chunk(const Activations& x, const Matrix& m, const Sink& sink, int begin, int end) {
+  for (int first = begin; first < end; first += kFewChunk) {
+    int count = end - first < kFewChunk ? end - first : kFewChunk;
+    float out[kFewRows][kChunk];
+    few_sums(x, m, first, count, out);
+    for (int t = 0; t < x.num_tokens; t++) {
+      int o = 0;
+      for (; o + W <= count; o += W) sink.put(t, first + o, load(out[t] + o));
+      for (; o < count; o++) sink.put(t, first + o, out[t][o]);
+    }
   }
 }
 
@@ -196,16 +157,42 @@ static void split_row(const float* in, int size, float* out) {
   for (; k < size; k++) out[k] = in[k];
 }
 
-static inline vf act(Activation kind, vf x) {
-  if (kind == Activation::kSilu) return x / (1.0f + vexp(-x));
-  return 0.5f * x * (1.0f + vtanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
-}
-static inline float act(Activation kind, float x) { return act(kind, splat(x))[0]; }
-
 }  // namespace
+
+const float* rows_of(const Matrix& m, int first, int count, size_t& stride, Scratch& scratch) {
+  if (m.format == Format::kFloat32) {
+    stride = m.stride;
+    return static_cast<const float*>(m.weight) + size_t(first) * m.stride;
+  }
+  stride = (m.cols + W - 1) / W * W + W;  // rows do not start on the same cache set
+  float* out = scratch.reserve(size_t(count) * stride);
+  if (m.is_packed()) {
+    decode_rows(m, first, count, out, stride);
+    return out;
+  }
+  const bf16* in = static_cast<const bf16*>(m.weight) + size_t(first) * m.stride;
+  for (int r = 0; r < count; r++) {
+    const bf16* from = in + size_t(r) * m.stride;
+    float* to = out + r * stride;
+    int k = 0;
+    for (; k + W <= m.cols; k += W) store(to + k, load(from + k));
+    for (; k < m.cols; k++) to[k] = to_float(from[k]);
+  }
+  return out;
+}
+
+int few_rows_at_a_time(const Matrix* matrices, int count) {
+  int rows = 0;
+  for (int i = 0; i < count; i++) rows += matrices[i].rows;
+  size_t row_bytes = matrices[0].row_bytes();
+  int most = int(kFewBytes / (row_bytes ? row_bytes : 1)), share = rows / (kFewShares * num_threads());
+  int size = most < share ? most : share;
+  return size < kFewChunk ? kFewChunk : size / kFewChunk * kFewChunk;
+}
 
 size_t packed_floats(int num_tokens, int size) {
   if (num_tokens <= kFewRows) return 2 * size_t(num_tokens) * size;
+  if constexpr (amx::kIsBuilt) return amx::packed_floats(num_tokens, size);
   return size_t((num_tokens + kPanel - 1) / kPanel) * kPanel * size;
 }
 
@@ -218,6 +205,7 @@ Activations pack(const float* rows, size_t stride, int num_tokens, int size, flo
     }
     return Activations{num_tokens, size, space, split, nullptr};
   }
+  if constexpr (amx::kIsBuilt) return amx::pack(rows, stride, num_tokens, size, space);
   int panels = (num_tokens + kPanel - 1) / kPanel;
   constexpr int kSpan = 8 * W;  // features of one chunk
   int spans = (size + kSpan - 1) / kSpan;
@@ -245,17 +233,21 @@ Activations pack(const float* rows, size_t stride, int num_tokens, int size, flo
 
 void matmul(const Activations& x, const Matrix* matrices, const Sink* sinks, int count) {
   bool is_few = x.num_tokens <= kFewRows;
-  int size = is_few ? kFewChunk : kChunk;
+  if constexpr (amx::kIsBuilt)
+    if (!is_few) return amx::matmul(x, matrices, sinks, count);
+  int size = is_few ? few_rows_at_a_time(matrices, count) : kChunk;
   int total = 0;
   for (int i = 0; i < count; i++) total += (matrices[i].rows + size - 1) / size;
   parallel(total, [&](int chunk, int) {
     int which = 0;
     for (int chunks; chunk >= (chunks = (matrices[which].rows + size - 1) / size); which++) chunk -= chunks;
-    (is_few ? few_chunk : many_chunk)(x, matrices[which], sinks[which], chunk * size);
+    int first = chunk * size, rows = matrices[which].rows;
+    if (is_few)
+      few_chunk(x, matrices[which], sinks[which], first, first + size < rows ? first + size : rows);
+    else
+      many_chunk(x, matrices[which], sinks[which], first);
   });
 }
-
-static inline vf bias_of(const Matrix& m, int o) { return m.bias ? splat(m.bias[o]) : vf{}; }
 
 static void gated_many(const Activations& x, const Matrix& gate, const Matrix& up, Activation kind, int first, int count, float* packed) {
   static thread_local Scratch decoded_up;
@@ -293,6 +285,8 @@ static void gated_few(const Activations& x, const Matrix& gate, const Matrix& up
 
 Activations gated_matmul(const Activations& x, const Matrix& gate, const Matrix& up, Activation kind, float* space) {
   bool is_few = x.num_tokens <= kFewRows;
+  if constexpr (amx::kIsBuilt)
+    if (!is_few) return amx::gated_matmul(x, gate, up, kind, space);
   int size = is_few ? kFewChunk : kChunk;
   parallel((gate.rows + size - 1) / size, [&](int chunk, int) {
     int first = chunk * size, count = gate.rows - first < size ? gate.rows - first : size;
@@ -309,6 +303,7 @@ void unpack(const Activations& x, float* rows) {
     memcpy(rows, x.rows, size_t(x.num_tokens) * x.size * 4);
     return;
   }
+  if constexpr (amx::kIsBuilt) return amx::unpack(x, rows);
   int panels = (x.num_tokens + kPanel - 1) / kPanel;
   parallel(panels, [&](int p, int) {
     float* to = rows + size_t(p) * kPanel * x.size;

@@ -11,14 +11,22 @@
 
 namespace dt {
 
-enum class Format : int { kFloat32 = 0, kBfloat16 = 1 };
+// From kInt8 on, weights are packed (packed.h). kBlocks + a type of ggml: the blocks of GGUF files.
+enum class Format : int { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kFloat8 = 3, kInt4 = 4, kInt3 = 5, kBlocks = 16 };
 
-// weight: [rows, cols] in `format`, rows `stride` elements apart. bias: [rows] in float32, or null.
+// weight: [rows, cols] in `format`, rows `stride` elements apart (packed: bytes). bias: [rows] in float32, or null.
 struct Matrix {
   const void* weight;
   const float* bias;
   int rows, cols, stride;
   Format format;
+  // Of packed weights: one scale a row, or scales and minima of each `group` of inputs, in float32 (0), bfloat16 (1) or float16 (2).
+  const void *scales = nullptr, *mins = nullptr;
+  const void* high = nullptr;  // kInt3: the third bits
+  int group = 0, scale_format = 0;
+
+  bool is_packed() const { return format >= Format::kInt8; }
+  size_t row_bytes() const { return is_packed() ? stride : size_t(stride) * (format == Format::kFloat32 ? 4 : 2); }
 };
 
 constexpr int kFewRows = 4;
@@ -69,6 +77,10 @@ size_t packed_floats(int num_tokens, int size);
 
 // Packs rows [T, I] (float32, `stride` apart) on all threads; `space` holds packed_floats() and must be aligned to 64 bytes.
 Activations pack(const float* rows, size_t stride, int num_tokens, int size, float* space);
+
+// Outputs that one thread takes at a time when weights stream by. What it asks for beyond its end is lost, and for its beginning
+// it waits: so not too few, and not so many that a thread is left without.
+int few_rows_at_a_time(const Matrix* matrices, int count);
 
 // Several products of the same activations, in one parallel region.
 void matmul(const Activations& x, const Matrix* matrices, const Sink* sinks, int count);

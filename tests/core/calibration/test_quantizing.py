@@ -103,6 +103,7 @@ def test_the_seed_decides_every_byte(tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
+import torch
 torch.set_num_threads(1)
 from support.calibration import quantize
 model, out, text = map(Path, sys.argv[1:4])
@@ -144,6 +145,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
 PEAK = """
 import sys, threading, time
 from pathlib import Path
+import torch
 torch.set_num_threads(1)
 from drivetrain.calibration import QuantizeOptions, quantize_model
 from support.calibration import quantize, settings_of

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from drivetrain.contracts.loader import Checkpoint
 from drivetrain.contracts.packed import PackedWeight
-from drivetrain.errors import ConfigError
+from drivetrain.errors import ConfigError, LoaderError
 from drivetrain.packed import decode
 from drivetrain.plugins.quantizer.formats import FORMATS, IntegerGrid, write_quantized
 from drivetrain.plugins.quantizer.formats.bits import pack_bits, unpack_bits
@@ -219,3 +221,75 @@ def test_notes_are_kept_in_the_configuration(source: Checkpoint, tmp_path: Path)
     folder = write_quantized(tmp_path / "out", source, layers, "gptq", notes={"meta": {"seed": 7}})
     assert config_of(folder)["meta"] == {"seed": 7}
     assert open_folder(folder).packed(f"{LAYER}.weight") is not None
+
+
+Change = Callable[[dict[str, torch.Tensor], dict[str, Any]], None]
+
+
+def without(part: str) -> Change:
+    def change(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        del tensors[f"{LAYER}.{part}"]
+
+    return change
+
+
+def cut(part: str) -> Change:
+    def change(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        tensors[f"{LAYER}.{part}"] = tensors[f"{LAYER}.{part}"][:1].clone()
+
+    return change
+
+
+def group(**changes: Any) -> Change:
+    """Other settings of the weights of the only group."""
+    return lambda tensors, config: config["config_groups"]["group_0"]["weights"].update(changes)
+
+
+def settings(**changes: Any) -> Change:
+    return lambda tensors, config: config.update(changes)
+
+
+def inputs_of_a_group(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    inputs = {"num_bits": 4, "type": "int", "strategy": "group", "dynamic": True, "symmetric": True}
+    config["config_groups"]["group_0"]["input_activations"] = inputs
+
+
+FAULTS: dict[str, tuple[Change, str]] = {
+    "no-scales": (without("weight_scale"), rf"layer {LAYER} lacks its tensor {LAYER}\.weight_scale"),
+    "no-zeros": (without("weight_zero_point"), rf"lacks its tensor {LAYER}\.weight_zero_point"),
+    "no-shape": (without("weight_shape"), rf"lacks its tensor {LAYER}\.weight_shape"),
+    "no-weight": (without("weight_packed"), rf"lacks its tensor {LAYER}\.weight_packed"),
+    "short-scales": (cut("weight_scale"), rf"{LAYER}\.weight_scale has another shape.*\(1, 3\).*\(64, 3\)"),
+    "short-zeros": (cut("weight_zero_point"), rf"{LAYER}\.weight_zero_point has another shape.*\(1, 3\).*\(8, 3\)"),
+    "group": (group(group_size=48), r"weight_packed is no row of \d+ weights of 4 bits.*words"),
+    "bits": (group(num_bits=9), r"config_groups\.group_0: weights of these bits.*found 9.*2 \.\. 8"),
+    "type": (group(type="float"), r"group_0: weights of this type.*'float'"),
+    "strategy": (group(strategy="block"), r"group_0: scales of this strategy.*'block'.*channel, group, tensor"),
+    "activations": (inputs_of_a_group, r"group_0: activations in this form.*'num_bits': 4"),
+    "format": (
+        lambda tensors, config: config["config_groups"]["group_0"].update(format="nvfp4-pack-quantized"),
+        r"group_0: this format is not known; found 'nvfp4-pack-quantized'.*pack-quantized",
+    ),
+    "no-groups": (settings(config_groups={}), "no usable config_groups"),
+    "preset": (settings(config_groups={"W4A16": ["Linear"]}), r"config_groups\.W4A16 must be written out"),
+    "no-target": (
+        lambda tensors, config: config["config_groups"]["group_0"].update(targets=["re:.*experts.*"]),
+        "names no group for layer .* which is stored quantized",
+    ),
+    "kv": (settings(kv_cache_scheme={"num_bits": 8}), "scales for keys and values.*quantizer.kv"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_compressed_tensors_are_found_on_opening(fault: str, source: Checkpoint, tmp_path: Path) -> None:
+    grids = rounded_layers(source, 4, 32, symmetric=False)
+    packed = ((name, grid.packed()) for name, grid in grids.items())
+    folder = write_quantized(tmp_path / "out", source, packed, "compressed-tensors")
+    change, message = FAULTS[fault]
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    change(tensors, config["quantization_config"])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LoaderError, match=message):
+        open_folder(folder)

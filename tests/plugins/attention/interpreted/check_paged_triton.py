@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from drivetrain.plugins.attention.paged_triton import PagedTritonAttention
+from drivetrain.plugins.attention.sdpa import SdpaAttention
 from drivetrain.testing.attention_oracle import PlainStep, Trial, whole_batch
 from drivetrain.testing.suites.attention import MIXED, assert_as_plain, spec_of
 
@@ -76,3 +77,39 @@ def test_a_cache_that_is_a_part_of_a_wider_one_is_written_and_read_in_place() ->
     trial.cache = type(trial.cache)((wide[:, :, :2],), (wide[:, :, 2:],))
     for new_tokens in ({0: 6, 1: 1}, {0: 1, 1: 3}):
         assert_as_plain(trial.backend, spec, trial.step(new_tokens))
+
+
+@pytest.mark.parametrize("kv", ["int8", "fp8"])
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (5, 2.0)])
+def test_scaled_keys_in_chunks_and_the_codes_of_sdpa(window: int | None, cap: float | None, kv: str) -> None:
+    spec = spec_of((window,), heads=(4, 2, 19), cap=cap, kv=kv)
+    native = Trial(backend(block_size=4, chunk_size=3), spec, CPU)
+    plain = Trial(SdpaAttention(SdpaAttention.Config(block_size=4)), spec, CPU)
+    for new_tokens in MIXED:
+        for one, other in zip(native.step(new_tokens), plain.step(new_tokens), strict=True):
+            torch.testing.assert_close(one.found, other.found, rtol=1e-3, atol=1e-3)
+    for one, other in ((native.cache.keys[0], plain.cache.keys[0]), (native.cache.values[0], plain.cache.values[0])):
+        assert torch.equal(one.scales, other.scales)
+        differ = (one.codes.view(torch.uint8).int() - other.codes.view(torch.uint8).int()).abs()
+        assert differ.max() <= 1
+        assert (differ > 0).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("kv", ["int8", "fp8"])
+def test_every_number_is_written_as_sdpa_writes_it(kv: str) -> None:
+    """All numbers of fp8, the middles between two, zeros, the largest float and what is no number."""
+    spec = spec_of((None,), heads=(1, 1, 127), kv=kv)
+    exact = torch.arange(0x7E).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    rows = [torch.cat((exact, torch.tensor([448.0])))]
+    rows += [torch.cat(((exact[:-1] + exact[1:]) / 2, torch.tensor([448.0, -448.0])))]
+    rows += [torch.zeros(127), torch.full((127,), 3e38), torch.full((127,), math.nan), torch.full((127,), -math.inf)]
+    k = torch.stack(rows).unsqueeze(1)
+    stores = []
+    for attention in (backend(block_size=4), SdpaAttention(SdpaAttention.Config(block_size=4))):
+        trial = Trial(attention, spec, CPU)
+        attention.begin(spec, trial.book.batch({0: len(rows)}, CPU), trial.cache).attend(0, k, k, k)
+        stores.append(trial.cache.keys[0])
+    finite = stores[1].scales.isfinite()
+    assert torch.equal(stores[0].scales.isfinite(), finite)
+    assert torch.equal(stores[0].scales[finite], stores[1].scales[finite])
+    assert torch.equal(*(x.codes.view(torch.uint8)[finite] for x in stores))

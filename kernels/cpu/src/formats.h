@@ -1,0 +1,263 @@
+// How packed weights are read: 32 inputs of a row at a time, an atom, as bytes or as vectors of float32.
+#pragma once
+#include "matmul.h"
+
+namespace dt {
+
+constexpr int kAtom = 32;           // inputs
+constexpr int kPieces = kAtom / W;  // vectors of floats in an atom
+constexpr int kSpan = 64;           // atoms whose scales are made ready at a time
+
+// Rows are short, and the processor's own prefetching starts anew with each: what is asked for is some rows below, so many bytes
+// away that memory has the time. Measured: 1 and 12 KiB are a fifth slower.
+constexpr size_t kAheadBytes = 4096;
+
+typedef uint8_t v32u __attribute__((vector_size(32)));
+typedef uint8_t v16u __attribute__((vector_size(16)));
+typedef uint8_t vb_any __attribute__((vector_size(W), aligned(1), may_alias));
+typedef int8_t vs_any __attribute__((vector_size(W), aligned(1), may_alias));
+
+// --- numbers of 16 and 8 bits --------------------------------------------------------------------------------------------
+
+static inline float half_to_float(uint16_t h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
+  uint32_t size = h & 0x7fffu, bits = size << 13;
+  float f;
+  memcpy(&f, &bits, 4);
+  f *= 5.192296858534828e33f;  // 2^112: the difference of the two exponents' biases
+  memcpy(&bits, &f, 4);
+  if (size >= 0x7c00u) bits = 0x7f800000u | (size & 0x3ffu) << 13;
+  bits |= uint32_t(h & 0x8000u) << 16;
+  memcpy(&f, &bits, 4);
+  return f;
+#endif
+}
+
+static inline float half_at(const uint8_t* p) {
+  uint16_t h;
+  memcpy(&h, p, 2);
+  return half_to_float(h);
+}
+
+// float8_e4m3fn by way of float16, whose exponent has one bit more: its values are 2^8 times those.
+static inline float float8_to_float(uint8_t b) {
+  if ((b & 0x7f) == 0x7f) return __builtin_nanf("");
+  return half_to_float(uint16_t((b & 0x80) << 8 | (b & 0x7f) << 7)) * 256.0f;
+}
+
+// The same of W of them, but for the factor of 256.
+static inline vf load_float8(const uint8_t* p) {
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
+  typedef uint16_t vw __attribute__((vector_size(2 * W)));
+#if defined(__AVX512F__)
+  vw wide = (vw)_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vw wide = (vw)_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#endif
+  vw size = wide & 0x7f, is_nan = (vw)(size == 0x7f);
+  vw bits = (wide & 0x80) << 8 | size << 7 | (is_nan & 0x7fff);
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps((__m256i)bits);
+#else
+  return (vf)_mm256_cvtph_ps((__m128i)bits);
+#endif
+#else
+  vf out;
+  for (int i = 0; i < W; i++) out[i] = float8_to_float(p[i]) * (1.0f / 256);
+  return out;
+#endif
+}
+
+// W bytes as integers. By intrinsics, since GCC 12 widens vectors of bytes in many steps.
+static inline vi load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const vb_any*>(p), vi);
+#endif
+}
+static inline vi load_ints(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const vs_any*>(p), vi);
+#endif
+}
+
+// Scale or minimum number `index` of a matrix.
+static inline float scale_at(const void* scales, int format, size_t index) {
+  if (format == 0) return static_cast<const float*>(scales)[index];
+  uint16_t bits = static_cast<const uint16_t*>(scales)[index];
+  return format == 1 ? to_float(bf16(bits)) : half_to_float(bits);
+}
+
+static inline void scales_at(const void* scales, int format, size_t first, int count, float* out) {
+  int i = 0;
+  if (format == 0) {
+    memcpy(out, static_cast<const float*>(scales) + first, count * 4);
+    return;
+  }
+#if defined(__AVX512F__)
+  if (format == 2)
+    for (const uint16_t* from = static_cast<const uint16_t*>(scales) + first; i < count; i += 16) {
+      __mmask16 mask = count - i >= 16 ? 0xffff : (1 << (count - i)) - 1;
+      __m512 wide = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from + i));
+      _mm512_mask_storeu_ps(out + i, mask, wide);
+    }
+#endif
+  for (; i < count; i++) out[i] = scale_at(scales, format, first + i);
+}
+
+// --- values of an atom ---------------------------------------------------------------------------------------------------
+
+static inline v16u load16(const uint8_t* p) {
+  v16u v;
+  memcpy(&v, p, 16);
+  return v;
+}
+static inline v32u load32(const uint8_t* p) {
+  v32u v;
+  memcpy(&v, p, 32);
+  return v;
+}
+static inline v32u join(v16u a, v16u b) {
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25,
+                                 26, 27, 28, 29, 30, 31);
+}
+
+// Bytes of four bits each: >> 4 of bytes, by way of 16 bits.
+static inline v16u low_nibbles(v16u v) { return v & 15; }
+static inline v16u high_nibbles(v16u v) {
+  typedef uint16_t v8w __attribute__((vector_size(16)));
+  return (v16u)((v8w)v >> 4) & 15;
+}
+static inline v32u shifted(v32u v, int by, uint8_t mask) {
+  typedef uint16_t v16w __attribute__((vector_size(32)));
+  return (v32u)((v16w)v >> by) & mask;
+}
+
+// 32 bits as bytes of 0 and `one`.
+static inline v32u bits_of(uint32_t bits, uint8_t one) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  return (v32u)_mm256_maskz_set1_epi8(bits, char(one));
+#else
+  typedef uint32_t v8d __attribute__((vector_size(32)));
+  v8d all = {bits, bits, bits, bits, bits, bits, bits, bits};
+  v32u bytes = (v32u)all;
+  bytes = __builtin_shufflevector(bytes, bytes, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 18, 18, 18, 18, 18, 18, 18, 18, 19, 19,
+                                  19, 19, 19, 19, 19, 19);
+  const v32u which = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+  return (v32u)((bytes & which) == which) & one;
+#endif
+}
+
+// ggml's types, as numbers of Format above kBlocks.
+constexpr int kQ4_0 = 2, kQ4_1 = 3, kQ5_0 = 6, kQ5_1 = 7, kQ8_0 = 8, kQ4_K = 12, kQ5_K = 13, kQ6_K = 14;
+
+constexpr int block_bytes(int type) {
+  return type == kQ4_0 ? 18 : type == kQ4_1 ? 20 : type == kQ5_0 ? 22 : type == kQ5_1 ? 24 : type == kQ8_0 ? 34
+         : type == kQ4_K ? 144 : type == kQ5_K ? 176 : 210;
+}
+constexpr int block_size(int type) { return type >= kQ4_K ? 256 : 32; }
+constexpr int value_offset(int type) { return type == kQ4_0 || type == kQ8_0 ? 2 : type == kQ4_1 ? 4 : type == kQ5_0 ? 6 : 8; }
+
+// Values of GGUF blocks, whatever their scale: 0 .. 63, or signed bytes for Q8_0. In order of inputs.
+template <int T>
+static inline v32u values(const uint8_t* row, int atom) {
+  if constexpr (T >= kQ4_K) {
+    const uint8_t* block = row + size_t(atom / 8) * block_bytes(T);
+    int j = atom % 8;
+    if constexpr (T == kQ6_K) {
+      int half = j / 4, quarter = j % 4;
+      v32u low = shifted(load32(block + 64 * half + quarter % 2 * 32), quarter / 2 * 4, 15);
+      v32u high = shifted(load32(block + 128 + 32 * half), 2 * quarter, 3);
+      return low | high << 4;
+    } else {
+      v32u low = shifted(load32(block + (T == kQ4_K ? 16 : 48) + j / 2 * 32), j % 2 * 4, 15);
+      if constexpr (T == kQ4_K) return low;
+      return low | shifted(load32(block + 16), j, 1) << 4;
+    }
+  } else {
+    const uint8_t* block = row + size_t(atom) * block_bytes(T);
+    if constexpr (T == kQ8_0) return load32(block + 2);
+    v16u both = load16(block + value_offset(T));
+    v32u low = join(low_nibbles(both), high_nibbles(both));
+    if constexpr (T == kQ4_0 || T == kQ4_1) return low;
+    uint32_t fifth;
+    memcpy(&fifth, block + value_offset(T) - 4, 4);
+    return low | bits_of(fifth, 16);
+  }
+}
+
+// Scales and minima of Q4_K and Q5_K: six bits each, eight of both in twelve bytes.
+static inline void k_scales(const uint8_t* block, float* scales, float* mins) {
+  float d = half_at(block), least = half_at(block + 2);
+  const uint8_t* p = block + 4;
+  for (int j = 0; j < 4; j++) {
+    scales[j] = d * float(p[j] & 63);
+    mins[j] = -(least * float(p[j + 4] & 63));
+    scales[j + 4] = d * float((p[j + 8] & 15) | (p[j] >> 6) << 4);
+    mins[j + 4] = -(least * float((p[j + 8] >> 4) | (p[j + 4] >> 6) << 4));
+  }
+}
+
+// Scale and minimum of each atom, first .. first + count - 1: weight = value * scale + min. Of Q6_K for each half of an atom.
+template <int T>
+static inline void atom_scales(const uint8_t* row, int first, int count, float* scales, float* mins) {
+  if constexpr (T >= kQ4_K) {  // spans begin and end with a block
+    for (int a = 0; a < count; a += 8) {
+      const uint8_t* block = row + size_t((first + a) / 8) * block_bytes(T);
+      if constexpr (T == kQ6_K) {
+        float d = half_at(block + 208);
+        for (int j = 0; j < 16; j++) {
+          scales[2 * a + j] = d * float(int8_t(block[192 + j]));
+          mins[2 * a + j] = -32.0f * scales[2 * a + j];
+        }
+      } else {
+        k_scales(block, scales + a, mins + a);
+      }
+    }
+  } else {
+    const uint8_t* block = row + size_t(first) * block_bytes(T);
+    int a = 0;
+#if defined(__AVX512F__)
+    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const vi even = lane * 2, odd = lane * 2 + 1;
+    for (; a + 16 <= count; a += 16, block += 16 * block_bytes(T)) {  // the first four bytes of 16 blocks: pairs of float16
+      __m512i pairs = _mm512_i32gather_epi32((__m512i)(lane * block_bytes(T)), block, 1);
+      __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(pairs)), high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(pairs, 1));
+      vf scale = (vf)_mm512_permutex2var_ps(low, (__m512i)even, high);
+      store(scales + a, scale);
+      if constexpr (T == kQ4_0) store(mins + a, scale * -8.0f);
+      if constexpr (T == kQ5_0) store(mins + a, scale * -16.0f);
+      if constexpr (T == kQ4_1 || T == kQ5_1) store(mins + a, (vf)_mm512_permutex2var_ps(low, (__m512i)odd, high));
+      if constexpr (T == kQ8_0) store(mins + a, vf{});
+    }
+#endif
+    for (; a < count; a++, block += block_bytes(T)) {
+#if defined(__F16C__)
+      int32_t both;
+      memcpy(&both, block, 4);
+      __m128 pair = _mm_cvtph_ps(_mm_cvtsi32_si128(both));
+      scales[a] = pair[0];
+      float second = pair[1];
+#else
+      scales[a] = half_at(block);
+      float second = half_at(block + 2);
+#endif
+      if constexpr (T == kQ4_0) mins[a] = -8.0f * scales[a];
+      if constexpr (T == kQ5_0) mins[a] = -16.0f * scales[a];
+      if constexpr (T == kQ4_1 || T == kQ5_1) mins[a] = second;
+      if constexpr (T == kQ8_0) mins[a] = 0.0f;
+      (void)second;
+    }
+  }
+}
+
+}  // namespace dt

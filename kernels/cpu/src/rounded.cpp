@@ -1,0 +1,410 @@
+#include "rounded.h"
+
+#include <cmath>
+
+#include "formats.h"
+#include "pool.h"
+
+namespace dt {
+namespace {
+
+typedef int8_t v32s __attribute__((vector_size(32)));
+typedef int32_t v8i __attribute__((vector_size(32)));
+typedef float v8f __attribute__((vector_size(32)));
+
+static inline v32s load32(const int8_t* p) {
+  v32s v;
+  memcpy(&v, p, 32);
+  return v;
+}
+
+// --- integer dot products: 32 bytes, summed by fours ---------------------------------------------------------------------
+
+// VNNI multiplies unsigned by signed bytes. Signed weights are moved up by 128; who uses them takes 128 times the sum of
+// the activations off again.
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+constexpr int kMoved = 128;
+static inline v8i add_dot(v8i sums, v32u w, v32s x) { return (v8i)_mm256_dpbusd_epi32((__m256i)sums, (__m256i)w, (__m256i)x); }
+static inline v8i add_signed_dot(v8i sums, v32u w, v32s x) { return add_dot(sums, w ^ 0x80, x); }
+#elif defined(__AVXVNNI__)
+constexpr int kMoved = 128;
+static inline v8i add_dot(v8i sums, v32u w, v32s x) { return (v8i)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)w, (__m256i)x); }
+static inline v8i add_signed_dot(v8i sums, v32u w, v32s x) { return add_dot(sums, w ^ 0x80, x); }
+#else
+constexpr int kMoved = 0;
+#if defined(__AVX2__)
+// Pairs are summed in 16 bits, which holds twice 128 * 127: unsigned values are at most 63, of signed ones the sign is moved over.
+static inline v8i add_dot(v8i sums, v32u w, v32s x) {
+  __m256i pairs = _mm256_maddubs_epi16((__m256i)w, (__m256i)x);
+  return sums + (v8i)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+static inline v8i add_signed_dot(v8i sums, v32u w, v32s x) {
+  __m256i size = _mm256_abs_epi8((__m256i)w);
+  return add_dot(sums, (v32u)size, (v32s)_mm256_sign_epi8((__m256i)x, (__m256i)w));
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+static inline v8i add_signed_dot(v8i sums, v32u w, v32s x) {
+  int32x4_t halves[2];
+  int8x16_t a[2], b[2];
+  memcpy(halves, &sums, 32);
+  memcpy(a, &w, 32);
+  memcpy(b, &x, 32);
+  for (int i = 0; i < 2; i++) halves[i] = vdotq_s32(halves[i], a[i], b[i]);
+  memcpy(&sums, halves, 32);
+  return sums;
+}
+static inline v8i add_dot(v8i sums, v32u w, v32s x) { return add_signed_dot(sums, w, x); }  // values are at most 63
+#else
+static inline v8i add_signed_dot(v8i sums, v32u w, v32s x) {
+  const v32s weights = (v32s)w;
+  for (int i = 0; i < 8; i++)
+    for (int j = 0; j < 4; j++) sums[i] += int(weights[4 * i + j]) * int(x[4 * i + j]);
+  return sums;
+}
+static inline v8i add_dot(v8i sums, v32u w, v32s x) { return add_signed_dot(sums, w, x); }
+#endif
+#endif
+
+static inline int32_t sum8(v8i v) {
+  int32_t total = 0;
+  for (int i = 0; i < 8; i++) total += v[i];
+  return total;
+}
+static inline float sum8(v8f v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+
+// --- one scale a row -----------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512VNNI__)
+constexpr int kBytes = 64;  // of a row in one step
+typedef int32_t Sums __attribute__((vector_size(64)));
+typedef __m512i Bytes;
+static inline Bytes weights_at(const int8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(char(0x80))); }
+static inline Bytes inputs_at(const int8_t* p) { return _mm512_loadu_si512(p); }
+static inline Sums dot_step(Sums sums, Bytes w, Bytes x) { return (Sums)_mm512_dpbusd_epi32((__m512i)sums, w, x); }
+#else
+constexpr int kBytes = 32;
+typedef v8i Sums;
+typedef v32s Bytes;
+static inline Bytes weights_at(const int8_t* p) { return load32(p); }
+static inline Bytes inputs_at(const int8_t* p) { return load32(p); }
+static inline Sums dot_step(Sums sums, Bytes w, Bytes x) { return add_signed_dot(sums, (v32u)w, x); }
+#endif
+
+// Sums of four vectors of integers.
+static inline void sum4(Sums a, Sums b, Sums c, Sums d, int32_t* out) {
+#if defined(__AVX2__)
+#if defined(__AVX512VNNI__)
+  auto halves = [](Sums v) { return _mm256_add_epi32(_mm512_castsi512_si256((__m512i)v), _mm512_extracti64x4_epi64((__m512i)v, 1)); };
+#else
+  auto halves = [](Sums v) { return (__m256i)v; };
+#endif
+  __m256i ab = _mm256_hadd_epi32(halves(a), halves(b)), cd = _mm256_hadd_epi32(halves(c), halves(d));
+  __m256i all = _mm256_hadd_epi32(ab, cd);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+#else
+  out[0] = sum8(a);
+  out[1] = sum8(b);
+  out[2] = sum8(c);
+  out[3] = sum8(d);
+#endif
+}
+
+constexpr int kInts = 32;  // outputs at a time
+
+// Integer sums of R outputs and M tokens.
+template <int R, int M>
+static inline void row_dots(const int8_t* w, size_t stride, const Rounded& x, int first_token, int (*out)[kInts], int at) {
+  Sums sums[R][M] = {};
+  const int8_t* ints = x.ints + size_t(first_token) * x.stride;
+  int k = 0;
+  for (; k + kBytes <= x.size; k += kBytes) {
+    Bytes row[M];
+#pragma GCC unroll 4
+    for (int t = 0; t < M; t++) row[t] = inputs_at(ints + size_t(t) * x.stride + k);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      Bytes weights = weights_at(w + r * stride + k);
+      __builtin_prefetch(w + (R + r) * stride + k, 0, 2);
+#pragma GCC unroll 4
+      for (int t = 0; t < M; t++) sums[r][t] = dot_step(sums[r][t], weights, row[t]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < M; t++) {
+    int32_t totals[(R + 3) / 4 * 4];
+    if constexpr (R % 4 == 0) {
+#pragma GCC unroll 2
+      for (int r = 0; r < R; r += 4) sum4(sums[r][t], sums[r + 1][t], sums[r + 2][t], sums[r + 3][t], totals + r);
+    } else {
+      for (int r = 0; r < R; r++) {
+        int32_t four[4];
+        sum4(sums[r][t], sums[r][t], sums[r][t], sums[r][t], four);
+        totals[r] = four[0];
+      }
+    }
+    for (int r = 0; r < R; r++) {
+      totals[r] -= kMoved * x.totals[first_token + t];
+      for (int rest = k; rest < x.size; rest++) totals[r] += int(w[r * stride + rest]) * int(ints[size_t(t) * x.stride + rest]);
+      out[t][at + r] = totals[r];
+    }
+  }
+}
+
+template <int M>
+static void row_sums(const Matrix& m, int first, int count, const Rounded& x, int first_token, int (*out)[kInts]) {
+  constexpr int R = kRegisters == 32 ? (M == 1 ? 8 : 4) : (M <= 2 ? 4 : 2);
+  const int8_t* w = static_cast<const int8_t*>(m.weight) + size_t(first) * m.stride;
+  int r = 0;
+  for (; r + R <= count; r += R) row_dots<R, M>(w + size_t(r) * m.stride, m.stride, x, first_token, out, r);
+  for (; r < count; r++) row_dots<1, M>(w + size_t(r) * m.stride, m.stride, x, first_token, out, r);
+}
+
+static void row_sums(const Matrix& m, int first, int count, const Rounded& x, int token, int tokens, float (*out)[kInts]) {
+  int sums[4][kInts];
+  switch (tokens) {
+    case 1: row_sums<1>(m, first, count, x, token, sums); break;
+    case 2: row_sums<2>(m, first, count, x, token, sums); break;
+    case 3: row_sums<3>(m, first, count, x, token, sums); break;
+    default: row_sums<4>(m, first, count, x, token, sums);
+  }
+  float scales[kInts];
+  for (int o = 0; o < count; o++) scales[o] = scale_at(m.scales, m.scale_format, first + o);
+  for (int t = 0; t < tokens; t++)
+    for (int o = 0; o < count; o++) out[t][o] = float(sums[t][o]) * x.scales[token + t] * scales[o];
+}
+
+// --- GGUF blocks ---------------------------------------------------------------------------------------------------------
+
+template <int T, int R, int M>
+static inline void block_dots(const Matrix& m, int o, const Rounded& x, int token, float (*out)[kInts], int at) {
+  constexpr int kScales = T == kQ6_K ? 2 : 1;
+  constexpr int kFetch = 64 * block_size(T) / kAtom / block_bytes(T);  // atoms in a line
+  const int atoms = m.cols / kAtom;
+  const size_t atom_bytes = m.stride / atoms, ahead = (kAheadBytes / m.stride + 1) * m.stride;
+  const uint8_t* rows[R];
+  for (int r = 0; r < R; r++) rows[r] = static_cast<const uint8_t*>(m.weight) + size_t(o + r) * m.stride;
+  v8f sums[R][M] = {};
+  vf least[R][M] = {};
+  for (int first = 0; first < atoms; first += kSpan) {
+    const int count = atoms - first < kSpan ? atoms - first : kSpan;
+    alignas(64) float scales[R][kSpan * kScales], mins[R][kSpan * kScales];
+    for (int r = 0; r < R; r++) {
+      atom_scales<T>(rows[r], first, count, scales[r], mins[r]);
+      if constexpr (T == kQ8_0)
+        for (int a = 0; a < count; a++) mins[r][a] = -float(kMoved) * scales[r][a];
+    }
+    for (int a = 0; a < count; a++) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        v32u bytes = values<T>(rows[r], first + a);
+        if (a % kFetch == 0) __builtin_prefetch(rows[r] + ahead + (first + a) * atom_bytes, 0, 2);
+        v8f scale;
+        if constexpr (T == kQ6_K) {
+          float one = scales[r][2 * a], other = scales[r][2 * a + 1];
+          scale = v8f{one, one, one, one, other, other, other, other};
+        } else {
+          scale = v8f{} + scales[r][a];
+        }
+#pragma GCC unroll 4
+        for (int t = 0; t < M; t++) {
+          v32s inputs = load32(x.ints + size_t(token + t) * x.stride + size_t(first + a) * kAtom);
+          v8i dots = T == kQ8_0 ? add_signed_dot(v8i{}, bytes, inputs) : add_dot(v8i{}, bytes, inputs);
+          sums[r][t] += __builtin_convertvector(dots, v8f) * (scale * x.scales[size_t(token + t) * atoms + first + a]);
+        }
+      }
+    }
+    // What the minima add: of each atom the minimum times what its inputs stand for together.
+    if (T == kQ8_0 && kMoved == 0) continue;
+    const int number = count * kScales;
+    for (int t = 0; t < M; t++) {
+      const float* inputs = x.sums + size_t(token + t) * 3 * atoms + (kScales == 2 ? 2 * first : 2 * atoms + first);
+      for (int r = 0; r < R; r++) {
+        int i = 0;
+        for (; i + W <= number; i += W) least[r][t] += load(mins[r] + i) * load(inputs + i);
+        for (; i < number; i++) sums[r][t][0] += mins[r][i] * inputs[i];
+      }
+    }
+  }
+  for (int t = 0; t < M; t++)
+    for (int r = 0; r < R; r++) out[t][at + r] = sum8(sums[r][t]) + sum(least[r][t]);
+}
+
+template <int T, int M>
+static void block_rows(const Matrix& m, int first, int count, const Rounded& x, int token, float (*out)[kInts]) {
+  constexpr int R = M <= 2 ? 4 : 2;
+  int r = 0;
+  for (; r + R <= count; r += R) block_dots<T, R, M>(m, first + r, x, token, out, r);
+  for (; r < count; r++) block_dots<T, 1, M>(m, first + r, x, token, out, r);
+}
+
+template <int T>
+static void block_sums(const Matrix& m, int first, int count, const Rounded& x, int token, int tokens, float (*out)[kInts]) {
+  switch (tokens) {
+    case 1: return block_rows<T, 1>(m, first, count, x, token, out);
+    case 2: return block_rows<T, 2>(m, first, count, x, token, out);
+    case 3: return block_rows<T, 3>(m, first, count, x, token, out);
+    default: return block_rows<T, 4>(m, first, count, x, token, out);
+  }
+}
+
+static auto sums_of(const Matrix& m) -> void (*)(const Matrix&, int, int, const Rounded&, int, int, float (*)[kInts]) {
+  switch (int(m.format)) {
+    case int(Format::kInt8): return row_sums;
+    case int(Format::kBlocks) + kQ4_0: return block_sums<kQ4_0>;
+    case int(Format::kBlocks) + kQ4_1: return block_sums<kQ4_1>;
+    case int(Format::kBlocks) + kQ5_0: return block_sums<kQ5_0>;
+    case int(Format::kBlocks) + kQ5_1: return block_sums<kQ5_1>;
+    case int(Format::kBlocks) + kQ8_0: return block_sums<kQ8_0>;
+    case int(Format::kBlocks) + kQ4_K: return block_sums<kQ4_K>;
+    case int(Format::kBlocks) + kQ5_K: return block_sums<kQ5_K>;
+    default: return block_sums<kQ6_K>;
+  }
+}
+
+static void some_outputs(const Rounded& x, const Matrix& m, const Sink& sink, int first, int count) {
+  auto run = sums_of(m);
+  for (int token = 0; token < x.num_tokens; token += 4) {
+    alignas(64) float out[4][kInts];
+    const int tokens = x.num_tokens - token < 4 ? x.num_tokens - token : 4;
+    run(m, first, count, x, token, tokens, out);
+    for (int t = 0; t < tokens; t++) {
+      int o = 0;
+      for (; o + W <= count; o += W) sink.put(token + t, first + o, m.bias ? load(out[t] + o) + load(m.bias + first + o) : load(out[t] + o));
+      for (; o < count; o++) sink.put(token + t, first + o, m.bias ? out[t][o] + m.bias[first + o] : out[t][o]);
+    }
+  }
+}
+
+static void chunk_of(const Rounded& x, const Matrix& m, const Sink& sink, int begin, int end) {
+  for (int first = begin; first < end; first += kInts) some_outputs(x, m, sink, first, end - first < kInts ? end - first : kInts);
+}
+
+// --- rounding ------------------------------------------------------------------------------------------------------------
+
+// To the nearest integer, of two as near the even one: adding 1.5 * 2^23 leaves no bits behind the point.
+static inline vf nearest(vf x) {
+  const vf magic = splat(12582912.0f);
+  return (x + magic) - magic;
+}
+
+static inline vf size_of(vf x) { return (vf)((vu)x & 0x7fffffffu); }
+
+// The largest number of a run; a NaN is larger than all.
+static float largest_of(const float* x, int size) {
+  vf best = {};
+  int k = 0;
+  for (; k + W <= size; k += W) {
+    vf now = size_of(load(x + k));
+    best = select(now > best, now, select(now == now, best, now));
+    best = select(best == best, best, splat(__builtin_nanf("")));
+  }
+  float found = 0;
+  for (int i = 0; i < W; i++) found = best[i] > found || best[i] != best[i] ? best[i] : found;
+  for (; k < size; k++) {
+    float now = fabsf(x[k]);
+    found = now > found || now != now ? now : found;
+  }
+  return found;
+}
+
+static void ints_of(const float* x, int size, float scale, int8_t* out) {
+  const bool is_zero = scale == 0.0f;
+  int k = 0;
+  for (; k + W <= size; k += W) {
+    typedef int8_t vs __attribute__((vector_size(W)));
+    vf value = is_zero ? vf{} : nearest(load(x + k) / splat(scale));
+    vs bytes = __builtin_convertvector(__builtin_convertvector(value, vi), vs);
+    memcpy(out + k, &bytes, W);
+  }
+  for (; k < size; k++) out[k] = is_zero ? 0 : int8_t(int(nearest(splat(x[k] / scale))[0]));
+}
+
+static int32_t total_of(const int8_t* ints, int size) {
+  int32_t total = 0;
+  for (int k = 0; k < size; k++) total += ints[k];
+  return total;
+}
+
+}  // namespace
+
+static int padded(int size) { return (size + 63) / 64 * 64; }
+static size_t blocks_of(int size) { return (size + kAtom - 1) / kAtom; }
+
+size_t rounded_floats(int num_tokens, int size) {
+  size_t each = padded(size) / 4 + 4 * blocks_of(size) + 2;
+  return (size_t(num_tokens) * each + 64 + 15) / 16 * 16;
+}
+
+Rounded round_rows(const float* rows, size_t stride, int num_tokens, int size, Rounding rounding, float* space) {
+  const bool has_blocks = rounding == Rounding::kBlocks;
+  const size_t blocks = blocks_of(size);
+  int8_t* ints = reinterpret_cast<int8_t*>(space);
+  float* scales = space + size_t(num_tokens) * padded(size) / 4;
+  float* sums = scales + size_t(num_tokens) * (has_blocks ? blocks : 1);
+  int32_t* totals = reinterpret_cast<int32_t*>(sums + (has_blocks ? size_t(num_tokens) * 3 * blocks : 0));
+  int run = 8192 / (size > 0 ? size : 1);
+  if (run < 1) run = 1;
+  parallel((num_tokens + run - 1) / run, [&](int chunk, int) {
+    int end = (chunk + 1) * run < num_tokens ? (chunk + 1) * run : num_tokens;
+    for (int t = chunk * run; t < end; t++) {
+      const float* row = rows + size_t(t) * stride;
+      int8_t* out = ints + size_t(t) * padded(size);
+      if (!has_blocks) {
+        scales[t] = largest_of(row, size) / 127.0f;
+        ints_of(row, size, scales[t], out);
+        totals[t] = total_of(out, size / kBytes * kBytes);
+        continue;
+      }
+      for (size_t b = 0; b < blocks; b++) {
+        float scale = largest_of(row + b * kAtom, kAtom) / 127.0f;
+        scales[t * blocks + b] = scale;
+        ints_of(row + b * kAtom, kAtom, scale, out + b * kAtom);
+        float* at = sums + t * 3 * blocks;
+        for (int half = 0; half < 2; half++) at[2 * b + half] = scale * float(total_of(out + b * kAtom + half * 16, 16));
+        at[2 * blocks + b] = at[2 * b] + at[2 * b + 1];
+      }
+    }
+  });
+  return Rounded{num_tokens, size, padded(size), has_blocks, ints, scales, sums, totals};
+}
+
+// Four significant bits, below 2^-6 as many as are left above 2^-9: adding and taking off 1.5 * 2^23 units of the last place.
+static inline vf nearest_float8(vf x) {
+  vu exponent = (vu)x & 0x7f800000u;
+  vf least = vmax((vf)exponent, splat(0.015625f));  // 2^-6
+  vf magic = least * splat(1572864.0f);             // 1.5 * 2^23 * 2^-3
+  return (x + magic) - magic;
+}
+
+void round_to_float8(float* rows, int num_tokens, int size, float scale) {
+  int run = 8192 / (size > 0 ? size : 1);
+  if (run < 1) run = 1;
+  parallel((num_tokens + run - 1) / run, [&](int chunk, int) {
+    int end = (chunk + 1) * run < num_tokens ? (chunk + 1) * run : num_tokens;
+    for (int t = chunk * run; t < end; t++) {
+      float* row = rows + size_t(t) * size;
+      const float by = scale != 0.0f ? scale : largest_of(row, size) / 448.0f;
+      if (by == 0.0f) continue;
+      auto rounded = [&](vf x) {
+        vf cut = vmax(vmin(x / splat(by), splat(448.0f)), splat(-448.0f));
+        return select(x == x, nearest_float8(cut) * splat(by), x);
+      };
+      int k = 0;
+      for (; k + W <= size; k += W) store(row + k, rounded(load(row + k)));
+      for (; k < size; k++) row[k] = rounded(splat(row[k]))[0];
+    }
+  });
+}
+
+void matmul(const Rounded& x, const Matrix* matrices, const Sink* sinks, int count) {
+  int size = few_rows_at_a_time(matrices, count), total = 0;
+  for (int i = 0; i < count; i++) total += (matrices[i].rows + size - 1) / size;
+  parallel(total, [&](int chunk, int) {
+    int which = 0;
+    for (int chunks; chunk >= (chunks = (matrices[which].rows + size - 1) / size); which++) chunk -= chunks;
+    int first = chunk * size, rows = matrices[which].rows;
+    chunk_of(x, matrices[which], sinks[which], first, first + size < rows ? first + size : rows);
+  });
+}
+
+}  // namespace dt
