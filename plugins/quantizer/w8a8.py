@@ -64,8 +64,8 @@ class W8A8Quantizer(CalibratesSmooth, Quantizer):
     def _packed(self, name: str, weight_OI: torch.Tensor) -> PackedWeight:
         if self.config.scales == "block":
             checked_group(name, weight_OI.shape[1], _BLOCK)
-            tensors = pack_rows(weight_OI, round_blocks)
-            return PackedWeight("linear_gguf_a8", tensors, *weight_OI.shape, params={"type": _Q8_0})
+            rows, width = weight_OI.shape
+            return PackedWeight("linear_gguf_a8", pack_rows(weight_OI, round_blocks), rows, width, {"type": _Q8_0})
         return PackedWeight("linear_w8a8", pack_rows(weight_OI, round_rows), *weight_OI.shape)
 
 

@@ -52,7 +52,7 @@ def gptq(
     for first in range(0, rest_OI.shape[1], rounding.group):
         columns = slice(first, first + rounding.group)
         block_OB = rest_OI[:, columns]
-        share = 1.0
+        share: float | torch.Tensor = 1.0
         if clips:
             share = best_shares(block_OB.unsqueeze(1), torch.diag(importance_I[columns]).unsqueeze(0), rounding, SHARES)
         scales_O1, zeros_O1 = rounding.grids(block_OB.unsqueeze(1), share)

@@ -46,7 +46,7 @@ class Rounding:
         """With a scale and a minimum of float32 for each group, as they are kept in memory."""
         return self.bits + 64 / self.group
 
-    def grids(self, weight_ONg: torch.Tensor, share: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    def grids(self, weight_ONg: torch.Tensor, share: float | torch.Tensor = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales and zero points, [O, N], for ``share`` of each group's range.
 
         Zero points are 1 or more: the first version of the GPTQ format stores them less one.
@@ -69,13 +69,13 @@ class Rounding:
 
     def rounded(self, weight_ONg: torch.Tensor, share: float | torch.Tensor = 1.0) -> torch.Tensor:
         """What the weights become."""
-        scales_ON1, zeros_ON1 = (t.unsqueeze(-1) for t in self.grids(weight_ONg, share))  # type: ignore[arg-type]
+        scales_ON1, zeros_ON1 = (t.unsqueeze(-1) for t in self.grids(weight_ONg, share))
         return (self.values(weight_ONg, scales_ON1, zeros_ON1) - zeros_ON1) * scales_ON1
 
     def grid(self, weight_OI: torch.Tensor, share: float | torch.Tensor = 1.0) -> IntegerGrid:
         """Weights rounded to nearest. share: of each group's range; one number, or [O, N]."""
         weight_ONg = weight_OI.unflatten(1, (-1, self.group))
-        scales_ON, zeros_ON = self.grids(weight_ONg, share)  # type: ignore[arg-type]
+        scales_ON, zeros_ON = self.grids(weight_ONg, share)
         values = self.values(weight_ONg, scales_ON.unsqueeze(-1), zeros_ON.unsqueeze(-1))
         return self.stored(values.flatten(1), scales_ON, zeros_ON)
 
