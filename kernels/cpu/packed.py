@@ -64,7 +64,7 @@ def refused_shape(spec: KernelSpec) -> Probe | None:
     size = spec.sizes.get("I", 0)
     if spec.operation in ("linear_gguf", "linear_gguf_a8"):
         number = spec.params.get("type")
-        if number not in BLOCK_TYPES:
+        if number is None or number not in BLOCK_TYPES:
             known = ", ".join(str(key) for key in BLOCK_TYPES)
             return Probe.no("unsupported_type", "no such GGUF blocks", wanted=f"type {number}", offered=known)
         return _refused_multiple(size, BLOCK_TYPES[int(number)].size)
