@@ -6,7 +6,8 @@ import dataclasses
 import os
 import re
 import resource
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -59,6 +60,9 @@ class CpuPlatform(Platform):
             description="cores that threads are bound to: a list; none leaves it to the system; auto takes those of "
             "as few NUMA nodes as hold all threads, where there are several",
         )
+        huge_pages: Literal["auto", "off"] = Field(
+            "auto", description="keep weights in pages of 2 MiB, where the system gives them on request"
+        )
 
     config: Config
 
@@ -88,6 +92,15 @@ class CpuPlatform(Platform):
                 raise PlatformError(
                     f"threads could not be bound: {error}", where="platform.pin", found=why, hint="Set pin to none."
                 ) from error
+
+    def place_weights(self, tensors: Iterable[torch.Tensor]) -> str:
+        """Into large pages, where these are to be had."""
+        from drivetrain.backends.huge_pages import move, why_no_huge_pages
+
+        reason = "they are switched off in the settings" if self.config.huge_pages == "off" else why_no_huge_pages()
+        if reason is not None:
+            return f"no large pages: {reason}"
+        return f"{move(tensors) / 2**20:.1f} MiB in large pages"
 
     @property
     def _num_threads(self) -> int:

@@ -20,7 +20,7 @@ from drivetrain.contracts.kernels import BuildsAhead, KernelProvider
 from drivetrain.contracts.kinds import KINDS
 from drivetrain.contracts.loader import Checkpoint, Loader
 from drivetrain.contracts.model import BuildContext, CausalLM, Model, ModelSpec
-from drivetrain.contracts.platform import Platform, SupportsGraphs
+from drivetrain.contracts.platform import PlacesWeights, Platform, SupportsGraphs
 from drivetrain.contracts.plugin import Plugin, ProbeContext, Purpose
 from drivetrain.contracts.precision import Precision
 from drivetrain.contracts.quantizer import Quantizer, QuantizerConfig
@@ -497,8 +497,17 @@ def build_model(
     if isinstance(model, torch.nn.Module):
         binder.ledger = ledger_of(parts.model, model, conversion, parts.checkpoint)
     bind_packed(model, binder.bind, dtype)
+    _place_weights(parts, model)
     binder.fusion = _fuse(parts, model, binder)
     return model, binder
+
+
+def _place_weights(parts: Parts, model: CausalLM) -> None:
+    """Have the platform keep the weights where it reads them fastest."""
+    import torch
+
+    if isinstance(parts.platform, PlacesWeights) and isinstance(model, torch.nn.Module):
+        _log.debug("weights: %s", parts.platform.place_weights((*model.parameters(), *model.buffers())))
 
 
 def weigh_model(parts: Parts, quantizer: Quantizer, report: SelectionReport | None = None) -> Ledger:

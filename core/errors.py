@@ -164,6 +164,10 @@ class UnknownArchitectureError(DrivetrainError):
     """No model plugin knows the architecture named by the files."""
 
 
+class CalibrationError(DrivetrainError):
+    """A model can't be calibrated: what goes through it is no number, or a run does not go on from where it was."""
+
+
 # --- saved training state ------------------------------------------------------------------------------------------
 
 

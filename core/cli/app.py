@@ -32,6 +32,7 @@ _COMMANDS = {
     "chat": "generate:chat",
     "serve": "serve:serve",
     "swap": "swap:swap",
+    "quantize": "quantize:quantize",
     "eval": "evaluate:app",
     "bench": "bench:app",
     "demo": "demo:demo",

@@ -61,7 +61,7 @@ def show_progress() -> Iterator[Progress]:
 @contextmanager
 def _bars() -> Iterator[Progress]:
     from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
 
     bars = RichProgress(
@@ -69,6 +69,8 @@ def _bars() -> Iterator[Progress]:
         BarColumn(bar_width=30),
         TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
     )
@@ -85,10 +87,11 @@ def _bars() -> Iterator[Progress]:
 
 
 class _Lines:
-    """Progress as lines: the first, every five seconds, and the last."""
+    """Progress as lines: the first, every five seconds with the time that is left, and the last."""
 
     def __init__(self) -> None:
         self._printed: dict[str, float] = {}
+        self._begun: dict[str, tuple[float, int]] = {}
         self._ended: set[str] = set()
 
     def __call__(self, what: str, done: int, total: int | None, unit: str = "bytes") -> None:
@@ -97,9 +100,14 @@ class _Lines:
         if what in self._ended or (not is_end and now - self._printed.get(what, -1e9) < 5):
             return
         self._printed[what] = now
+        since, first = self._begun.setdefault(what, (now, done))
         if is_end:
             self._ended.add(what)
         if total is None:
             note(what if done == 0 else f"{what}: {format_number(done, unit)}")
         else:
-            note(f"{what}: {format_number(done, unit) if unit == 'bytes' else done} of {format_number(total, unit)}")
+            text = f"{what}: {format_number(done, unit) if unit == 'bytes' else done} of {format_number(total, unit)}"
+            # Counted from what was there at the beginning: a run that goes on has done some of it before.
+            if done > first and not is_end:
+                text += f", about {(now - since) * (total - done) / (done - first):.0f} s left"
+            note(text)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from drivetrain.cli.console import format_number, note, print_json, print_table, show_progress
-from drivetrain.cli.options import parse_part, with_settings
+from drivetrain.cli.options import parse_part, with_lossy, with_settings
 from drivetrain.config import Settings
 
 if TYPE_CHECKING:
@@ -36,6 +36,14 @@ def perplexity(
             show_default=False,
         ),
     ] = None,
+    packed: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder that drivetrain quantize made of the model, to measure too. May be given several times.",
+            metavar="DIR",
+            show_default=False,
+        ),
+    ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=2, help="Tokens of the text. Default: 8192, or all.", show_default=False)
     ] = None,
@@ -49,13 +57,16 @@ def perplexity(
         Path | None,
         typer.Option(help="Draw quality against bytes to FILE, a PNG.", metavar="FILE", show_default=False),
     ] = None,
+    allow_lossy: Annotated[
+        bool, typer.Option("--allow-lossy", help="Quantize weights that are quantized in the files already.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Perplexity, and distance from the float32 model, of a model with each of some quantizers.
 
     Example: drivetrain eval perplexity smollm2-135m --quantizer int8 --data text.txt --plot quality.png
     """
-    requests = [parse_part("quantizer", text) for text in quantizer or ()]
+    requests = [with_lossy(parse_part("quantizer", text), allow_lossy) for text in quantizer or ()]
     if not requests and "quantizer" in settings.parts:  # of the configuration file
         requests = [settings.parts["quantizer"]]
     if plot is not None:
@@ -65,7 +76,15 @@ def perplexity(
     from drivetrain.evaluation import compare_quantizers
 
     with show_progress() as progress:
-        found = compare_quantizers(settings, requests, data, num_tokens=tokens, context=context, progress=progress)
+        found = compare_quantizers(
+            settings,
+            requests,
+            data,
+            packed=packed or (),
+            num_tokens=tokens,
+            context=context,
+            progress=progress,
+        )
     if plot is not None:
         from drivetrain.evaluation.plot import draw_plot
 

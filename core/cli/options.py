@@ -6,6 +6,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,6 +113,13 @@ def parse_part(kind: str, text: str) -> PartRequest:
                 table.setdefault(path[0], {})[".".join(path[1:])] = given
         value = {"name": name, **table}
     return load_settings(None, {KINDS[kind].key: value}).parts[kind]
+
+
+def with_lossy(request: PartRequest, allow_lossy: bool) -> PartRequest:
+    """A quantizer that may round what the files hold rounded already, if it is so said; rules of its own stay."""
+    if not allow_lossy or request.name == "none":
+        return request
+    return replace(request, options={**request.options, "allow_lossy": True})
 
 
 def _settings(given: dict[str, Any]) -> Settings:

@@ -6,14 +6,15 @@ Shapes: T tokens of a step, packed flat over sequences; E hidden size; V vocabul
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from drivetrain.contracts.plugin import Plugin, Probe, ProbeContext
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from drivetrain.contracts.attention import AttentionSpec, AttentionStep
     from drivetrain.contracts.kernels import KernelSpec
@@ -113,3 +114,49 @@ class Model(Plugin):
             wanted=architecture,
             offered=", ".join(sorted(cls.architectures)),
         )
+
+
+class LayeredModel(Protocol):
+    """A model whose decoder layers are read and run one at a time, so that it may be larger than memory.
+
+    spec:        the whole model.
+    norm_offset: what a norm adds to its weight before it multiplies by it: 1 for Gemma, 0 for most.
+    """
+
+    spec: ModelSpec
+    norm_offset: float
+
+    def layer_name(self, layer: int) -> str:
+        """Dotted name of a decoder layer: ``"model.layers.0"``."""
+
+    def outer_linears(self) -> Mapping[str, tuple[int, int]]:
+        """Linear layers outside of the decoder layers by name, with their O and I: ``{"lm_head": (49152, 576)}``."""
+
+    def embedding_bytes(self) -> int:
+        """Most memory that :meth:`embed` takes beside its result."""
+
+    def embed(self, ids: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The residual stream before the first layer, [T, E], for each int64 [T]. Nothing is kept afterwards."""
+
+    def describe_layer(self, layer: int) -> nn.Module:
+        """A decoder layer (:class:`drivetrain.contracts.kernels.DecoderLayer`) on the meta device, to be counted."""
+
+    def load_layer(self, layer: int) -> nn.Module:
+        """A decoder layer with its weights, in full precision, on the device. Nothing of it is kept here."""
+
+    def load_linear(self, name: str) -> nn.Linear:
+        """One of :meth:`outer_linears` with its weights."""
+
+    def run_layer(
+        self, module: nn.Module, layer: int, x_TE: torch.Tensor, positions_T: torch.Tensor, step: AttentionStep
+    ) -> torch.Tensor:
+        """The residual stream behind a layer, [T, E]."""
+
+
+@runtime_checkable
+class OpensLayers(Protocol):
+    """Ability of a model plugin: a model layer by layer."""
+
+    def open_layers(self, checkpoint: Checkpoint, context: BuildContext) -> LayeredModel:
+        """Compares names and shapes with the files, as ``build`` does, and reads no tensor. ``context.quantizer`` is
+        not used. Raises MissingTensorError and LoaderError."""

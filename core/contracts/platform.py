@@ -6,7 +6,7 @@ Optional abilities are the protocols at the end of this module; a platform claim
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
@@ -96,6 +96,15 @@ class SupportsStreams(Protocol):
 
     def stream(self) -> AbstractContextManager[object]:
         """A context in which launched work runs on a stream of its own."""
+
+
+@runtime_checkable
+class PlacesWeights(Protocol):
+    """Keeps weights where its processor reads them fastest."""
+
+    def place_weights(self, tensors: Iterable[torch.Tensor]) -> str:
+        """Move what the tensors refer to, in place: they keep values, shapes, and what they share. Called once a model
+        is built; returns what was done, in a sentence."""
 
 
 @runtime_checkable

@@ -45,6 +45,8 @@ class Purpose(StrEnum):
 
     SERVE = "serve"
     TRAIN = "train"
+    QUANTIZE = "quantize"
+    """Only quantizers are asked with it: whether they make packed weights of the model's full ones."""
 
 
 class Tier(IntEnum):

@@ -11,8 +11,12 @@ from pydantic import Field
 from drivetrain.contracts.plugin import Plugin, PluginConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
+
     import torch
 
+    from drivetrain.contracts.loader import Checkpoint
     from drivetrain.contracts.packed import PackedWeight
 
 FULL = "full"
@@ -111,4 +115,86 @@ class TakesStored(Protocol):
         """The module for a layer whose weight the files hold in packed form; nothing is decoded.
 
         Tensors are on the device, and may be views of a mapped file: nobody writes to them.
+        """
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """What calibration tokens tell of an input that one or several linear layers read. float32, on the device.
+
+    num_tokens: that were seen.
+    mean_abs_I: mean of ``|x|``.
+    max_abs_I:  largest ``|x|``.
+    gram_II:    mean of ``x x^T``: with it the squared error of a product is known for any change of the weights,
+                ``mean |dW x|^2 = trace(dW gram dW^T)``. None where no quantizer of these layers wants it.
+    """
+
+    num_tokens: int
+    mean_abs_I: torch.Tensor
+    max_abs_I: torch.Tensor
+    gram_II: torch.Tensor | None = None
+
+    def divided(self, factors_I: torch.Tensor) -> InputStatistics:
+        """The statistics of the same input divided by a positive factor for each channel."""
+        gram_II = None if self.gram_II is None else self.gram_II / factors_I / factors_I.unsqueeze(1)
+        return InputStatistics(self.num_tokens, self.mean_abs_I / factors_I, self.max_abs_I / factors_I, gram_II)
+
+
+@runtime_checkable
+class Calibrates(Protocol):
+    """A quantizer that packs a weight by what its inputs are (``drivetrain quantize``).
+
+    The core runs calibration tokens through the model, one decoder layer at a time. For each input of a layer it asks
+    for factors first, folds them into what comes before (a norm, or the linear layer that makes the input), and then
+    has the weights packed, in the order in which the layer uses them.
+    """
+
+    wants_gram: bool
+    """Whether ``gram_II`` is needed."""
+
+    def work_bytes(self, name: str, out_features: int, in_features: int) -> int:
+        """Most memory that :meth:`input_factors` or :meth:`pack` takes for a weight of this size, beside the weight,
+        the statistics and the packed weight. Pure; asked for every layer before the first is read.
+
+        Raises ConfigError that names the layer where its sizes don't fit: a group that does not divide I.
+        """
+
+    def input_factors(self, weights_OI: Mapping[str, torch.Tensor], statistics: InputStatistics) -> torch.Tensor | None:
+        """A positive factor for each channel of an input, [I]: the weights are multiplied by it and the input is
+        divided by it, so that the product stays what it was. None leaves both alone.
+
+        weights_OI: name of each linear layer that reads the input -> its weight, [O, I] each.
+        Where several channels come out of the same outputs of the layer before (heads that share keys and values), they
+        get the geometric mean of their factors.
+        """
+
+    def pack(self, name: str, weight_OI: torch.Tensor, statistics: InputStatistics) -> PackedWeight:
+        """The packed weight of one layer, for the input that ``statistics`` describes.
+
+        Deterministic; ``weight_OI`` (float32) is left as it is. Raises ConfigError that names the layer for a weight
+        that can't be packed.
+        """
+
+
+@runtime_checkable
+class Saves(Protocol):
+    """A quantizer whose packed weights can be written as a model folder."""
+
+    def save(
+        self,
+        folder: Path,
+        source: Checkpoint,
+        packed: Iterable[tuple[str, PackedWeight]],
+        changed: Mapping[str, torch.Tensor],
+        notes: Mapping[str, Any],
+        wrote: Callable[[str, int], None],
+    ) -> None:
+        """Write a model folder, which is not there yet; nothing is left of it when this fails.
+
+        source:  configuration, tokenizer, and every tensor that is not replaced.
+        packed:  layer name and packed weight; the next is asked for once the one before is written.
+        changed: name -> tensor in place of the source's; read once ``packed`` is at its end.
+        notes:   how the weights came to be, for whoever reads ``quantization_config``.
+        wrote:   told each layer with its bytes.
+        Raises ConfigError for a weight that the format can't hold.
         """

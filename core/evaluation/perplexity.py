@@ -25,6 +25,8 @@ from drivetrain.serving.master_copy import Weights
 
 DEFAULT_TOKENS = 8192
 
+_SAMPLE = "The quick brown fox; 1, 22 and 333."
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -118,6 +120,7 @@ def compare_quantizers(
     quantizers: Sequence[PartRequest],
     data: Path,
     *,
+    packed: Sequence[str] = (),
     num_tokens: int | None = None,
     context: int | None = None,
     progress: Progress = silent,
@@ -128,6 +131,7 @@ def compare_quantizers(
     kernels. The float32 model and one other are held at a time; scores over the vocabulary a few rows at a time.
 
     data:       a text file in UTF-8.
+    packed:     folders that ``drivetrain quantize`` made of the model; each is read with the quantizer of its files.
     num_tokens: of the text, from its beginning; None takes 8192, or what there is.
     context:    tokens of the windows that the text is cut into, each read from its own beginning; None takes 1024, or
                 what the model sees.
@@ -140,13 +144,40 @@ def compare_quantizers(
         reference = _Reference(Scorer(stack), text, progress)
         own = _measure("float32", reference.scorer, reference, text, silent)
         rows = []
-        for request in quantizers:
-            other = open_stack(_with_parts(settings, {"quantizer": request}), text.context, progress)
-            rows.append(_measure(describe(request), Scorer(other), reference, text, progress))
+        for name, own_settings in _others(settings, quantizers, packed):
+            other = open_stack(own_settings, text.context, progress)
+            _check_same_tokens(stack, other, name)
+            rows.append(_measure(name, Scorer(other), reference, text, progress))
             del other  # before the next is built
     assert stack.parts.checkpoint is not None
     stored = Weights.of(stack.parts.checkpoint).dequantized_from_bits
     return Comparison(settings.model or "", text.num_scored, text.context, stored, own, tuple(rows))
+
+
+def _others(
+    settings: Settings, quantizers: Sequence[PartRequest], packed: Sequence[str]
+) -> Iterator[tuple[str, Settings]]:
+    """Names of the rows, and the settings of their models."""
+    for request in quantizers:
+        yield describe(request), _with_parts(settings, {"quantizer": request})
+    theirs = {kind: part for kind, part in settings.parts.items() if kind not in ("quantizer", "loader", "source")}
+    for model in packed:
+        yield Path(model).name, dataclasses.replace(settings, model=model, parts=theirs)
+
+
+def _check_same_tokens(stack: ServingStack, other: ServingStack, name: str) -> None:
+    """Raise ConfigError for a model whose token ids mean something else."""
+    ours, theirs = (
+        (one.tokenizer.vocab_size, one.engine.runner.model.spec.vocab_size, one.tokenizer.encode(_SAMPLE))
+        for one in (stack, other)
+    )
+    if ours != theirs:
+        raise ConfigError(
+            "the model has other tokens than the one that it is compared with",
+            where=name,
+            found=f"{theirs[1]} tokens",
+            allowed=f"the same {ours[1]} tokens",
+        )
 
 
 def _with_parts(settings: Settings, parts: Mapping[str, PartRequest]) -> Settings:
@@ -189,6 +220,11 @@ def _measure(name: str, scorer: Scorer, reference: _Reference, text: TextWindows
 
 
 def describe(request: PartRequest) -> str:
-    """A quantizer as it was asked for: ``int4:group=32``."""
-    options = ",".join(f"{name}={value}" for name, value in request.options.items())
-    return f"{request.name}:{options}" if options else request.name
+    """A quantizer as it is asked for on the command line: ``int4:group=32,rules.lm_head=none``."""
+    told: list[str] = []
+    for name, value in request.options.items():
+        if isinstance(value, Mapping):
+            told += [f"{name}.{key}={own}" for key, own in value.items()]
+        elif name != "allow_lossy":
+            told.append(f"{name}={value}")
+    return f"{request.name}:{','.join(told)}" if told else request.name

@@ -65,15 +65,18 @@ def opening_of(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(framed[: next(starts, 0)])
 
 
-def read_tokens(path: Path, tokenizer: Tokenizer, num_tokens: int | None, *, default: int, option: str) -> list[int]:
+def read_tokens(
+    path: Path, tokenizer: Tokenizer, num_tokens: int | None, *, default: int, option: str, most: int | None = None
+) -> list[int]:
     """The first tokens of a text file, without what the tokenizer puts around a text.
 
-    num_tokens: how many; None takes ``default``, or all that there are if they are fewer.
+    num_tokens: how many there must be; None takes ``default``, or all that there are if they are fewer.
     option:     what the number is called where it can be set.
+    most:       more tokens to give, where there are as many.
     Raises ConfigError for a file that can't be read, is empty or too short.
     """
     wanted = num_tokens or default
-    text = _read_text(path, max(_LEAST_CHARACTERS, wanted * _CHARACTERS_PER_TOKEN))
+    text = _read_text(path, max(_LEAST_CHARACTERS, (most or wanted) * _CHARACTERS_PER_TOKEN))
     ids = tokenizer.encode(text, add_special_tokens=False) if text.strip() else []
     if len(ids) < 2:
         raise ConfigError(
@@ -90,7 +93,7 @@ def read_tokens(path: Path, tokenizer: Tokenizer, num_tokens: int | None, *, def
             allowed=f"{num_tokens} tokens or more",
             hint=f"Give a longer text, or {option} {len(ids)}.",
         )
-    return ids[:wanted]
+    return ids[: most or wanted]
 
 
 def _read_text(path: Path, num_characters: int) -> str:

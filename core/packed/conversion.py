@@ -65,24 +65,19 @@ class Conversion(Quantizer):
         return self._quantizer.declares()
 
     def convert(self, name: str, linear: nn.Linear) -> nn.Module:
-        chosen = self._chosen(name)
-        if _rounds(chosen):
-            self._refuse_lossy(name, tuple(linear.weight.shape), chosen)
-            check_finite(name, linear)
-        weight = linear.weight
-        full_bytes = weight.numel() * weight.element_size()
+        chosen = self.admit(name, linear)
         module = chosen.convert(name, linear)
-        self._enter(name, module, weight.numel(), full_bytes, module is not linear)
-        if isinstance(chosen, TakesStored) and module is linear and self._stored_bits(name, tuple(weight.shape)):
+        self.enter(name, linear, module)
+        if isinstance(chosen, TakesStored) and module is linear and self._stored_bits(name, tuple(linear.weight.shape)):
             self._dequantized.append(name)
         return module
 
     def takes(self, name: str, stored: PackedWeight) -> bool:
-        chosen = self._chosen(name)
+        chosen = self.quantizer_for(name)
         return isinstance(chosen, TakesStored) and chosen.takes(name, stored)
 
     def convert_stored(self, name: str, stored: PackedWeight, bias: torch.Tensor | None) -> nn.Module:
-        chosen = self._chosen(name)
+        chosen = self.quantizer_for(name)
         assert isinstance(chosen, TakesStored)
         module = chosen.convert_stored(name, stored, bias)
         self._enter(name, module, stored.out_features * stored.in_features, stored.num_bytes, True)
@@ -90,10 +85,33 @@ class Conversion(Quantizer):
 
     def packs_table(self, name: str) -> bool:
         rule = self._rule(name)
-        if rule is None or _packs(self._chosen(name)):
+        if rule is None or _packs(self.quantizer_for(name)):
             return True
         self._kept_tables.add(name)
         return False
+
+    # --- what a calibration asks -------------------------------------------------------------------------------------
+
+    def admit(self, name: str, linear: nn.Linear, *, calibrates: bool = False) -> Quantizer:
+        """The quantizer that has this layer, once its weights have been checked. Raises ConfigError.
+
+        calibrates: full weights are packed by quantizers too that otherwise take packed ones.
+        """
+        chosen = self.quantizer_for(name)
+        if _rounds(chosen) or (calibrates and _packs(chosen)):
+            self._refuse_lossy(name, tuple(linear.weight.shape), chosen)
+            check_finite(name, linear)
+        return chosen
+
+    def enter(self, name: str, linear: nn.Linear, module: nn.Module) -> None:
+        """Note that ``module`` has taken the place of ``linear``, or is it."""
+        weight = linear.weight
+        full_bytes = weight.numel() * weight.element_size()
+        self._enter(name, module, weight.numel(), full_bytes, module is not linear)
+
+    def quantizer_for(self, name: str) -> Quantizer:
+        """The quantizer of a layer: that of the first rule that matches its name, or the base."""
+        return self._quantizer.quantizer_for(name) if isinstance(self._quantizer, RuledQuantizer) else self._quantizer
 
     # --- what a user should know -------------------------------------------------------------------------------------
 
@@ -158,9 +176,6 @@ class Conversion(Quantizer):
     def _rule(self, name: str) -> str | None:
         rule = self._quantizer.rule_for(name) if isinstance(self._quantizer, RuledQuantizer) else None
         return None if rule is None else rule.pattern
-
-    def _chosen(self, name: str) -> Quantizer:
-        return self._quantizer.quantizer_for(name) if isinstance(self._quantizer, RuledQuantizer) else self._quantizer
 
     def _label_of(self, name: str) -> str:
         rule = self._quantizer.rule_for(name) if isinstance(self._quantizer, RuledQuantizer) else None

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from drivetrain.contracts.packed import PackedWeight
 from drivetrain.contracts.quantizer import Declaration, Quantizer, QuantizerConfig
 from drivetrain.packed import PackedLinear, pack_rows
+from drivetrain.plugins.quantizer.calibrated.quantizers import SavesPacked
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,7 +41,7 @@ class Fp8Config(QuantizerConfig):
         return self
 
 
-class Fp8Quantizer(Quantizer):
+class Fp8Quantizer(SavesPacked, Quantizer):
     """Weights as float8 (e4m3) with one scale a row; activations as they are, or float8 too."""
 
     Config = Fp8Config

@@ -16,6 +16,7 @@ from drivetrain.contracts.packed import PackedWeight
 from drivetrain.contracts.quantizer import Declaration, Quantizer, QuantizerConfig
 from drivetrain.errors import ConfigError
 from drivetrain.packed import PackedLinear, checked_group, pack_rows
+from drivetrain.plugins.quantizer.calibrated.quantizers import SavesPacked
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,7 +56,7 @@ class Int4Config(QuantizerConfig):
     )
 
 
-class Int4Quantizer(Quantizer):
+class Int4Quantizer(SavesPacked, Quantizer):
     """Weights as 4-bit integers in groups with a scale and a minimum; activations stay as they are."""
 
     Config = Int4Config

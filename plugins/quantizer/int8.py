@@ -12,6 +12,7 @@ import torch
 from drivetrain.contracts.packed import PackedWeight
 from drivetrain.contracts.quantizer import Declaration, Quantizer
 from drivetrain.packed import PackedLinear, pack_rows
+from drivetrain.plugins.quantizer.calibrated.quantizers import SavesPacked
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,7 +31,7 @@ def pack_int8(weight_OI: torch.Tensor) -> PackedWeight:
     return PackedWeight("linear_int8", pack_rows(weight_OI, round_rows), *weight_OI.shape)
 
 
-class Int8Quantizer(Quantizer):
+class Int8Quantizer(SavesPacked, Quantizer):
     """Weights as int8 with one scale a row, rounded to nearest; activations stay as they are."""
 
     def bits_per_weight(self) -> float | None:

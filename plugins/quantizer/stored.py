@@ -31,6 +31,8 @@ class StoredQuantizer(Quantizer):
 
     @classmethod
     def probe(cls, context: ProbeContext) -> Probe:
+        if context.purpose is Purpose.QUANTIZE:
+            return cls.probe_making()
         files = context.checkpoint
         if files is None:
             return Probe.yes("no weights opened yet")
@@ -51,6 +53,11 @@ class StoredQuantizer(Quantizer):
         if context.purpose is Purpose.TRAIN:
             return Probe.no("no_gradient", "packed weights have no gradient; train the weights that they were made of")
         return Probe.yes(f"{files.path} holds layers packed as {cls.format_name}")
+
+    @classmethod
+    def probe_making(cls) -> Probe:
+        """The answer where packed weights are to be made of full ones."""
+        return Probe.no("makes_none", f"uses weights that are packed as {cls.format_name}, and packs none")
 
     def bits_per_weight(self) -> float | None:
         """None: the files decide, and what they hold in full stays full."""

@@ -11,8 +11,9 @@ import torch
 from pydantic import Field
 
 from drivetrain.contracts.packed import PackedWeight
-from drivetrain.contracts.quantizer import Declaration, Quantizer, QuantizerConfig
+from drivetrain.contracts.quantizer import Declaration, InputStatistics, Quantizer
 from drivetrain.packed import PackedLinear, checked_group, pack_rows
+from drivetrain.plugins.quantizer.calibrated.quantizers import CalibratesSmooth, SmoothConfig
 from drivetrain.plugins.quantizer.int8 import round_rows
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _Q8_0 = 8.0
 """ggml's number of the type whose blocks are a float16 scale and 32 integers of 8 bits."""
 
 
-class W8A8Config(QuantizerConfig):
+class W8A8Config(SmoothConfig):
     """Options of the quantizer ``w8a8``."""
 
     scales: Literal["token", "block"] = Field(
@@ -33,7 +34,7 @@ class W8A8Config(QuantizerConfig):
     )
 
 
-class W8A8Quantizer(Quantizer):
+class W8A8Quantizer(CalibratesSmooth, Quantizer):
     """Weights and activations as int8, activations rounded for each token: products of integers."""
 
     Config = W8A8Config
@@ -54,14 +55,18 @@ class W8A8Quantizer(Quantizer):
         return Declaration("int8, a float32 scale a row", "int8, a scale a token, dynamic", operations=("linear_w8a8",))
 
     def convert(self, name: str, linear: nn.Linear) -> nn.Module:
-        if self.config.scales == "block":
-            checked_group(name, linear.in_features, _BLOCK)
-            form = linear.out_features, linear.in_features, {"type": _Q8_0}
-            packed = PackedWeight("linear_gguf_a8", pack_rows(linear.weight, round_blocks), *form)
-        else:
-            packed = PackedWeight("linear_w8a8", pack_rows(linear.weight, round_rows), *linear.weight.shape)
         bias = None if linear.bias is None else linear.bias.detach().clone()
-        return PackedLinear(packed, bias).train(linear.training)
+        return PackedLinear(self._packed(name, linear.weight), bias).train(linear.training)
+
+    def pack(self, name: str, weight_OI: torch.Tensor, statistics: InputStatistics) -> PackedWeight:
+        return self._packed(name, weight_OI)
+
+    def _packed(self, name: str, weight_OI: torch.Tensor) -> PackedWeight:
+        if self.config.scales == "block":
+            checked_group(name, weight_OI.shape[1], _BLOCK)
+            rows, width = weight_OI.shape
+            return PackedWeight("linear_gguf_a8", pack_rows(weight_OI, round_blocks), rows, width, {"type": _Q8_0})
+        return PackedWeight("linear_w8a8", pack_rows(weight_OI, round_rows), *weight_OI.shape)
 
 
 def round_blocks(weight_NI: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -90,3 +90,31 @@ def test_a_part_in_one_word() -> None:
     for text in ("", ":group=1", "int4:group"):
         with pytest.raises(ConfigError):
             parse_part("quantizer", text)
+
+
+def test_folders_made_of_the_model_are_measured_too(cli: Cli, tiny: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tiny-gptq"
+    words = ("--data", text, "--tokens", 256, "--context", 64, *ONE_THREAD)
+    made = cli("quantize", tiny, "--quantizer", "gptq:group=16", "--out", out, "--memory", "1GiB", *words)
+    assert (made.status, made.out) == (0, f"{out}\n")
+    assert "note: takes at most" in made.err
+    assert "calibrating: 1536 of 1536 tokens" in made.err
+    shown = cli("eval", "perplexity", tiny, "--packed", out, "--json", *words)
+    (row,) = json.loads(shown.out)["rows"]
+    assert row["name"] == "tiny-gptq"
+    assert row["bits_per_weight"] < 24
+    assert 0 < row["kl_divergence"] < 1
+
+
+def test_quantize_tells_errors_of_its_options(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    words = ("quantize", tiny, *ONE_THREAD, "--out", tmp_path / "out")
+    for more, message in (
+        ((), "--quantizer: no quantizer is named"),
+        (("--quantizer", "gptq"), "--data: quantizer 'gptq' is calibrated on a text"),
+        (("--quantizer", "int8", "--memory", "much"), "--memory: 'much' is no size"),
+        (("--quantizer", "int8", "--memory", "1MiB"), "--memory: quantizing layer by layer takes at least"),
+    ):
+        shown = cli(*words, *more)
+        assert shown.status == 1
+        assert message in shown.error, shown.error
+    assert not (tmp_path / "out").exists()

@@ -99,3 +99,20 @@ def test_without_a_token_there_is_no_door(engine: AsyncEngine) -> None:
     # The last test of this module: a server that ends shuts its engine down.
     with LiveServer(engine) as running:
         assert post(running.url, {"scheduler": "priority"}).status_code == 404
+
+
+def test_quantizers_with_rules_are_swapped_by_request_and_by_command(url: str) -> None:
+    """A dry run tells the bytes that the swap then takes; a rule that fits no layer is the caller's error."""
+    part = {"name": "int8", "rules": {"lm_head": "none"}}
+    plan = post(url, {"quantizer": part, "dry_run": True}).json()
+    made = post(url, {"quantizer": part, "probation_steps": 0}).json()
+    assert made["outcome"] == "finalized"
+    assert plan["extra_memory_bytes"] == made["extra_memory_bytes"] < made["peak_memory_bytes"]
+    refused = post(url, {"quantizer": {"name": "int8", "rules": {"lm_haed": "none"}}})
+    assert refused.status_code == 400
+    assert "Did you mean 'lm_head'" in refused.json()["error"]["message"]
+    done = run_command("swap", url, "quantizer=none", "quantizer.rules={layers.0: int8}", "--admin-token", TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert "int8 -> none" in done.stdout
+    assert "most memory while preparing" in done.stdout
+    assert post(url, {"quantizer": "none"}).json()["changes"] == {"quantizer": ["none", "none"]}

@@ -11,12 +11,13 @@ from pydantic import Field
 from drivetrain.contracts.attention import AttentionSpec, LayerAttention
 from drivetrain.contracts.kernels import KernelSpec
 from drivetrain.contracts.loader import Checkpoint
-from drivetrain.contracts.model import BuildContext, CausalLM, Model, ModelSpec
+from drivetrain.contracts.model import BuildContext, CausalLM, LayeredModel, Model, ModelSpec
 from drivetrain.contracts.plugin import PluginConfig, Tier
+from drivetrain.plugins.model.decoder.by_layer import LayeredDecoder
 from drivetrain.plugins.model.decoder.config import ARCHITECTURES, DecoderConfig, read_config
 from drivetrain.plugins.model.decoder.layers import Kernels
 from drivetrain.plugins.model.decoder.module import DecoderForCausalLM
-from drivetrain.plugins.model.decoder.weights import load_weights
+from drivetrain.plugins.model.decoder.weights import check_names, check_tied, load_weights
 
 
 class DecoderModelConfig(PluginConfig):
@@ -90,11 +91,23 @@ class DecoderModel(Model):
         )
 
     def build(self, checkpoint: Checkpoint, context: BuildContext) -> CausalLM:
+        _, module, tied = self._prepare(checkpoint, context)
+        load_weights(module, checkpoint, context, tied)
+        return module.eval()
+
+    def open_layers(self, checkpoint: Checkpoint, context: BuildContext) -> LayeredModel:
+        shape, module, tied = self._prepare(checkpoint, context)
+        check_names(module, checkpoint, tied)
+        check_tied(checkpoint, tied, context.dtype)
+        return LayeredDecoder(shape, module.spec, module, checkpoint, context)
+
+    def _prepare(
+        self, checkpoint: Checkpoint, context: BuildContext
+    ) -> tuple[DecoderConfig, DecoderForCausalLM, dict[str, str]]:
+        """The configuration, the module without its weights, and which parameters are tied to which."""
         dtype = str(context.dtype).removeprefix("torch.")
         spec = self.describe(checkpoint.config, dtype)
         shape = read_config(checkpoint.config, long_context=self.config.long_context)
         kernels = Kernels(context.bind, context.device.type, context.dtype)
         module = _on_meta(shape, spec, kernels, context.device)
-        tied = {"lm_head.weight": "model.embed_tokens.weight"} if shape.tie_embeddings else {}
-        load_weights(module, checkpoint, context, tied)
-        return module.eval()
+        return shape, module, {"lm_head.weight": "model.embed_tokens.weight"} if shape.tie_embeddings else {}

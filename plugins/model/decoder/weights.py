@@ -69,7 +69,7 @@ def check_names(module: nn.Module, checkpoint: Checkpoint, tied: Mapping[str, st
         raise LoaderError(f"{len(wrong)} tensors have another shape than the model: {details}", where=where)
 
 
-def _check_tied(checkpoint: Checkpoint, tied: Mapping[str, str], dtype: torch.dtype) -> None:
+def check_tied(checkpoint: Checkpoint, tied: Mapping[str, str], dtype: torch.dtype) -> None:
     held = set(checkpoint.names())
     for name, source in tied.items():
         if name in held and not torch.equal(checkpoint.tensor(name, dtype), checkpoint.tensor(source, dtype)):
@@ -99,7 +99,7 @@ def load_weights(
     tied = tied or {}
     check_names(module, checkpoint, tied)
     if context.device.type != "meta":
-        _check_tied(checkpoint, tied, context.dtype)
+        check_tied(checkpoint, tied, context.dtype)
     _Loading(module, checkpoint, context, tied).run()
 
 
@@ -169,6 +169,13 @@ class _Loading:
     def _shares(self, name: str) -> bool:
         quantizer = self._context.quantizer
         return not isinstance(quantizer, DecidesTables) or quantizer.packs_table(name)
+
+
+def read_parameters(module: nn.Module, prefix: str, checkpoint: Checkpoint, context: BuildContext) -> None:
+    """Give every parameter below ``module`` its data; its names stand behind ``prefix`` in the files."""
+    for name, _ in list(module.named_parameters()):
+        owner, _, own_name = name.rpartition(".")
+        setattr(module.get_submodule(owner), own_name, _read(checkpoint, f"{prefix}.{name}", context))
 
 
 def _stored(

@@ -32,7 +32,7 @@ IN_CHILD = (
 
 OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("int4", {"group": 128, "rounding": "search"}),
-    ("int4", {"group": 16, "symmetric": True, "scale_dtype": "float32"}),
+    ("int4", {"group": 32, "symmetric": True, "scale_dtype": "float32"}),
     ("int4", {"group": 64, "symmetric": True, "rounding": "search"}),
     ("w8a8", {"scales": "block"}),
     ("fp8", {"activations": "dynamic"}),

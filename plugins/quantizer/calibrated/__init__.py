@@ -1,0 +1,1 @@
+"""How weights are rounded by what their inputs are: GPTQ, AWQ and SmoothQuant."""

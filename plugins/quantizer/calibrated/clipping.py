@@ -1,0 +1,44 @@
+"""The share of a group's range that loses least: what lies beyond is cut, and the rest is rounded finer.
+
+Shapes: O output features; N groups of a row; g weights of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from drivetrain.plugins.quantizer.calibrated.grids import Rounding
+
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+
+
+def best_shares(
+    weight_ONg: torch.Tensor, gram_Ngg: torch.Tensor, rounding: Rounding, shares: Sequence[float] = SHARES
+) -> torch.Tensor:
+    """For each group the share of its range with the least ``dw gram dw``, [O, N]; of equals the largest.
+
+    gram_Ngg: second moments of the inputs of each group.
+    """
+    best_ON = torch.full(weight_ONg.shape[:2], shares[0], device=weight_ONg.device)
+    least_ON = torch.full_like(best_ON, torch.inf)
+    for share in shares:
+        error_ONg = rounding.rounded(weight_ONg, share) - weight_ONg
+        loss_ON = group_losses(error_ONg, gram_Ngg)
+        is_less = loss_ON < least_ON
+        best_ON = torch.where(is_less, share, best_ON)
+        least_ON = torch.where(is_less, loss_ON, least_ON)
+    return best_ON
+
+
+def group_losses(error_ONg: torch.Tensor, gram_Ngg: torch.Tensor) -> torch.Tensor:
+    """``dw gram dw`` of each group by itself, [O, N]."""
+    product_NOg = torch.bmm(error_ONg.transpose(0, 1), gram_Ngg)
+    return (product_NOg.transpose(0, 1) * error_ONg).sum(-1)
+
+
+def diagonal_blocks(gram_II: torch.Tensor, group: int) -> torch.Tensor:
+    """The blocks of each group's inputs with each other, [N, g, g]."""
+    count = gram_II.shape[0] // group
+    return torch.stack([gram_II[n * group : (n + 1) * group, n * group : (n + 1) * group] for n in range(count)])

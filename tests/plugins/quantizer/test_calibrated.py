@@ -1,0 +1,199 @@
+"""GPTQ, AWQ and SmoothQuant beside their plain formulas, and what holds for any weights and inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drivetrain.contracts.quantizer import InputStatistics
+from drivetrain.errors import ConfigError
+from drivetrain.packed import decode
+from drivetrain.plugins.quantizer.calibrated.awq import awq_factors, awq_grid
+from drivetrain.plugins.quantizer.calibrated.clipping import best_shares, diagonal_blocks, group_losses
+from drivetrain.plugins.quantizer.calibrated.gptq import gptq
+from drivetrain.plugins.quantizer.calibrated.grids import Rounding, check_group, check_range
+from drivetrain.plugins.quantizer.calibrated.smooth import smoothing_factors
+
+roundings = st.builds(Rounding, bits=st.sampled_from([3, 4]), group=st.sampled_from([16, 32]), symmetric=st.booleans())
+
+
+def weights(seed: int, rows: int = 24, width: int = 96, scale: float = 0.1) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def statistics(seed: int, width: int = 96, tokens: int = 300) -> InputStatistics:
+    """Inputs that hang together, some of them much larger than others."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(width, width, generator=generator) / width**0.5 + torch.eye(width)
+    x = torch.randn(tokens, width, generator=generator) @ mixed * torch.rand(width, generator=generator).mul(3).exp()
+    return InputStatistics(tokens, x.abs().mean(0), x.abs().amax(0), x.T @ x / tokens)
+
+
+def loss(weight: torch.Tensor, rounded: torch.Tensor, known: InputStatistics) -> float:
+    error = (rounded - weight).double()
+    assert known.gram_II is not None
+    return float(((error @ known.gram_II.double()) * error).sum())
+
+
+def plain_gptq(weight: np.ndarray, gram: np.ndarray, rounding: Rounding, damping: float) -> np.ndarray:
+    """Column by column in float64, every column behind updated at once: Frantar et al., equations 2 and 3, by the
+    inverse of what is left of the second moments rather than by a Cholesky factor."""
+    weight = weight.copy()
+    gram = gram + np.eye(len(gram)) * damping * np.diag(gram).mean()
+    inverse = np.linalg.inv(gram)
+    out = np.zeros_like(weight)
+    for column in range(weight.shape[1]):
+        if column % rounding.group == 0:
+            block = torch.from_numpy(weight[:, column : column + rounding.group]).float().unsqueeze(1)
+            scales, zeros = (t.double().numpy()[:, 0] for t in rounding.grids(block))
+        values = np.clip(np.rint(weight[:, column] / scales + zeros), 0, rounding.highest)
+        out[:, column] = (values - zeros) * scales
+        error = (weight[:, column] - out[:, column]) / inverse[column, column]
+        weight[:, column + 1 :] -= np.outer(error, inverse[column, column + 1 :])
+        # What is left once this column is settled: one step of Gaussian elimination.
+        inverse -= np.outer(inverse[:, column], inverse[column, :]) / inverse[column, column]
+    return out
+
+
+@pytest.mark.parametrize("rounding", [Rounding(4, 32, False), Rounding(3, 16, False), Rounding(4, 16, True)], ids=str)
+def test_gptq_is_the_plain_algorithm(rounding: Rounding) -> None:
+    """The same numbers, but for single ones that lie just between two values."""
+    weight, known = weights(1), statistics(2)
+    assert known.gram_II is not None
+    found = gptq("layer", weight, known, rounding, clips=False).weights()
+    wanted = plain_gptq(weight.double().numpy(), known.gram_II.double().numpy(), rounding, 0.01)
+    same = np.isclose(found.numpy(), wanted, rtol=1e-3, atol=1e-5)
+    assert same.mean() > 0.97
+    assert loss(weight, found, known) == pytest.approx(loss(weight, torch.from_numpy(wanted).float(), known), rel=0.03)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_gptq_loses_far_less_than_rounding_to_nearest(bits: int, clips: bool, act_order: bool) -> None:
+    rounding = Rounding(bits, 32, False)
+    for seed in range(3):
+        weight, known = weights(seed), statistics(seed + 10)
+        nearest = loss(weight, rounding.grid(weight).weights(), known)
+        found = gptq("layer", weight, known, rounding, act_order=act_order, clips=clips)
+        assert loss(weight, found.weights(), known) < 0.75 * nearest
+
+
+def test_gptq_with_inputs_that_do_not_hang_together_is_rounding_to_nearest() -> None:
+    """There is nothing then by which one column could make up for another."""
+    rounding, weight = Rounding(4, 32, False), weights(3)
+    flat = InputStatistics(100, torch.ones(96), torch.ones(96), torch.eye(96))
+    found = gptq("layer", weight, flat, rounding, clips=False)
+    assert torch.equal(found.weights(), rounding.grid(weight).weights())
+
+
+def test_inputs_that_are_always_zero_cost_nothing() -> None:
+    """Their weights become 0, and the others are as they would be without them."""
+    rounding, weight, known = Rounding(4, 32, False), weights(4), statistics(5)
+    assert known.gram_II is not None
+    known.gram_II[40:50] = 0
+    known.gram_II[:, 40:50] = 0
+    found = gptq("layer", weight, known, rounding).weights()
+    assert torch.isfinite(found).all()
+    assert not found[:, 40:50].any()
+
+
+def test_second_moments_of_few_tokens_are_damped_until_they_can_be_used() -> None:
+    """3 tokens for 96 inputs: a matrix of rank 3."""
+    rounding, weight, known = Rounding(4, 32, False), weights(6), statistics(7, tokens=3)
+    found = gptq("layer", weight, known, rounding, damping=1e-12)
+    assert torch.isfinite(found.weights()).all()
+    assert loss(weight, found.weights(), known) < loss(weight, rounding.grid(weight).weights(), known)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rounding=roundings, seed=st.integers(0, 10**6), act_order=st.booleans(), scale=st.sampled_from([1e-3, 0.1, 50]))
+def test_what_lies_on_a_grid_stays_as_it_is(rounding: Rounding, seed: int, act_order: bool, scale: float) -> None:
+    """Weights that were rounded before are rounded to themselves: nothing is lost twice. In order, since another order
+    has other groups."""
+    weight = rounding.grid(weights(seed, scale=scale)).weights()
+    again = rounding.grid(weight).weights()
+    known = statistics(seed)
+    torch.testing.assert_close(rounding.grid(again).weights(), again, rtol=2e-3, atol=0)
+    if torch.equal(again, weight):
+        found = gptq("layer", weight, known, rounding, clips=False).weights()
+        torch.testing.assert_close(found, weight, rtol=1e-5, atol=1e-7 * scale)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rounding=roundings, seed=st.integers(0, 10**6), act_order=st.booleans(), scale=st.sampled_from([1e-3, 0.1, 50]))
+def test_packed_weights_are_what_was_decided(rounding: Rounding, seed: int, act_order: bool, scale: float) -> None:
+    """Values are in range, zero points fit the files, and the operation's layout stands for the same numbers."""
+    weight, known = weights(seed, scale=scale), statistics(seed)
+    grid = gptq("layer", weight, known, rounding, act_order=act_order)
+    assert int(grid.values_OI.max()) <= rounding.highest
+    assert 1 <= int(grid.zeros_ON.min()) <= int(grid.zeros_ON.max()) <= rounding.highest
+    assert grid.scales_ON.dtype == torch.float16
+    packed = grid.packed()
+    assert packed.operation == f"linear_int{rounding.bits}"
+    assert (packed.order is not None) == act_order
+    torch.testing.assert_close(decode(packed), grid.weights(), rtol=1e-6, atol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rounding=roundings, seed=st.integers(0, 10**6))
+def test_a_cut_range_never_loses_more_in_its_group(rounding: Rounding, seed: int) -> None:
+    weight, known = weights(seed), statistics(seed)
+    assert known.gram_II is not None
+    grouped, blocks = weight.unflatten(1, (-1, rounding.group)), diagonal_blocks(known.gram_II, rounding.group)
+    shares = best_shares(grouped, blocks, rounding)
+    whole = group_losses(rounding.rounded(grouped) - grouped, blocks)
+    cut = group_losses(rounding.rounded(grouped, shares) - grouped, blocks)
+    assert bool((cut <= whole * (1 + 1e-6)).all())
+
+
+@settings(max_examples=25, deadline=None)
+@given(rounding=roundings, seed=st.integers(0, 10**6))
+def test_awq_s_factors_never_lose_more_than_none(rounding: Rounding, seed: int) -> None:
+    """Over both layers that read the input, and clearly less where some inputs are much larger than others."""
+    both, known = [weights(seed), weights(seed + 1, rows=40)], statistics(seed)
+    factors = awq_factors(both, known, rounding, steps=10)
+    plain = sum(loss(w, rounding.grid(w).weights(), known) for w in both)
+    assert factors is not None
+    assert bool((factors > 0).all())
+    found = sum(loss(w, rounding.grid(w * factors).weights() / factors, known) for w in both)
+    assert found < 0.95 * plain
+
+
+def test_awq_rounds_after_its_factors_and_cuts() -> None:
+    rounding, weight, known = Rounding(4, 32, False), weights(8), statistics(9)
+    whole = awq_grid(weight, known, rounding, clips=False)
+    assert torch.equal(whole.weights(), rounding.grid(weight).weights())
+    cut = awq_grid(weight, known, rounding)
+    assert loss(weight, cut.weights(), known) < loss(weight, whole.weights(), known)
+
+
+def test_smoothing_is_the_published_formula() -> None:
+    both, known = [weights(1), weights(2, rows=40)], statistics(3)
+    largest = torch.cat(both).abs().amax(0)
+    for strength in (0.25, 0.5, 1.0):
+        wanted = known.max_abs_I**strength / largest ** (1 - strength)
+        torch.testing.assert_close(smoothing_factors(both, known, strength), wanted)
+    # At a half, inputs and weights are equally hard to round, channel by channel.
+    factors = smoothing_factors(both, known, 0.5)
+    torch.testing.assert_close(known.max_abs_I / factors, largest * factors)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_zeros_and_constants_have_scales_too(symmetric: bool) -> None:
+    rounding = Rounding(4, 16, symmetric)
+    assert not rounding.grid(torch.zeros(2, 32)).weights().any()
+    constant = rounding.grid(torch.full((2, 32), 0.37)).weights()
+    torch.testing.assert_close(constant, torch.full((2, 32), 0.37), rtol=1e-3, atol=0)
+
+
+def test_layers_that_do_not_fit_are_named_with_numbers() -> None:
+    with pytest.raises(
+        ConfigError, match=r"model\.x: rows of 80 weights are no whole number of groups of 64.*divides 80"
+    ):
+        check_group("model.x", 80, Rounding(4, 64, False))
+    with pytest.raises(ConfigError, match=r"model\.x: .*float16 holds no scale.*'1e\+06'; allowed: at most 5\.24e\+05"):
+        check_range("model.x", torch.full((1, 16), 1e6), Rounding(4, 16, False))
