@@ -172,12 +172,17 @@ def test_there_and_back_under_load(folder: Path, attention: str, kv: str) -> Non
     with serving(folder, attention) as llm:
         full, model = run(llm), llm._loop.engine.runner.model
         with traffic(llm):
-            report = llm.swap(probation_steps=2, **kept_as(kv))
-            assert (report.outcome, report.cache.value) == (SwapOutcome.FINALIZED, "convert")
-            assert report.requests_recomputed == 0
-            num_kept = report.requests_kept
-            assert report.weights is None
-        assert num_kept > 0, "nothing was in flight"
+            for _ in range(10):
+                report = llm.swap(probation_steps=2, **kept_as(kv))
+                assert (report.outcome, report.cache.value) == (SwapOutcome.FINALIZED, "convert")
+                assert report.requests_recomputed == 0
+                num_kept = report.requests_kept
+                assert report.weights is None
+                if num_kept:
+                    break
+                # It fell between two rounds of requests, which both threads ended at once.
+                llm.swap(probation_steps=2, **FULL)
+        assert num_kept > 0, "nothing was ever in flight"
         runner = llm._loop.engine.runner
         assert runner.model is model, "the weights were loaded again, although they stay as they are"
         assert runner.attention.kv_contract(runner.spec).layout == PAGED_SCALED
