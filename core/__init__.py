@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from drivetrain.serving.async_engine import AsyncEngine
     from drivetrain.serving.llm import LLM
     from drivetrain.serving.types import Completion, GenerationResult, SamplingParams
+    from drivetrain.training.trainer import Trainer
 
 __version__ = "0.1.0"
 
@@ -22,9 +23,19 @@ _EXPORTS = {
     "GenerationResult": "drivetrain.serving.types",
     "LLM": "drivetrain.serving.llm",
     "SamplingParams": "drivetrain.serving.types",
+    "Trainer": "drivetrain.training.trainer",
 }
 
-__all__ = ["LLM", "AsyncEngine", "Completion", "DrivetrainError", "GenerationResult", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "Completion",
+    "DrivetrainError",
+    "GenerationResult",
+    "SamplingParams",
+    "Trainer",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -326,7 +326,7 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
     if parts.checkpoint is None or parts.spec is None:
         raise ConfigError("no model is named", hint="Give one with --model NAME, for example smollm2-135m.")
     parts.platform.activate()
-    _build_attention(parts, progress)
+    build_attention(parts, progress)
     device = parts.platform.device()
     tokenizer = Tokenizer(parts.checkpoint.tokenizer())
     master = _keep_master_copy(parts)
@@ -366,7 +366,7 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
     return ServingStack(engine, parts, tokenizer, binder, max_model_len, defaults)
 
 
-def _build_attention(parts: Parts, progress: Progress) -> None:
+def build_attention(parts: Parts, progress: Progress) -> None:
     """Have the attention backend compile what it needs. Under ``auto``, one that can't gives way to the next, which is
     a fallback; one that was named is an error (KernelBuildError)."""
     refs = list(parts.registry.refs)
@@ -405,13 +405,14 @@ def _keep_master_copy(parts: Parts) -> MasterCopy | None:
 def build_model(
     parts: Parts,
     kernels: KernelProvider,
-    quantizer: Quantizer,
+    quantizer: Quantizer | None,
     progress: Progress = silent,
     report: SelectionReport | None = None,
 ) -> tuple[CausalLM, KernelBinder]:
     """Build the model from its files with these kernels and this quantizer; also returns what was bound.
 
-    report: says who asked for ``kernels``; by default the parts' own.
+    quantizer: None for a model that is trained.
+    report:    says who asked for ``kernels``; by default the parts' own.
     """
     import torch
 

@@ -164,6 +164,25 @@ class UnknownArchitectureError(DrivetrainError):
     """No model plugin knows the architecture named by the files."""
 
 
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+class TrainingError(DrivetrainError):
+    """A training run can't begin or go on."""
+
+
+class DataError(TrainingError):
+    """Data can't be read, or is not what the recipe trains on; the message names file and line."""
+
+
+class NonFiniteError(TrainingError):
+    """A loss or gradient is not finite; the message names the first module that it came from."""
+
+
+class TrackerError(TrainingError):
+    """The figures of a run can't be written."""
+
+
 # --- saved training state ------------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,7 @@ _COMMANDS = {
     "chat": "generate:chat",
     "serve": "serve:serve",
     "swap": "swap:swap",
+    "train": "train:train",
     "bench": "bench:app",
     "demo": "demo:demo",
 }

@@ -42,18 +42,22 @@ def _shared_parameters(kinds: tuple[str, ...]) -> dict[str, Any]:
 
 
 SERVING_KINDS = tuple(name for name, kind in KINDS.items() if "serve" in kind.purposes and name != "frontend")
+TRAINING_KINDS = tuple(name for name, kind in KINDS.items() if "train" in kind.purposes)
 
 
-def with_settings(*extra_kinds: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def with_settings(
+    *extra_kinds: str, kinds: tuple[str, ...] = SERVING_KINDS
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the command's ``settings`` parameter is built from the shared options, which it gains.
 
-    extra_kinds: kinds beside those of serving from Python, for example ``frontend``.
+    kinds:       that have an option; by default those of serving from Python.
+    extra_kinds: kinds beside them, for example ``frontend``.
 
     A parameter of the command named ``config_file`` is a second way to give ``--config``.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        shared = _shared_parameters((*SERVING_KINDS, *extra_kinds))
+        shared = _shared_parameters((*kinds, *extra_kinds))
         hints = typing.get_type_hints(command, include_extras=True)
         signature = inspect.signature(command)
         own = [

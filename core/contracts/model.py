@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from drivetrain.contracts.plugin import Plugin, Probe, ProbeContext
 
@@ -52,6 +52,15 @@ class CausalLM(Protocol):
     def logits(self, hidden_NE: torch.Tensor) -> torch.Tensor:
         """Scores over the vocabulary for some rows of the hidden states, [N, V] in the parameter dtype, any final soft
         cap or scale applied."""
+
+
+@runtime_checkable
+class ScoresTargets(Protocol):
+    """A built model that scores targets without holding all logits."""
+
+    def token_losses(self, hidden_TE: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+        """Cross entropy of each row's target, float32 [T]; 0 and no gradient where the target is -100. The same as from
+        ``logits``, but for rounding."""
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import pytest
 import torch
-from torch import nn
 
+from drivetrain.contracts.optimizer import NamedParameters
 from drivetrain.contracts.partitioner import PartitionContext, Partitioner
 from drivetrain.contracts.precision import Dtypes
 from drivetrain.errors import ConfigError
@@ -44,11 +44,11 @@ class Run:
     logits: torch.Tensor
 
 
-def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def adamw(parameters: NamedParameters) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
 
 
-def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def sgd(parameters: NamedParameters) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.5)
 
 
@@ -69,7 +69,7 @@ def train(
     ranks: int = 1,
     micro_batches: int = 1,
     max_norm: float = 1e9,
-    factory: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = adamw,
+    factory: Callable[[NamedParameters], torch.optim.Optimizer] = adamw,
 ) -> Run:
     """A few steps in the order in which a training loop makes them, on this rank's share of each batch."""
     net = partitioner.partition(make_net(), context)
@@ -95,7 +95,7 @@ def train(
 def train_plainly(max_norm: float = 1e9, factory: Callable[..., torch.optim.Optimizer] = adamw) -> Run:
     """The same steps on whole batches, with nothing but torch: the meaning that partitioners are held to."""
     net = make_net()
-    optimizer = factory(net.parameters())
+    optimizer = factory(net.named_parameters())
     losses, norms = [], []
     for step in range(_STEPS):
         loss = loss_of(net, batch_of_step(step))

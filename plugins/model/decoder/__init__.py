@@ -91,6 +91,8 @@ class DecoderModel(Model):
         shape = read_config(checkpoint.config, long_context=self.config.long_context)
         kernels = Kernels(context.bind, context.device.type, context.dtype)
         module = _on_meta(shape, spec, kernels, context.device)
+        if context.quantizer is None:
+            module.bind_losses(shape, kernels)
         tied = {"lm_head.weight": "model.embed_tokens.weight"} if shape.tie_embeddings else {}
         load_weights(module, checkpoint, context, tied)
         return module.eval()
