@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,30 +21,37 @@ class Masters:
     parameter's are lost between steps, which stochastic rounding makes up for on average.
     """
 
-    def __init__(self, model: torch.nn.Module, dtypes: Dtypes) -> None:
-        """Also turns the model's parameters into ``dtypes.param``, frozen ones too; the copies keep what was there
-        before."""
+    def __init__(self, named: Iterable[tuple[str, torch.nn.Parameter, torch.Tensor]], dtypes: Dtypes) -> None:
+        """named: (name, parameter in ``dtypes.param``, its values in the dtype that they came in)."""
         self._dtypes = dtypes
         self.rounds = torch.zeros((), dtype=torch.int64)
         """How often values were rounded at random: the seed of the next time, which is the same on every rank."""
-        param: torch.dtype = getattr(torch, dtypes.param)
-        wide: torch.dtype = getattr(torch, dtypes.master_weight or dtypes.reduce)
         self.keeps_copies = dtypes.master_weight is not None
         self.named: list[tuple[str, torch.nn.Parameter, torch.nn.Parameter]] = []
         """(name, parameter, what the optimizer works on), in the order of the model."""
-        for name, parameter in model.named_parameters():
-            if not parameter.is_floating_point():
-                continue
+        for name, parameter, values in named:
             target = parameter
-            if parameter.requires_grad and param.itemsize < wide.itemsize and parameter.dtype.itemsize <= wide.itemsize:
-                target = torch.nn.Parameter(parameter.detach().to(wide, copy=True))
-            if parameter.dtype != param:
-                parameter.data = parameter.data.to(param)
-            if parameter.requires_grad:
-                self.named.append((name, parameter, target))
+            if needs_copy(values.dtype, dtypes):
+                target = torch.nn.Parameter(values.detach().to(wide_dtype(dtypes), copy=True))
+            self.named.append((name, parameter, target))
         self._copies = [(parameter, target) for _, parameter, target in self.named if target is not parameter]
         if not self.keeps_copies:
             self._drop()
+
+    @classmethod
+    def of_model(cls, model: torch.nn.Module, dtypes: Dtypes) -> Masters:
+        """Of all trainable parameters. Turns those of the model into ``dtypes.param``, frozen ones too."""
+        param: torch.dtype = getattr(torch, dtypes.param)
+        named = []
+        for name, parameter in model.named_parameters():
+            if not parameter.is_floating_point():
+                continue
+            values = parameter.data
+            if parameter.dtype != param:
+                parameter.data = values.to(param)
+            if parameter.requires_grad:
+                named.append((name, parameter, values))
+        return cls(named, dtypes)
 
     @property
     def for_optimizer(self) -> Sequence[NamedParameter]:
@@ -86,6 +93,19 @@ class Masters:
     def _drop(self) -> None:
         for _, target in self._copies:
             target.untyped_storage().resize_(0)
+
+
+def wide_dtype(dtypes: Dtypes) -> torch.dtype:
+    """What the optimizer works in where parameters are too coarse for it."""
+    dtype: torch.dtype = getattr(torch, dtypes.master_weight or dtypes.reduce)
+    return dtype
+
+
+def needs_copy(came_in: torch.dtype, dtypes: Dtypes) -> bool:
+    """Whether the optimizer works on a copy of a parameter that came in this dtype."""
+    param: torch.dtype = getattr(torch, dtypes.param)
+    wide = wide_dtype(dtypes)
+    return param.itemsize < wide.itemsize and came_in.itemsize <= wide.itemsize
 
 
 def round_stochastically(

@@ -34,7 +34,7 @@ class NoPartitioner(Partitioner):
         if context.mesh is not None and context.mesh.size() > 1:
             group = context.mesh.get_group()
             _copy_from_first(model, group)
-        self._masters = Masters(model, context.dtypes)
+        self._masters = Masters.of_model(model, context.dtypes)
         self._gradients = Gradients(self._masters, group)
         return model
 
