@@ -87,9 +87,9 @@ class Optimizer(Plugin):
         """
 
     @abstractmethod
-    def state_of(self, shape: tuple[int, ...], dtype: str) -> Mapping[str, StoredTensor]:
-        """What the optimizer keeps after a step for a parameter of this shape and dtype (torch name): key -> shape and
-        dtype. Pure; plans of memory are made from it."""
+    def state_of(self, name: str, shape: tuple[int, ...], dtype: str) -> Mapping[str, StoredTensor]:
+        """What the optimizer keeps after a step for the parameter ``name`` of this shape and dtype (torch name): key ->
+        shape and dtype. Pure; plans of memory are made from it."""
 
     def groups(self, parameters: NamedParameters) -> list[dict[str, Any]]:
         """The parameters by learning rate and decay, as ``make`` takes them, by the configuration's groups.

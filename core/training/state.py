@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 
 import torch
 
 from drivetrain.errors import StoreError
+
+_WITH_STATE: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+"""Optimizers whose state was made: some keep nothing, and must not be asked again."""
 
 
 def model_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -26,8 +30,9 @@ def optimizer_state(
 
     named: logical name of each of the optimizer's parameters. Raises StoreError for what is no tensor.
     """
-    if not optimizer.state:
+    if not optimizer.state and optimizer not in _WITH_STATE:
         make_state(optimizer)
+    _WITH_STATE.add(optimizer)
     state: dict[str, torch.Tensor] = {}
     for name, parameter in named:
         for key, value in optimizer.state.get(parameter, {}).items():

@@ -45,6 +45,6 @@ class AdamW(Optimizer):
             foreach=kind == "foreach",
         )
 
-    def state_of(self, shape: tuple[int, ...], dtype: str) -> Mapping[str, StoredTensor]:
+    def state_of(self, name: str, shape: tuple[int, ...], dtype: str) -> Mapping[str, StoredTensor]:
         moments = {key: StoredTensor(shape, dtype) for key in ("exp_avg", "exp_avg_sq")}
         return {"step": StoredTensor((), "float32"), **moments}

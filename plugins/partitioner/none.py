@@ -76,8 +76,10 @@ class NoPartitioner(Partitioner):
         masters = self._partitioned[0]
         targets = {name: target for name, _, target in masters.named if masters.keeps_copies}
         state = {**model_state(model), **{f"model.{name}": target.detach() for name, target in targets.items()}}
+        rounds = masters.rounds.clone()
         if optimizer is not None:
             state |= optimizer_state(optimizer, masters.for_optimizer)
+        masters.rounds.copy_(rounds)  # a step of no length is none
         if not masters.keeps_copies:
             state["partitioner.rounds"] = masters.rounds
         return state

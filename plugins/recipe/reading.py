@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, field_validator
 
 from drivetrain.contracts.plugin import PluginConfig
-from drivetrain.errors import DataError, MissingDependencyError
+from drivetrain.errors import ConfigError, DataError, MissingDependencyError
 
 Row = Mapping[str, Any]
 Faults = Literal["error", "skip"]
@@ -24,17 +24,14 @@ _SHOWN = 3
 class DataConfig(PluginConfig):
     """Options of every recipe that reads files."""
 
-    data: tuple[str, ...] = Field(description="files of the data: .jsonl, .parquet or .txt; one name or a list")
+    data: tuple[str, ...] = Field((), description="files of the data: .jsonl, .parquet or .txt; one name or a list")
     length: int = Field(1024, ge=2, description="most tokens of a row of a micro-batch")
     broken: Faults = Field("error", description="a row that can't be read: error ends the run; skip leaves it out")
 
     @field_validator("data", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
-        value = (value,) if isinstance(value, str) else value
-        if isinstance(value, list | tuple) and not value:
-            raise ValueError("must name at least one file")
-        return value
+        return (value,) if isinstance(value, str) else value
 
 
 class Reader:
@@ -46,7 +43,9 @@ class Reader:
         self._skipped: list[DataError] = []
 
     def rows(self) -> Iterator[tuple[str, Row]]:
-        """(place, row) over all files, in order. Raises DataError."""
+        """(place, row) over all files, in order. Raises DataError, and ConfigError where no file is named."""
+        if not self._config.data:
+            raise ConfigError("no data is named", where="recipe.data", hint="Give a file, such as data: chats.jsonl.")
         for name in self._config.data:
             path = Path(name).expanduser()
             yield from self._rows_of(path)
