@@ -96,3 +96,8 @@ class Partitioner(Plugin):
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, state: dict[str, torch.Tensor]
     ) -> None:
         """Take over what was written to the tensors that :meth:`state` returned: the model computes with it."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about a partitioned model that its user should see: what was asked for and changes nothing, say."""
+        return ()

@@ -183,6 +183,8 @@ class Assembly:
             clip_norm=self.settings.clip_norm,
             schedule=schedule,
         )
+        for text in self.partitioner.notes:
+            self.note(text)
         assert parts.spec is not None
         forward = ModelForward(prepared.model, parts.attention, parts.spec.attention)
         order = SampleOrder(len(samples), self.settings.seed, self.settings.shuffle)

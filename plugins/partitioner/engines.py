@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 class Engine(Protocol):
     """A model that is laid out; the partitioner's verbs without the model."""
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
 
     def make_optimizer(self, factory: OptimizerFactory) -> torch.optim.Optimizer: ...
 
@@ -40,6 +44,22 @@ def make_engine(model: nn.Module, context: PartitionContext, stage: int, config:
         transport=config.transport,
         bucket_bytes=config.bucket_bytes,
         every_time=getattr(config, "accumulate", "whole") == "sharded",
-        offload=Offload(config.offload, config.offload_what, Path(config.offload_folder).expanduser().absolute()),
+        offload=Offload(
+            config.offload,
+            getattr(config, "offload_what", ("optimizer",)),
+            Path(config.offload_folder).expanduser().absolute(),
+        ),
     )
-    return ShardedModel(model, context, options)
+    return _engine_class(context, stage, getattr(config, "engine", "direct"))(model, context, options)
+
+
+def _engine_class(context: PartitionContext, stage: int, wanted: str) -> Callable[..., Engine]:
+    """On CUDA FSDP2 overlaps best; over Gloo most of its time goes into what collectives of CPU tensors cost. One rank
+    has nothing to cut, which FSDP2 does not do."""
+    if context.mesh is None or context.mesh.size() == 1 or stage < 3:
+        return ShardedModel
+    if wanted == "fsdp2" or (wanted == "auto" and context.mesh.device_type == "cuda"):
+        from drivetrain.plugins.partitioner.fsdp import FsdpModel
+
+        return FsdpModel
+    return ShardedModel

@@ -169,3 +169,10 @@ def _runs(
             done.append(run)
         run.append(index)
     yield from done
+
+
+def copy_all(into: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> None:
+    """Copy tensor by tensor, in one call."""
+    pairs = [(a, b) for a, b in zip(into, found, strict=True) if a.numel()]
+    if pairs:
+        torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])

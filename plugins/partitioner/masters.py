@@ -22,7 +22,8 @@ class Masters:
     """
 
     def __init__(self, named: Iterable[tuple[str, torch.nn.Parameter, torch.Tensor]], dtypes: Dtypes) -> None:
-        """named: (name, parameter in ``dtypes.param``, its values in the dtype that they came in)."""
+        """named: (name, parameter in ``dtypes.param``, its values in the dtype that they came in, and on the device where
+        the optimizer works)."""
         self._dtypes = dtypes
         self.rounds = torch.zeros((), dtype=torch.int64)
         """How often values were rounded at random: the seed of the next time, which is the same on every rank."""
@@ -31,8 +32,10 @@ class Masters:
         """(name, parameter, what the optimizer works on), in the order of the model."""
         for name, parameter, values in named:
             target = parameter
-            if needs_copy(values.dtype, dtypes):
-                target = torch.nn.Parameter(values.detach().to(wide_dtype(dtypes), copy=True))
+            is_coarse = needs_copy(values.dtype, dtypes)
+            if is_coarse or values.device != parameter.device:
+                dtype = wide_dtype(dtypes) if is_coarse else parameter.dtype
+                target = torch.nn.Parameter(values.detach().to(dtype, copy=True))
             self.named.append((name, parameter, target))
         self._copies = [(parameter, target) for _, parameter, target in self.named if target is not parameter]
         if not self.keeps_copies:
@@ -60,7 +63,7 @@ class Masters:
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Have every step of ``optimizer`` end with the model's parameters as it left the copies."""
         if self._copies:
-            optimizer.register_step_pre_hook(lambda *_: self._fill())
+            optimizer.register_step_pre_hook(lambda *_: self.fill())
             optimizer.register_step_post_hook(lambda *_: self.publish())
 
     @torch.no_grad()
@@ -84,7 +87,8 @@ class Masters:
         self.rounds += 1
 
     @torch.no_grad()
-    def _fill(self) -> None:
+    def fill(self) -> None:
+        """Make the copies that do not stay."""
         if not self.keeps_copies:
             for parameter, target in self._copies:
                 target.untyped_storage().resize_(target.numel() * target.element_size())

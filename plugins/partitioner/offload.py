@@ -10,15 +10,18 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from drivetrain.errors import ConfigError
 from drivetrain.plugins.partitioner.transport import Transport
-from drivetrain.training.state import make_state
+from drivetrain.training.state import optimizer_state
+
+_ALIGNMENT = 64
 
 
 class ScratchFile:
@@ -63,7 +66,15 @@ class Offload:
 
     def __init__(self, to: str, what: Sequence[str], folder: Path) -> None:
         self._to, self._what, self._folder = to, frozenset(what), folder
-        self._files: list[ScratchFile] = []
+        self._sections: dict[int, ScratchFile] = {}
+
+    def on(self, device: torch.device) -> Offload:
+        """What this comes to for a model on ``device``."""
+        return Offload("none", (), self._folder) if self.note(device) else self
+
+    @property
+    def is_on_disk(self) -> bool:
+        return self._to == "disk"
 
     @property
     def moves_parameters(self) -> bool:
@@ -73,14 +84,108 @@ class Offload:
     def moves_optimizer(self) -> bool:
         return self._to != "none" and "optimizer" in self._what
 
-    def section(
-        self, transport: Transport, size: int, dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
+    def section(self, transport: Transport, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Zeros for this rank's values of a bucket."""
-        return transport.new_section(size, dtype, device)
+        if not self.moves_parameters:
+            return transport.new_section(size, dtype, device)
+        if not self.is_on_disk:
+            return torch.zeros(size, dtype=dtype, pin_memory=True)
+        file = self._file(size * dtype.itemsize)
+        section_S = file.bytes.view(dtype)[:size]
+        self._sections[section_S.data_ptr()] = file
+        return section_S
+
+    def file_of(self, section_S: torch.Tensor) -> ScratchFile | None:
+        """The file that a section lies in."""
+        return self._sections.get(section_S.data_ptr())
+
+    def note(self, device: torch.device) -> str | None:
+        """What a user should know."""
+        if self._to == "cpu" and device.type == "cpu":
+            return "partitioner.offload: cpu changes nothing here: everything is in the host's memory already"
+        return None
 
     def home(self, values: torch.Tensor) -> torch.Tensor:
-        return values
+        """Values as they are to be copied for the optimizer: in the host's memory where it works there."""
+        return values.cpu() if self.moves_optimizer else values
 
-    def take_over(self, optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[nn.Parameter]]) -> None:
-        return
+    def _file(self, num_bytes: int) -> ScratchFile:
+        return ScratchFile(self._folder, max(num_bytes, mmap.PAGESIZE))
+
+    def take_over(
+        self,
+        optimizer: torch.optim.Optimizer,
+        groups: Sequence[Sequence[nn.Parameter]],
+        before: Callable[[], None],
+        after: Callable[[], None],
+    ) -> None:
+        """Move what an optimizer keeps to files, one for each group of its parameters, and have its steps go through
+        them group by group, with ``before`` and ``after`` around the whole step."""
+        optimizer_state(optimizer, ())  # which makes it
+        moved = [(list(group), self._moved(optimizer, group)) for group in groups]
+        OffloadedSteps(optimizer, moved, before, after)
+
+    @torch.no_grad()
+    def _moved(self, optimizer: torch.optim.Optimizer, group: Sequence[nn.Parameter]) -> ScratchFile | None:
+        """The file that has the values of a group's state now, in place of the tensors that had them; all are zero, as
+        before the first step."""
+        places: list[tuple[dict[str, Any], str, int]] = []
+        end = 0
+        for parameter in group:
+            for key, value in optimizer.state[parameter].items():
+                if not isinstance(value, torch.Tensor):
+                    continue
+                if value.numel() > 1:
+                    places.append((optimizer.state[parameter], key, end))
+                    end += -(-value.nbytes // _ALIGNMENT) * _ALIGNMENT
+                else:
+                    value.zero_()
+        if not places:
+            return None
+        file = self._file(end)
+        for state, key, start in places:
+            value = state[key]
+            state[key] = file.bytes[start : start + value.nbytes].view(value.dtype).view(value.shape)
+        return file
+
+
+class OffloadedSteps:
+    """Splits each step of an optimizer into one for each group of its parameters."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        groups: Sequence[tuple[list[nn.Parameter], ScratchFile | None]],
+        before: Callable[[], None],
+        after: Callable[[], None],
+    ) -> None:
+        self._groups = groups
+        self._before, self._after = before, after
+        self._whole_step = optimizer.step
+        optimizer.step = self.step  # type: ignore[method-assign]
+        for _, file in groups:
+            if file is not None:
+                file.let_go()
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        self._before()
+        gradients = {parameter: parameter.grad for group, _ in self._groups for parameter in group}
+        self._fetch(0)
+        for parameter in gradients:
+            parameter.grad = None
+        for number, (group, file) in enumerate(self._groups):
+            self._fetch(number + 1)
+            for parameter in group:
+                parameter.grad = gradients[parameter]
+            self._whole_step(*args, **kwargs)
+            for parameter in group:
+                parameter.grad = None
+            if file is not None:
+                file.let_go()
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        self._after()
+
+    def _fetch(self, number: int) -> None:
+        if number < len(self._groups) and (file := self._groups[number][1]) is not None:
+            file.fetch()

@@ -24,6 +24,7 @@ from drivetrain.errors import ConfigError, StoreError
 from drivetrain.plugins.partitioner.layout import (
     Bucket,
     Piece,
+    copy_all,
     floating_parameters,
     make_buckets,
     pieces_of,
@@ -117,11 +118,12 @@ class ShardedModel:
         size = 1 if self.mesh.group is None else dist.get_world_size(self.mesh.group)
         self._names = list(values)
         pieces, self.alone = pieces_of(model, size)
-        self.cuts_parameters = options.stage == 3 and (size > 1 or options.offload.moves_parameters)
-        self.buckets = self._make_buckets(pieces, context, values)
         self._device = pieces[0].parameter.device if pieces else torch.device("cpu")
+        self.offload = options.offload.on(self._device)
+        self.cuts_parameters = options.stage == 3 and (size > 1 or self.offload.moves_parameters)
+        self.buckets = self._make_buckets(pieces, context, values)
         self.transport, self.reason = make_transport(
-            self.mesh.group, self._device, self._slot_bytes(size), options.transport
+            self.mesh.group, self._device, self._slot_bytes(size), self._wanted_transport()
         )
         self._stored: dict[str, torch.Tensor] = {}
         self.cut = self._cut() if self.cuts_parameters else []
@@ -131,6 +133,11 @@ class ShardedModel:
         self.masters = self._make_masters(pieces, values)
         self.units = Units(model, context.shard_units, context.methods, self.cut, self.transport) if self.cut else None
         self.gradients = self._make_gradients()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        note = self.options.offload.note(self._device)
+        return () if note is None else (note,)
 
     # --- layout ------------------------------------------------------------------------------------------------------
 
@@ -149,12 +156,17 @@ class ShardedModel:
         itemsize = max(reduce.itemsize * size, self._param.itemsize)
         return max((bucket.size * itemsize for bucket in self.buckets if bucket.trained), default=64)
 
+    def _wanted_transport(self) -> str:
+        """Sections in files are no memory that processes share."""
+        offload = self.offload
+        return "collective" if offload.is_on_disk and offload.moves_parameters else self.options.transport
+
     @torch.no_grad()
     def _cut(self) -> list[CutBucket]:
         """Put the values of all buckets into sections, and free the parameters."""
         cut = []
         for bucket in self.buckets:
-            section_S = self.options.offload.section(self.transport, bucket.size, self._param, self._device)
+            section_S = self.offload.section(self.transport, bucket.size, self._param, self._device)
             views = bucket.in_section(section_S, self.transport.rank)
             shown = []
             for piece, view in zip(bucket.pieces, views, strict=True):
@@ -162,15 +174,14 @@ class ShardedModel:
                 self._stored[piece.name] = view
                 shared_out = self.mesh.share(view, piece.shape)
                 shown.append(nn.Parameter(shared_out, requires_grad=piece.parameter.requires_grad))
-            cut.append(CutBucket(bucket, section_S, self._device, shown, self.transport.size))
+            file = self.offload.file_of(section_S)
+            cut.append(CutBucket(bucket, section_S, self._device, shown, self.transport.size, file))
         self.transport.settle()
         return cut
 
     def _make_masters(self, pieces: list[Piece], values: dict[str, torch.Tensor]) -> Masters:
         by_name = {piece.name: piece for piece in pieces}
-        trained = {
-            piece.name: piece.parameter for piece in (*pieces, *self.alone) if piece.parameter.requires_grad
-        }
+        trained = {piece.name: piece.parameter for piece in (*pieces, *self.alone) if piece.parameter.requires_grad}
         named = []
         for name in self._names:
             if name not in trained:
@@ -179,7 +190,7 @@ class ShardedModel:
                 named.append((name, trained[name], values[name]))
                 continue
             mine = by_name[name].of_rank(values[name], self.transport.rank)
-            named.append((name, nn.Parameter(self._stored[name]), self.options.offload.home(mine)))
+            named.append((name, nn.Parameter(self._stored[name]), self.offload.home(mine)))
         return Masters(named, self.dtypes)
 
     def _make_gradients(self) -> ShardGradients:
@@ -204,10 +215,17 @@ class ShardedModel:
                 "the model has no trainable parameter", where="partitioner", hint="Unfreeze what is to be trained."
             )
         optimizer = factory(self.masters.for_optimizer)
-        self.options.offload.take_over(optimizer, self._groups_of_steps())
-        self.masters.follow(optimizer)
-        optimizer.register_step_post_hook(lambda *_: self.publish())
+        offload = self.offload
+        if offload.is_on_disk and offload.moves_optimizer:
+            offload.take_over(optimizer, self._groups_of_steps(), self.masters.fill, self._after_step)
+        else:
+            optimizer.register_step_pre_hook(lambda *_: self.masters.fill())
+            optimizer.register_step_post_hook(lambda *_: self._after_step())
         return optimizer
+
+    def _after_step(self) -> None:
+        self.masters.publish()
+        self.publish()
 
     def _groups_of_steps(self) -> list[list[nn.Parameter]]:
         """What the optimizer works on, by bucket."""
@@ -229,6 +247,8 @@ class ShardedModel:
     def publish(self) -> None:
         """Have every rank compute with what the optimizers of all ranks have made."""
         if self.cuts_parameters:
+            for cut in self.cut:
+                cut.let_go()
             self.transport.settle()
             return
         if self.transport.size == 1:
@@ -259,10 +279,10 @@ class ShardedModel:
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float, scale: float) -> torch.Tensor:
         shards, alone = self.gradients.shards, self.gradients.alone
-        square = _square(shards, self._device)
+        square = square_of(shards, self._device)
         if self.mesh.group is not None:
             dist.all_reduce(square, group=self.mesh.group)
-        norm = torch.sqrt(square + _square(alone, self._device)) / scale
+        norm = torch.sqrt(square + square_of(alone, self._device)) / scale
         gradients = shards + alone
         if scale != 1.0 and gradients:
             torch._foreach_div_(gradients, scale)
@@ -281,9 +301,11 @@ class ShardedModel:
             for name, target in targets.items():
                 whole = self.mesh.share(target.detach(), shapes[name]) if name in shapes else target.detach()
                 state[f"model.{name}"] = whole
+        rounds = self.masters.rounds.clone()
         if optimizer is not None:
             for name, target in targets.items():
                 state |= self._optimizer_state(optimizer, name, target, shapes.get(name))
+        self.masters.rounds.copy_(rounds)  # a step of no length is none
         if not self.masters.keeps_copies:
             state["partitioner.rounds"] = self.masters.rounds
         return state
@@ -317,13 +339,7 @@ class ShardedModel:
             self.publish()
 
 
-def copy_all(into: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> None:
-    pairs = [(a, b) for a, b in zip(into, found, strict=True) if a.numel()]
-    if pairs:
-        torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])
-
-
-def _square(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+def square_of(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     """The sum of all squares, in float32."""
     if not tensors:
         return torch.zeros((), device=device)

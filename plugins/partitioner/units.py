@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from drivetrain.plugins.partitioner.layout import Bucket
+from drivetrain.plugins.partitioner.layout import Bucket, copy_all
+from drivetrain.plugins.partitioner.offload import ScratchFile
 from drivetrain.plugins.partitioner.transport import Rows, Transport
 
 
@@ -22,12 +23,20 @@ class CutBucket:
     """A bucket whose values lie in sections.
 
     section_S: this rank's values.
+    file:      that the section lies in, where it is offloaded to one.
     shown:     for each piece, the parameter that the modules show while it is cut.
     """
 
     def __init__(
-        self, bucket: Bucket, section_S: torch.Tensor, device: torch.device, shown: Sequence[nn.Parameter], ranks: int
+        self,
+        bucket: Bucket,
+        section_S: torch.Tensor,
+        device: torch.device,
+        shown: Sequence[nn.Parameter],
+        ranks: int,
+        file: ScratchFile | None,
     ) -> None:
+        self._device, self._file = device, file
         self.bucket, self.section_S, self.shown = bucket, section_S, list(shown)
         flat, wholes = bucket.new_wholes(section_S.dtype, device)
         for piece, whole in zip(bucket.pieces, wholes, strict=True):
@@ -42,7 +51,9 @@ class CutBucket:
 
     def start(self, transport: Transport) -> None:
         if self.waiting is None:
-            self.waiting = transport.start_gather(self.section_S)
+            if self._file is not None:
+                self._file.fetch()
+            self.waiting = transport.start_gather(self.section_S.to(self._device, non_blocking=True))
 
     @torch.no_grad()
     def fill(self, transport: Transport) -> None:
@@ -53,14 +64,16 @@ class CutBucket:
         self.waiting = None
         self._flat.untyped_storage().resize_(self._num_bytes)
         for rank, row_S in enumerate(rows):
-            into = [whole for whole in self._into[rank]]
-            found = self.bucket.in_section(row_S, rank)
-            pairs = [(a, b) for a, b in zip(into, found, strict=True) if a.numel()]
-            if pairs:
-                torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])
+            copy_all(self._into[rank], self.bucket.in_section(row_S, rank))
+        self.let_go()
         for piece in self.bucket.pieces:
             for module, attribute in piece.owners:
                 module._parameters[attribute] = piece.parameter
+
+    def let_go(self) -> None:
+        """A section in a file need not stay in memory."""
+        if self._file is not None:
+            self._file.let_go()
 
     def free(self) -> None:
         self._flat.untyped_storage().resize_(0)

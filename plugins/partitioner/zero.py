@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -34,10 +33,7 @@ class ZeroConfig(PluginConfig):
         8 * 2**20, ge=1, description="bytes of parameters that travel together; a larger parameter travels alone"
     )
     offload: Literal["none", "cpu", "disk"] = Field(
-        "none", description="where offload_what lives: on the device, in the host's memory, or in mapped files"
-    )
-    offload_what: tuple[Literal["optimizer", "parameters"], ...] = Field(
-        ("optimizer",), min_length=1, description="what is offloaded; parameters only where they are cut"
+        "none", description="where optimizer state lives: on the device, in the host's memory, or in mapped files"
     )
     offload_folder: str = Field(
         "offload", description="disk: folder of the files, which are scratch and vanish with the process"
@@ -109,6 +105,10 @@ class _Zero(Partitioner):
         self._partitioned.loaded()
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        return self._partitioned.notes
+
+    @property
     def _partitioned(self) -> Engine:
         assert self._engine is not None, "partition comes first"
         return self._engine
@@ -143,7 +143,11 @@ class Zero3Partitioner(_Zero):
 
     class Config(ReducingConfig):
         engine: Literal["auto", "direct", "fsdp2"] = Field(
-            "auto", description="what does it: torch's FSDP2, or collectives directly; auto: fsdp2 on CUDA, else direct"
+            "auto",
+            description="what does it: torch's FSDP2, or collectives directly; auto: fsdp2 on CUDA, else direct",
+        )
+        offload_what: tuple[Literal["optimizer", "parameters"], ...] = Field(
+            ("optimizer",), min_length=1, description="what offload moves"
         )
 
     config: Config
