@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from drivetrain.serving.async_engine import AsyncEngine
     from drivetrain.serving.llm import LLM
     from drivetrain.serving.types import Completion, GenerationResult, SamplingParams
+    from drivetrain.training.own_loop import prepare
     from drivetrain.training.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ _EXPORTS = {
     "LLM": "drivetrain.serving.llm",
     "SamplingParams": "drivetrain.serving.types",
     "Trainer": "drivetrain.training.trainer",
+    "prepare": "drivetrain.training.own_loop",
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "SamplingParams",
     "Trainer",
     "__version__",
+    "prepare",
 ]
 
 

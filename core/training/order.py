@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 
 
@@ -30,8 +31,9 @@ class SampleOrder:
     def _permuted(self, epoch: int) -> list[int]:
         import torch
 
-        # Distinct streams for distinct epochs: seeds below 2**32 leave the upper bits to the epoch.
-        generator = torch.Generator().manual_seed((epoch << 32) + self.seed)
+        # torch's generator on the CPU takes 32 bits of a seed, so that epoch and seed are mixed.
+        mixed = int.from_bytes(hashlib.sha256(f"{self.seed}/{epoch}".encode()).digest()[:4], "big")
+        generator = torch.Generator().manual_seed(mixed)
         order: list[int] = torch.randperm(self.num_samples, generator=generator).tolist()
         return order
 

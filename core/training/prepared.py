@@ -43,9 +43,11 @@ class StepOutcome:
 class Prepared:
     """A model in training.
 
-    model:     call this one.
-    optimizer: a torch optimizer over what this rank trains.
+    model:       call this one.
+    optimizer:   a torch optimizer over what this rank trains.
     step_number: steps made so far.
+
+    ``schedule`` None leaves the learning rate as the optimizer has it.
     """
 
     def __init__(
@@ -106,7 +108,9 @@ class Prepared:
         return StepOutcome(norm, lr, not is_finite)
 
     def _set_rates(self) -> float:
-        factor = 1.0 if self._schedule is None else self._schedule.factor(self.step_number)
+        if self._schedule is None:
+            return float(self.optimizer.param_groups[0]["lr"])
+        factor = self._schedule.factor(self.step_number)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         return self._rates[0] * factor
