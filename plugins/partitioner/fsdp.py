@@ -16,7 +16,7 @@ from drivetrain.contracts.partitioner import PartitionContext
 from drivetrain.errors import ConfigError
 from drivetrain.plugins.partitioner.layout import floating_parameters
 from drivetrain.plugins.partitioner.masters import needs_copy, wide_dtype
-from drivetrain.plugins.partitioner.sharded import Options, ShardMesh, copy_from_first, square_of
+from drivetrain.plugins.partitioner.sharded import Options, ShardMesh, copy_from_first, norm_of
 from drivetrain.training.state import model_state, optimizer_state
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class FsdpModel:
         gradients = [gradient for gradient in gradients if gradient.numel()]
         assert self._mesh.mesh is not None
         device = torch.device(self._mesh.mesh.device_type)
-        square = square_of(gradients, device)
+        square = norm_of(gradients, device).square()
         if self._mesh.group is not None:
             dist.all_reduce(square, group=self._mesh.group)
         norm = torch.sqrt(square) / scale

@@ -278,18 +278,22 @@ class ShardedModel:
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float, scale: float) -> torch.Tensor:
-        shards, alone = self.gradients.shards, self.gradients.alone
-        square = square_of(shards, self._device)
-        if self.mesh.group is not None:
-            dist.all_reduce(square, group=self.mesh.group)
-        norm = torch.sqrt(square + square_of(alone, self._device)) / scale
-        gradients = shards + alone
+        gradients = [t.grad for _, _, t in self.masters.named if t.grad is not None and t.numel()]
+        norm = self._norm(gradients) / scale
         if scale != 1.0 and gradients:
             torch._foreach_div_(gradients, scale)
         if not math.isinf(max_norm) and gradients:
             factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
             torch._foreach_mul_(gradients, factor.to(gradients[0].device))
         return norm
+
+    def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """Of the gradients of all ranks that share out one copy; what is not cut counts once."""
+        if self.mesh.group is None:
+            return norm_of(gradients, self._device)
+        square = norm_of(self.gradients.shards, self._device).square()
+        dist.all_reduce(square, group=self.mesh.group)
+        return torch.sqrt(square + norm_of(self.gradients.alone, self._device).square())
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -339,12 +343,12 @@ class ShardedModel:
             self.publish()
 
 
-def square_of(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """The sum of all squares, in float32."""
+def norm_of(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The 2-norm of all together, in float32."""
     if not tensors:
         return torch.zeros((), device=device)
-    norms = torch._foreach_norm(list(tensors), 2, dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack(norms)).square().to(device)
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms)).to(device)
 
 
 def copy_from_first(model: nn.Module, group: dist.ProcessGroup) -> None:

@@ -35,10 +35,14 @@ STEPS, ROWS, MAX_NORM = 3, 8, 0.5
 
 class OddNet(nn.Module):
     """Everything that is awkward to cut: a shared matrix, a frozen layer and a frozen bias, a number, a parameter without
-    elements, one that nothing uses, one that rank 0 alone uses, dtypes that differ, and rows that don't divide."""
+    elements, one that nothing uses, one that rank 0 alone uses, dtypes that differ, and rows that don't divide.
 
-    def __init__(self) -> None:
+    uses_all: the last two are used by all ranks.
+    """
+
+    def __init__(self, uses_all: bool) -> None:
         super().__init__()
+        self.uses_all = uses_all
         self.embed = nn.Embedding(VOCAB_SIZE, HIDDEN_SIZE)
         self.layers = nn.ModuleList(Block(0.0) for _ in range(3))
         self.squeeze = nn.Linear(HIDDEN_SIZE, 7, bias=False)
@@ -61,21 +65,23 @@ class OddNet(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden)
         hidden = hidden * self.gain + self.widen(self.few(self.squeeze(hidden))) + self.nothing.sum()
-        if self.share:
+        if self.uses_all:
+            hidden = hidden + self.sometimes.sum() + self.spare.sum()
+        elif self.share:
             hidden = hidden + self.share * self.sometimes.sum()
         logits: torch.Tensor = self.head(hidden)
         return logits
 
 
-def make_odd_net() -> OddNet:
+def make_odd_net(*, uses_all: bool) -> OddNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return OddNet()
+        return OddNet(uses_all)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One training. ``model`` is plain or odd; ``overflow`` makes the last rank's gradients infinite."""
+    """One training. ``model`` is plain, odd or used; ``overflow`` makes the last rank's gradients infinite."""
 
     partitioner: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -110,7 +116,7 @@ def adamw(named: Any) -> torch.optim.Optimizer:
 
 
 def net_of(case: Case) -> nn.Module:
-    net: nn.Module = make_odd_net() if case.model == "odd" else make_net()
+    net: nn.Module = make_net() if case.model == "plain" else make_odd_net(uses_all=case.model == "used")
     return FullCheckpointing(FullCheckpointing.Config()).apply(net, UNITS) if case.checkpoint == "full" else net
 
 

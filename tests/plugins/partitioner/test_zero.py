@@ -44,9 +44,8 @@ HYBRID = [Case(stage, {"shard": 2}) for stage in STAGES[1:]] + [
     Case("zero3", {**FSDP, "shard": 2}),
     Case("zero3", {"shard": 3}),
 ]
-SAVED = Case("zero3", model="odd")
-LOADED = [Case(stage, model="odd") for stage in STAGES]
-SAVED_BF16 = Case("zero3", precision="bf16")
+SAVED = Case("zero3", model="used")
+LOADED = [Case(stage, model="used") for stage in STAGES]
 
 
 def with_folder(case: Case, folder: Path) -> Case:
@@ -212,10 +211,8 @@ def test_what_four_ranks_saved_others_load_and_go_on(outcomes, world: int, case:
         for name in loaded.state:
             if name.startswith(("model.", "optimizer.")):
                 assert torch.equal(loaded.state[name], saved.state[name]), name
-        if world == 2:
-            continue  # the rare parameter's share depends on how many ranks there are
     for name in then.state:
-        if name.startswith("model.") and "sometimes" not in name:
+        if name.startswith("model."):
             torch.testing.assert_close(then.state[name], went_on.state[name], rtol=RELATIVE, atol=5e-4, msg=name)
 
 
