@@ -12,8 +12,9 @@ one partitioner saved any other can load:
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,66 @@ class PartitionContext:
     dtypes: Dtypes
     shard_units: tuple[str, ...]
     methods: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ParameterFacts:
+    """A parameter as plans of memory know it. unit: number of the unit it belongs to; None for those of none."""
+
+    name: str
+    shape: tuple[int, ...]
+    unit: int | None = None
+    is_trained: bool = True
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class StateFormats:
+    """Bytes that a trained element takes while it is whole.
+
+    param:    in the model.
+    gradient: where it is added up.
+    master:   of the optimizer's copy; 0 where there is none.
+    state:    what the optimizer keeps for a parameter: (name, shape) -> bytes.
+    """
+
+    param: int
+    gradient: int
+    master: int
+    state: Callable[[str, tuple[int, ...]], int]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on one rank, the one that has most.
+
+    optimizer: what it keeps, master weights with it.
+    buffers:   room for what is under way at the peak.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    buffers: int = 0
+
+    @property
+    def state(self) -> int:
+        """What stays from step to step, and gradients."""
+        return self.parameters + self.gradients + self.optimizer
+
+
+def whole_footprint(parameters: Sequence[ParameterFacts], formats: StateFormats) -> Footprint:
+    """Of a rank that holds everything."""
+    trained = [fact for fact in parameters if fact.is_trained]
+    count = sum(fact.numel for fact in trained)
+    return Footprint(
+        formats.param * sum(fact.numel for fact in parameters),
+        formats.gradient * count,
+        formats.master * count + sum(formats.state(fact.name, fact.shape) for fact in trained),
+    )
 
 
 class Partitioner(Plugin):
@@ -101,3 +162,8 @@ class Partitioner(Plugin):
     def notes(self) -> tuple[str, ...]:
         """Sentences about a partitioned model that its user should see: what was asked for and changes nothing, say."""
         return ()
+
+    def footprint(self, parameters: Sequence[ParameterFacts], formats: StateFormats, ranks: int) -> Footprint:
+        """The bytes of a rank among ``ranks``, several micro-batches a step. Pure; this one is for layouts in which
+        every rank holds everything."""
+        return whole_footprint(parameters, formats)

@@ -12,6 +12,8 @@ from drivetrain.contracts.plugin import PluginConfig, Probe, ProbeContext
 if TYPE_CHECKING:
     import torch
 
+    from drivetrain.contracts.checkpoint import UnitActivations
+
 
 class OffloadedActivations(CheckpointPolicy):
     """Copies kept activations to the host while the device computes on, and back before backward needs them."""
@@ -32,6 +34,9 @@ class OffloadedActivations(CheckpointPolicy):
                 offered="cpu",
             )
         return Probe.yes("the device has memory of its own")
+
+    def kept(self, unit: UnitActivations, number: int) -> int:
+        return unit.input
 
     def apply(self, model: torch.nn.Module, units: tuple[str, ...]) -> torch.nn.Module:
         from drivetrain.plugins.checkpoint.moving import Mover

@@ -14,6 +14,8 @@ from drivetrain.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from drivetrain.contracts.checkpoint import UnitActivations
+
 
 class SelectiveCheckpointing(CheckpointPolicy):
     """Computes again what is named: kinds of modules, some layers, or, by default, all but products and attention."""
@@ -36,6 +38,12 @@ class SelectiveCheckpointing(CheckpointPolicy):
             return self
 
     config: Config
+
+    def kept(self, unit: UnitActivations, number: int) -> int:
+        if self.config.layers or self.config.every:
+            chosen = number in self.config.layers or (self.config.every and number % self.config.every == 0)
+            return unit.input if chosen else unit.everything
+        return unit.input + unit.products
 
     def apply(self, model: torch.nn.Module, units: tuple[str, ...]) -> torch.nn.Module:
         from drivetrain.plugins.checkpoint.recomputing import recompute, submodules

@@ -10,11 +10,12 @@ from drivetrain.contracts.partitioner import PartitionContext, Partitioner
 from drivetrain.contracts.plugin import PluginConfig, Probe, ProbeContext
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
     import torch
 
-    from drivetrain.contracts.partitioner import OptimizerFactory
+    from drivetrain.contracts.partitioner import Footprint, OptimizerFactory, ParameterFacts, StateFormats
     from drivetrain.plugins.partitioner.engines import Engine
 
 
@@ -103,6 +104,11 @@ class _Zero(Partitioner):
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, state: dict[str, torch.Tensor]
     ) -> None:
         self._partitioned.loaded()
+
+    def footprint(self, parameters: Sequence[ParameterFacts], formats: StateFormats, ranks: int) -> Footprint:
+        from drivetrain.plugins.partitioner.footprint import zero_footprint
+
+        return zero_footprint(self.stage, self.config, parameters, formats, ranks)
 
     @property
     def notes(self) -> tuple[str, ...]:

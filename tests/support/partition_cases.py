@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -221,11 +222,13 @@ class Work:
 
     save: case whose state after two steps goes to a store in that folder.
     load: cases that take such a state over, and go on with the third step.
+    measure: cases whose bytes are counted between two micro-batches of the second step.
     """
 
     cases: Sequence[Case] = ()
     save: tuple[Case, str] | None = None
     load: tuple[Sequence[Case], str] | None = None
+    measure: Sequence[Case] = ()
 
 
 def run_work(work: Work, mesh: Any, rank: int, ranks: int) -> dict[str, Outcome | str]:
@@ -249,7 +252,49 @@ def run_work(work: Work, mesh: Any, rank: int, ranks: int) -> dict[str, Outcome 
     if work.load is not None:
         for case in work.load[0]:
             outcomes.update(_load(case, work.load[1], mesh, rank, ranks))
+    for case in work.measure:
+        outcomes[f"measured {case.name}"] = measure_state(case, mesh, rank, ranks)
     return outcomes
+
+
+def make_stack() -> nn.Sequential:
+    """Large enough that what a few numbers take does not count."""
+    return nn.Sequential(*(nn.Linear(96, 96) for _ in range(6)))
+
+
+def measure_state(case: Case, mesh: Any, rank: int, ranks: int) -> str:
+    """Bytes of all tensors that have come to be, as a text, after the first of two micro-batches of the second step."""
+    before = _storages()
+    partitioner = partitioner_of(case)
+    dtypes = DTYPES[case.precision]
+    units = tuple(str(number) for number in range(6))
+    net = partitioner.partition(make_stack(), PartitionContext(mesh, dtypes, units))
+    optimizer = partitioner.make_optimizer(net, adamw)
+    inputs = torch.ones(2, 96, dtype=getattr(torch, dtypes.param))
+    counted = 0
+    for step in range(2):
+        for is_last in (False, True):
+            with partitioner.accumulating(net, is_last=is_last):
+                net(inputs).float().square().mean().backward()
+            if step == 1 and not is_last:
+                counted = sum(size for place, size in _storages().items() if place not in before)
+        partitioner.clip_grad_norm(net, MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+    return str(counted)
+
+
+def _storages() -> dict[int, int]:
+    """Address -> bytes of every storage that a tensor of this process holds."""
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and type(thing) in (torch.Tensor, nn.Parameter) and thing.layout == torch.strided:
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                local = getattr(tensor, "_local_tensor", tensor)
+                if local is not None and local.device.type == "cpu" and local.untyped_storage().nbytes():
+                    found[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+    return found
 
 
 def _load(case: Case, folder: str, mesh: Any, rank: int, ranks: int) -> dict[str, Outcome | str]:

@@ -8,7 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.partition_cases import Case, Outcome, Work, run_ranks, train_plainly
+from support.partition_cases import (
+    DTYPES,
+    Case,
+    Outcome,
+    Work,
+    make_stack,
+    partitioner_of,
+    run_ranks,
+    train_plainly,
+)
+
+from drivetrain.contracts.partitioner import ParameterFacts
+from drivetrain.plugins.optimizer.adamw import AdamW
+from drivetrain.training.ledger import formats_of
 
 WORLDS = (1, 2, 4)
 STAGES = ("none", "zero1", "zero2", "zero3")
@@ -46,6 +59,9 @@ HYBRID = [Case(stage, {"shard": 2}) for stage in STAGES[1:]] + [
 ]
 SAVED = Case("zero3", model="used")
 LOADED = [Case(stage, model="used") for stage in STAGES]
+MEASURED = [Case("none", precision=precision) for precision in ("fp32", "bf16")] + [
+    Case(stage, {"transport": "collective"}, precision) for stage in STAGES[1:] for precision in ("fp32", "bf16")
+]
 
 
 def with_folder(case: Case, folder: Path) -> Case:
@@ -81,6 +97,7 @@ def outcomes(folder: Path) -> dict[int, list[dict[str, Outcome | str]]]:
             [*cases, *hybrid],
             save=(SAVED, state) if world == 4 else None,
             load=(LOADED, state) if world < 4 else None,
+            measure=MEASURED,
         )
         found[world] = run_ranks(work, world, folder / str(world))
     return found
@@ -220,3 +237,19 @@ def test_what_four_ranks_saved_others_load_and_go_on(outcomes, world: int, case:
 def test_scratch_files_have_no_names(outcomes, folder: Path) -> None:
     """What is offloaded is gone with the process, however it ends."""
     assert list((folder / "off").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", MEASURED, ids=lambda case: case.name)
+def test_a_footprint_is_what_is_held(outcomes, world: int, case: Case) -> None:
+    """Bytes of all tensors between two micro-batches, against what the partitioner says beforehand, within 5%."""
+    facts = [ParameterFacts(name, tuple(p.shape), int(name[0])) for name, p in make_stack().named_parameters()]
+    formats = formats_of(DTYPES[case.precision], AdamW(AdamW.Config()))
+    footprint = partitioner_of(case).footprint(facts, formats, world)
+    # Stage 1 has its rows of the sums beside whole gradients, as long as there are ranks to sum over.
+    sums = footprint.buffers if case.partitioner == "zero1" and world == 1 else 0
+    if case.partitioner == "zero1" and world > 1:
+        sums = footprint.gradients // world
+    measured = int(str(outcomes[world][0][f"measured {case.name}"]))
+    assert measured == pytest.approx(footprint.state + sums, rel=0.05)
