@@ -289,7 +289,7 @@ def _storages() -> dict[int, int]:
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and type(thing) in (torch.Tensor, nn.Parameter) and thing.layout == torch.strided:
+        if type(thing) in (torch.Tensor, nn.Parameter) and thing.layout == torch.strided:
             for tensor in (thing, thing.grad if thing.is_leaf else None):
                 local = getattr(tensor, "_local_tensor", tensor)
                 if local is not None and local.device.type == "cpu" and local.untyped_storage().nbytes():

@@ -81,9 +81,9 @@ def test_the_command_shows_every_partitioner(cli, model: Path, chats: Path, tmp_
     """Side by side, the chosen one marked; more ranks take less each."""
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps({**run_settings(model, chats, tmp_path), "partitioner": "zero2"}), encoding="utf-8")
-    table = cli("plan", str(file), "--ranks", "4").stdout
+    table = cli("plan", str(file), "--ranks", "4").out
     assert [line.split()[0] for line in table.splitlines()[1:]] == ["none", "zero1", "zero2", "zero3"]
     assert "zero2 *" in table
-    figures = json.loads(cli("plan", str(file), "--ranks", "4", "--json").stdout)
+    figures = json.loads(cli("plan", str(file), "--ranks", "4", "--json").out)
     states = [figures[name]["state"] for name in ("none", "zero1", "zero2", "zero3")]
     assert states == sorted(states, reverse=True)
