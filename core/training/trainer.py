@@ -34,6 +34,7 @@ from drivetrain.training.run import StepResult, TrainingRun
 from drivetrain.training.saving import RunState
 from drivetrain.training.schedule import Schedule
 from drivetrain.training.tracking import Trackers
+from drivetrain.training.units import shard_units
 
 if TYPE_CHECKING:
     from drivetrain.binding import KernelBinder
@@ -172,6 +173,7 @@ class Assembly:
         steps = self._num_steps(len(samples), shape)
         schedule = Schedule(self.optimizer.config.schedule, steps)
         model, binder = ranks.together("loading the model", self._load_model)
+        self._measure_policy(model, samples, shape)
         torch.manual_seed(self.settings.seed + ranks.rank)
         prepared = Prepared(
             model,
@@ -227,6 +229,26 @@ class Assembly:
         model, binder = build_model(self.parts, self.parts.kernels, None, self.progress)
         self.parts.report = with_fallbacks(self.parts.report, binder)
         return cast(Any, model).train(), binder
+
+    def _measure_policy(self, model: torch.nn.Module, samples: Samples, shape: StepShape) -> None:
+        """Say what the checkpoint policy saves and costs, on the first micro-batch. One process alone measures: where
+        there are several, the model may be too large for one."""
+        from drivetrain.training.activations import compared, measure_policy
+
+        parts = self.parts
+        chosen = parts.report["checkpoint"].chosen.name
+        if chosen == "none" or self.ranks.world_size > 1 or not self.settings.measure_checkpoint:
+            return
+        assert parts.spec is not None
+        forward = ModelForward(model, parts.attention, parts.spec.attention)
+        order = SampleOrder(len(samples), self.settings.seed, self.settings.shuffle)
+        rows = [samples[order.index(position)] for position in shape.positions(0, 0, 0)]
+        batch = self.recipe.collate(rows, parts.platform.device())
+        policy = cast(CheckpointPolicy, parts.plugins["checkpoint"])
+        costs = measure_policy(
+            policy, model, lambda: self.recipe.loss(forward, batch), parts.platform.synchronize, shard_units(model)
+        )
+        self.note(compared(chosen, *costs))
 
     def _make_optimizer(self, parameters: NamedParameters) -> torch.optim.Optimizer:
         return self.optimizer.make(self.optimizer.groups(parameters))
