@@ -27,6 +27,9 @@ class TrainerSettings(BaseModel):
         "auto", description="go on from the newest saved state: auto, where there is one; must; never"
     )
     export: bool = Field(True, description="write the trained model as a folder that can be served, at the end")
+    measure_checkpoint: bool = Field(
+        True, description="tell at the start what the checkpoint policy saves and costs, in a run of one process"
+    )
     timeout_seconds: float = Field(
         600.0, gt=0, description="how long a rank may keep the others waiting before it counts as lost"
     )
@@ -35,7 +38,7 @@ class TrainerSettings(BaseModel):
     @classmethod
     def _refuse_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
         # YAML reads yes and on as true, which pydantic would take for the number 1.
-        if isinstance(value, bool) and info.field_name not in ("shuffle", "export"):
+        if isinstance(value, bool) and info.field_name not in ("shuffle", "export", "measure_checkpoint"):
             raise ValueError("must not be true or false")
         return value
 

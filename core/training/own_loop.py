@@ -21,7 +21,7 @@ from drivetrain.contracts.store import Store
 from drivetrain.errors import ConfigError
 from drivetrain.registry import Registry
 from drivetrain.training.prepared import Prepared
-from drivetrain.training.ranks import Ranks, joined_ranks
+from drivetrain.training.ranks import Ranks, joined_ranks, open_platform
 from drivetrain.training.saving import RunState
 from drivetrain.training.schedule import Schedule
 
@@ -104,8 +104,7 @@ def prepare(
         settings = load_settings(None, config, origin="argument")
     left_out = [kind for kind in KINDS if kind not in NEEDED]
     parts = resolve_parts(settings, purpose=Purpose.TRAIN, registry=registry, leave_out=left_out)
-    parts.platform.activate()
-    device = parts.platform.device()
+    device = open_platform(parts.platform).device()
     resources = ExitStack()
     timeout = settings.trainer.timeout_seconds
     ranks = resources.enter_context(joined_ranks(device, parts.platform.facts().collective, timeout))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
+from drivetrain.contracts.platform import Platform, SharesMachine
 from drivetrain.errors import ConfigError, DrivetrainError, TrainingError
 
 if TYPE_CHECKING:
@@ -120,6 +121,24 @@ def agent_rank() -> int:
 def local_rank() -> int:
     """The number among the processes that the agent has started on this machine; 0 for a process on its own."""
     return int(os.environ["LOCAL_RANK"]) if started_by_agent() else 0
+
+
+def open_platform(platform: Platform) -> Platform:
+    """Open this process's own device, and return the platform."""
+    if isinstance(platform, SharesMachine):
+        platform.take_device(local_rank())
+    platform.activate()
+    return platform
+
+
+@contextmanager
+def known_to_all_ranks() -> Iterator[None]:
+    """What is raised within is raised by every rank alike, so that rank 0 alone tells of it."""
+    try:
+        yield
+    except DrivetrainError as error:
+        known_to_all(error)
+        raise
 
 
 @contextmanager

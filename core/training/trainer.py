@@ -29,11 +29,12 @@ from drivetrain.training.export import export_model
 from drivetrain.training.forward import ModelForward
 from drivetrain.training.order import SampleOrder, StepShape
 from drivetrain.training.prepared import Prepared
-from drivetrain.training.ranks import Ranks, joined_ranks, known_to_all
+from drivetrain.training.ranks import Ranks, joined_ranks, known_to_all_ranks, open_platform
 from drivetrain.training.run import StepResult, TrainingRun
 from drivetrain.training.saving import RunState
 from drivetrain.training.schedule import Schedule
 from drivetrain.training.tracking import Trackers
+from drivetrain.training.units import shard_units
 
 if TYPE_CHECKING:
     from drivetrain.binding import KernelBinder
@@ -127,10 +128,11 @@ class Trainer:
             raise ConfigError("no model is named", hint="Give one with model: NAME, for example smollm2-135m.")
         self._observers.notify("config_settled", settings=settings)
         others = [kind for kind in KINDS if kind not in _BEFORE_RANKS]
-        platform = resolve_parts(settings, purpose=Purpose.TRAIN, registry=self._registry, leave_out=others).platform
-        platform.activate()
+        first = resolve_parts(settings, purpose=Purpose.TRAIN, registry=self._registry, leave_out=others)
+        platform = open_platform(first.platform)
         with joined_ranks(platform.device(), platform.facts().collective, settings.trainer.timeout_seconds) as ranks:
             parts = ranks.together("choosing parts", self._resolve)
+            parts.plugins["platform"] = platform
             plans = ranks.gather(parts.plan.to_json())
             ranks.together("comparing plans", lambda: check_handshake(parts.plan, plans[0], who="rank 0"))
             yield Assembly(parts, ranks, self._observers, self._note, self._progress).assembled()
@@ -163,15 +165,22 @@ class Assembly:
         self.store = cast(Store, parts.plugins["store"])
 
     def assembled(self) -> Assembled:
-        ranks, parts = self.ranks, self.parts
+        ranks = self.ranks
         ranks.together("checking the parts", self._check_parts)
         samples = ranks.together("reading the data", self._open_data)
         digests = ranks.gather(samples.digest)
         ranks.together("comparing the data", lambda: _check_same_data(digests, ranks.rank))
+        model, binder = ranks.together("loading the model", self._load_model)
+        with known_to_all_ranks():
+            return self._prepared(samples, model, binder)
+
+    def _prepared(self, samples: Samples, model: torch.nn.Module, binder: KernelBinder) -> Assembled:
+        """The run over a model that is loaded; what fails here fails on every rank."""
+        ranks, parts = self.ranks, self.parts
         shape = self._step_shape()
         steps = self._num_steps(len(samples), shape)
         schedule = Schedule(self.optimizer.config.schedule, steps)
-        model, binder = ranks.together("loading the model", self._load_model)
+        self._measure_policy(model, samples, shape)
         torch.manual_seed(self.settings.seed + ranks.rank)
         prepared = Prepared(
             model,
@@ -190,7 +199,7 @@ class Assembly:
         order = SampleOrder(len(samples), self.settings.seed, self.settings.shuffle)
         run = TrainingRun(prepared, self.recipe, samples, forward, order, shape, steps, ranks, parts.platform)
         state = RunState(self.store, prepared, ranks, self._identity(samples), self.observers)
-        trackers = Trackers(parts, Path(self.settings.folder), ranks)
+        trackers = ranks.together("making the trackers", lambda: Trackers(parts, Path(self.settings.folder), ranks))
         work = Assembled(parts, binder, run, state, trackers, self.note)
         self._resume(work)
         return work
@@ -230,6 +239,26 @@ class Assembly:
         self.parts.report = with_fallbacks(self.parts.report, binder)
         return cast(Any, model).train(), binder
 
+    def _measure_policy(self, model: torch.nn.Module, samples: Samples, shape: StepShape) -> None:
+        """Say what the checkpoint policy saves and costs, on the first micro-batch. One process alone measures: where
+        there are several, the model may be too large for one."""
+        from drivetrain.training.activations import compared, measure_policy
+
+        parts = self.parts
+        chosen = parts.report["checkpoint"].chosen.name
+        if chosen == "none" or self.ranks.world_size > 1 or not self.settings.measure_checkpoint:
+            return
+        assert parts.spec is not None
+        forward = ModelForward(model, parts.attention, parts.spec.attention)
+        order = SampleOrder(len(samples), self.settings.seed, self.settings.shuffle)
+        rows = [samples[order.index(position)] for position in shape.positions(0, 0, 0)]
+        batch = self.recipe.collate(rows, parts.platform.device())
+        policy = cast(CheckpointPolicy, parts.plugins["checkpoint"])
+        costs = measure_policy(
+            policy, model, lambda: self.recipe.loss(forward, batch), parts.platform.synchronize, shard_units(model)
+        )
+        self.note(compared(chosen, *costs))
+
     def _make_optimizer(self, parameters: NamedParameters) -> torch.optim.Optimizer:
         return self.optimizer.make(self.optimizer.groups(parameters))
 
@@ -241,14 +270,12 @@ class Assembly:
             return StepShape(settings.micro_batch, settings.accumulate or 1, world_size)
         at_once = settings.micro_batch * world_size
         if settings.batch % at_once:
-            raise known_to_all(
-                ConfigError(
-                    f"a step of {settings.batch} samples can't be shared out equally among {world_size} ranks "
-                    f"with micro-batches of {settings.micro_batch}",
-                    where="trainer.batch",
-                    found=settings.batch,
-                    allowed=f"a multiple of {at_once}",
-                )
+            raise ConfigError(
+                f"a step of {settings.batch} samples can't be shared out equally among {world_size} ranks "
+                f"with micro-batches of {settings.micro_batch}",
+                where="trainer.batch",
+                found=settings.batch,
+                allowed=f"a multiple of {at_once}",
             )
         return StepShape(settings.micro_batch, settings.batch // at_once, world_size)
 
@@ -278,12 +305,10 @@ class Assembly:
         step = work.state.newest()
         if step is None:
             if self.settings.resume == "must":
-                raise known_to_all(
-                    StateNotFoundError(
-                        "there is no saved state to go on from",
-                        where=str(self.store.folder),
-                        hint="Set trainer.resume to auto, or name the store.folder of the run.",
-                    )
+                raise StateNotFoundError(
+                    "there is no saved state to go on from",
+                    where=str(self.store.folder),
+                    hint="Set trainer.resume to auto, or name the store.folder of the run.",
                 )
             return
         work.resume(step)
@@ -340,13 +365,15 @@ class Assembled:
             if on_step is not None and run.ranks.is_first:
                 on_step(result, run.steps)
             if result.step % self.store.config.every == 0 or result.step == run.steps:
-                self.state.save(run.progress.to_dict())
+                with known_to_all_ranks():
+                    self.state.save(run.progress.to_dict())
 
         self.run.ranks.together("starting the trackers", lambda: self._start())
         outcome = "failed"
         try:
             run.train(after_step)
-            self.state.wait()
+            with known_to_all_ranks():
+                self.state.wait()
             outcome = "done"
         except BaseException as error:
             outcome = str(error) or type(error).__name__

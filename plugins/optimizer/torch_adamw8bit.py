@@ -3,7 +3,8 @@
 A running mean is cut into blocks; a block keeps its largest absolute value as a scale, and each element one of 256
 levels below it. Levels lie close together near zero, since most elements are far smaller than the largest: element
 ``x`` of the range 0..1 is kept as the root ``x ** (1 / 3)`` for the signed mean, and as ``x ** (1 / 5)`` for the
-squares, which span twice as many orders of magnitude. The square rounds up, so that no step is divided by zero.
+squares, which span twice as many orders of magnitude. No square becomes 0 that is not, so that no step is divided by
+zero.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ def unpack_signed(packed: torch.Tensor, scales: torch.Tensor, block: int) -> tor
 
 
 def pack_squares(values: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`pack_signed`, for values that are not negative; they round up."""
+    """As :func:`pack_signed`, for values that are not negative; a value above 0 stays above it."""
     blocks = _blocks(values, block)
     scales = blocks.amax(1)
     shares = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    # What rounds up by a hair of float32 is the level itself.
-    levels = (shares.pow(1 / _SQUARE_POWER) * 255 - 1e-3).ceil_().clamp_(0, 255)
+    levels = (shares.pow(1 / _SQUARE_POWER) * 255).round_().clamp_(max=255)
+    levels = torch.where(blocks > 0, levels.clamp(min=1), levels)
     return levels.to(torch.uint8).view(-1)[: values.numel()].view(values.shape), scales
 
 

@@ -14,7 +14,7 @@ _OPEN_ROWS = 32
 """Rows that are still looked at for a document that fits: more waste less of a row and take longer to search."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Document:
     """Token ids, and for each the token that should follow; IGNORED where nothing is to be learnt."""
 
@@ -75,7 +75,7 @@ def pack(documents: Iterable[Document], length: int) -> list[list[Document]]:
             open_rows.append((rows[-1], length - len(document)))
             if len(open_rows) > _OPEN_ROWS:
                 # The fullest is the least likely to take another.
-                open_rows.remove(min(open_rows, key=lambda row: row[1]))
+                del open_rows[min(range(len(open_rows)), key=lambda index: open_rows[index][1])]
         else:
             row, room = open_rows[place]
             row.append(document)
