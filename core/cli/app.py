@@ -35,6 +35,7 @@ _COMMANDS = {
     "train": "train:train",
     "plan": "plan:plan",
     "plot": "plot:plot",
+    "config": "config_import:app",
     "bench": "bench:app",
     "demo": "demo:demo",
 }

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from drivetrain.config import Settings, load_settings
+from drivetrain.config.deepspeed import read_deepspeed
 from drivetrain.contracts.kinds import KINDS
 from drivetrain.errors import ConfigError
 from drivetrain.registry.lock import check_lock
@@ -53,7 +54,8 @@ def with_settings(
     kinds:       that have an option; by default those of serving from Python.
     extra_kinds: kinds beside them, for example ``frontend``.
 
-    A parameter of the command named ``config_file`` is a second way to give ``--config``.
+    A parameter of the command named ``config_file`` is a second way to give ``--config``; one named ``deepspeed`` is
+    the path of a DeepSpeed configuration, whose settings win over the file's.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,6 +81,10 @@ def with_settings(
                     "two configuration files are named", found=str(positional), hint="Leave out --config."
                 )
             given["config"] = positional or given["config"]
+            if (imported := kwargs.pop("deepspeed", None)) is not None:
+                given["deepspeed"] = imported
+            if "deepspeed" in signature.parameters:
+                kwargs["deepspeed"] = imported
             return command(*args, settings=_settings(given), **kwargs)
 
         positional = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
@@ -94,7 +100,8 @@ def _settings(given: dict[str, Any]) -> Settings:
     config, assignments, locked = given.pop("config"), given.pop("assignments"), given.pop("locked")
     if locked is not None:
         given["plugins"] = {"lock": str(locked)}
-    settings = load_settings(config, given, assignments or ())
+    imported = read_deepspeed(given.pop("deepspeed")).settings if "deepspeed" in given else {}
+    settings = load_settings(config, given, assignments or (), imported=imported)
     if settings.lock is not None:  # here already, since a command may load observers before it resolves parts
         check_lock(settings.lock)
     return settings

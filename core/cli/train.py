@@ -37,6 +37,10 @@ def train(
         str | None, typer.Option(help="Name of the run, the same on every machine.", show_default=False)
     ] = None,
     max_restarts: Annotated[int, typer.Option(min=0, help="Times to start anew after a process has died.")] = 0,
+    deepspeed: Annotated[
+        Path | None,
+        typer.Option(help="DeepSpeed configuration (JSON) to take settings from; see: drivetrain config import."),
+    ] = None,
 ) -> int:
     """Train a model, and write it as a folder that can be served. A run that was interrupted goes on.
 

@@ -7,7 +7,7 @@ belong to the plugin that was named before; the tables ``engine``, ``trainer`` a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from drivetrain.registry.selection import PartRequest
 _KIND_OF_KEY = {kind.key: kind.name for kind in KINDS.values()}
 _PLUGINS_KEYS = ("allow", "lock")
 _DEEPEST = 32
+_IMPORTED = "DeepSpeed configuration"
 
 Tree = dict[str, Any]
 Lines = dict[tuple[str, ...], str]
@@ -37,17 +38,23 @@ def load_settings(
     assignments: Iterable[str] = (),
     *,
     origin: str = "command line",
+    imported: Mapping[str, Any] | None = None,
 ) -> Settings:
     """Merge and check all layers. Raises ConfigError with place, path, what was found and what is allowed.
 
     options:     top-level key -> value; None values are skipped.
     assignments: ``a.b=c`` strings; the value is read as YAML.
     origin:      what to call the place that ``options`` and ``assignments`` come from.
+    imported:    settings that were read from another program's configuration; they win over the file's, key by key of
+                 the tables, and over nothing else.
     """
     tree: Tree = {}
     lines: Lines = {}
     if file is not None:
         tree, lines = _read_file(Path(file))
+    for key, value in (imported or {}).items():
+        for path, leaf in _leaves((key,), value):
+            _assign(tree, lines, path, _plain(leaf, path, lines, _IMPORTED), _IMPORTED)
     for key, value in (options or {}).items():
         if value is not None:
             _check_key(key, origin)
@@ -56,6 +63,15 @@ def load_settings(
         path, value = parse_assignment(assignment)
         _assign(tree, lines, path, _plain(value, path, lines, origin), origin)
     return _check(tree, lines, default_origin=str(file) if file else origin)
+
+
+def _leaves(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Dotted path -> what is no table; a part's name comes first, since it sets its options back."""
+    if not isinstance(value, Mapping):
+        yield path, value
+        return
+    for key in sorted(value, key=lambda key: key != "name"):
+        yield from _leaves((*path, key), value[key])
 
 
 def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:

@@ -1,8 +1,8 @@
 """What a training run takes on one rank, in bytes, before it is started.
 
 State follows from the shapes of parameters, the precision, the optimizer and the partitioner; each says its part by its
-contract. Activations follow from the architecture: bytes of every tensor that the decoder's operations keep for backward,
-for each token, see :func:`decoder_activations`.
+contract. Activations follow from the architecture: bytes of every tensor that the decoder's operations keep for
+backward, for each token, see :func:`decoder_activations`.
 """
 
 from __future__ import annotations

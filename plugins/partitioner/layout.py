@@ -1,8 +1,8 @@
-"""How parameters are cut: by rows, so that what each rank holds is a slice of every parameter, as a DTensor describes it.
+"""How parameters are cut: by rows, so that what a rank holds is a slice of every parameter, as a DTensor has it.
 
 Rows of dim 0 are dealt out in runs as ``torch.chunk`` does: ``ceil(rows / ranks)`` to each, so that the last ranks may
-get fewer or none. Parameters are put together in buckets; a bucket's *section* for a rank is that rank's rows of each of
-its parameters, one after the other, padded so that all sections of a bucket have one size S.
+get fewer or none. Parameters are put together in buckets; a bucket's *section* for a rank is that rank's rows of each
+of its parameters, one after the other, padded so that all sections of a bucket have one size S.
 """
 
 from __future__ import annotations

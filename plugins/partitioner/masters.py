@@ -22,8 +22,8 @@ class Masters:
     """
 
     def __init__(self, named: Iterable[tuple[str, torch.nn.Parameter, torch.Tensor]], dtypes: Dtypes) -> None:
-        """named: (name, parameter in ``dtypes.param``, its values in the dtype that they came in, and on the device where
-        the optimizer works)."""
+        """named: (name, parameter in ``dtypes.param``, its values in the dtype that they came in, and on the device
+        where the optimizer works)."""
         self._dtypes = dtypes
         self.rounds = torch.zeros((), dtype=torch.int64)
         """How often values were rounded at random: the seed of the next time, which is the same on every rank."""

@@ -1,8 +1,9 @@
 """What the optimizer keeps, and parameters, outside the device's memory: in the host's, or in files.
 
 Files are mapped into memory. A step goes through the optimizer's state bucket by bucket: while one is computed the next
-is being read, and the one before is let go, so that two buckets are in memory at a time. The files are scratch: they lose
-their names as soon as they are open, and are gone when the process ends, however it ends. Runs are saved by the store.
+is being read, and the one before is let go, so that two buckets are in memory at a time. The files are scratch: they
+lose their names as soon as they are open, and are gone when the process ends, however it ends. Runs are saved by the
+store.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Two verbs. *Gather*: every rank has a section, and all of them get all sections.
 every other, and each gets the sum of those that are for it. Both are started and then waited for; ranks start them in
 one order.
 
-``Collectives`` asks ``torch.distributed``, whatever the device. Where all ranks are processes of one machine and compute
-on its CPU, ``SharedMemory`` lets them read each other's memory: a byte is copied once, where a message through the
-loopback device is copied four times by the cores that compute.
+``Collectives`` asks ``torch.distributed``, whatever the device. Where all ranks are processes of one machine and
+compute on its CPU, ``SharedMemory`` lets them read each other's memory: a byte is copied once, where a message through
+the loopback device is copied several times by the cores that compute.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ _OUTSTANDING = 2
 """Reductions of one rank that may be under way: so far a rank may run ahead of the slowest."""
 
 _SLOTS = 2 * _OUTSTANDING
-"""A rank that starts exchange k has read those up to k - OUTSTANDING, and its own last wait has told that the others had
-started k - OUTSTANDING, and so read those up to k - 2 OUTSTANDING: that slot can be written again."""
+"""A rank that starts exchange k has read those up to k - OUTSTANDING, and its own last wait has told that the others
+had started k - OUTSTANDING, and so read those up to k - 2 OUTSTANDING: that slot can be written again."""
 
 
 class Transport(ABC):
@@ -72,8 +73,9 @@ class Transport(ABC):
         """Reduce. Calling the result with a tensor waits, and adds this rank's sum to it. Results are called in the
         order in which they came, before the third next reduction is started."""
 
+    @abstractmethod
     def settle(self) -> None:
-        """Return when all ranks have come here: what they gathered is read, and what is in sections is for all."""
+        """Have what is in sections be for all: what the others gather from now on is that. Every rank calls it."""
 
 
 class Collectives(Transport):
@@ -116,6 +118,9 @@ class Collectives(Transport):
             _add(into_S, received_WS)
 
         return wait
+
+    def settle(self) -> None:
+        """Nothing to do: a collective takes the values that are there when a rank joins it."""
 
 
 def _add(into_S: torch.Tensor, sections_WS: torch.Tensor) -> None:
@@ -255,10 +260,8 @@ def make_transport(
 
 def _why_not_shared(group: dist.ProcessGroup, device: torch.device) -> str | None:
     place: tuple[str, ...] | None = None
-    try:
+    with suppress(OSError):  # a system that has no such files has no such memory either
         place = (Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"), os.readlink("/proc/self/ns/pid"))
-    except OSError:
-        pass  # no such thing on this system: then it is none of those whose ranks can share memory
     if not hasattr(os, "memfd_create") or device.type != "cpu":
         place = None
     told: list[Any] = [None] * dist.get_world_size(group)

@@ -27,7 +27,7 @@ class ZeroConfig(PluginConfig):
     )
     transport: Literal["auto", "shared", "collective"] = Field(
         "auto",
-        description="how bytes get from rank to rank: memory shared by the processes of one machine that compute on its "
+        description="how bytes get from rank to rank: memory that the processes of one machine share, for those on its "
         "CPU, or torch.distributed's collectives; auto: shared where it can be",
     )
     bucket_bytes: int = Field(
@@ -143,7 +143,7 @@ class Zero2Partitioner(_Zero):
 
 
 class Zero3Partitioner(_Zero):
-    """Parameters, gradients and optimizer state are cut over ranks; layers are gathered as they compute (ZeRO stage 3)."""
+    """Parameters, gradients and optimizer state are cut over ranks; layers are gathered in turn (ZeRO stage 3)."""
 
     stage = 3
 

@@ -3,8 +3,8 @@
     python tests/benchmarks/training_peers.py [--repeats 3] [--steps 8] [--rows 4] [--length 128] [--only zero3,ddp]
                                               [--json FILE] [--docs docs/benchmarks/training.md]
 
-Two ranks of one thread each over Gloo, float32, one model. Contestants take turns ``repeats`` times; figures are medians,
-and ratios compare turns of one round. The first run installs DeepSpeed under build/peers.
+Two ranks of one thread each over Gloo, float32, one model. Contestants take turns ``repeats`` times; figures are
+medians, and ratios compare turns of one round. The first run installs DeepSpeed under build/peers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training cases for partitioners: one group of processes makes all of them, and leaves what they came to in a folder."""
+"""Training cases for partitioners: one group of processes makes all of them, and leaves the outcomes in a folder."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ STEPS, ROWS, MAX_NORM = 3, 8, 0.5
 
 
 class OddNet(nn.Module):
-    """Everything that is awkward to cut: a shared matrix, a frozen layer and a frozen bias, a number, a parameter without
-    elements, one that nothing uses, one that rank 0 alone uses, dtypes that differ, and rows that don't divide.
+    """Everything that is awkward to cut: a shared matrix, a frozen layer and a frozen bias, a number, a parameter
+    without elements, one that nothing uses, one that rank 0 alone uses, dtypes that differ, and rows that don't divide.
 
     uses_all: the last two are used by all ranks.
     """
@@ -324,9 +324,7 @@ def _main(rank: int, work: Work, ranks: int, folder: str) -> None:
 
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
-    dist.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
-    )
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
     try:
         mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("data",))
         torch.save(run_work(work, mesh, rank, ranks), Path(folder, f"rank{rank}.pt"))

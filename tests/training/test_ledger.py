@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.training import run_settings
 from torch.profiler import ProfilerActivity, profile
 
 from drivetrain import Trainer
@@ -16,6 +15,7 @@ from drivetrain.contracts.partitioner import ParameterFacts, Partitioner, StateF
 from drivetrain.plugins.partitioner.none import NoPartitioner
 from drivetrain.plugins.partitioner.zero import Zero1Partitioner, Zero2Partitioner, Zero3Partitioner
 from drivetrain.training import ledger
+from support.training import run_settings
 
 PAPER = [(NoPartitioner, 120.0), (Zero1Partitioner, 31.4), (Zero2Partitioner, 16.6), (Zero3Partitioner, 1.9)]
 """Gigabytes of model state for 7.5 billion parameters on 64 ranks (Rajbhandari et al. 2020, figure 1)."""

@@ -149,3 +149,38 @@ def test_settings_are_the_files_of_a_run(model: Path, chats: Path, tmp_path: Pat
     assert plan["purpose"] == "train"
     assert plan["parts"]["optimizer"]["options"]["lr"] == 3e-3
     assert load_settings(None, settings).trainer.steps == 3
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_a_stage_trains_saves_goes_on_and_exports(
+    model: Path, chats: Path, tmp_path: Path, wanted: list[float], stage: str
+) -> None:
+    """Two processes under a stage: the plain loop's losses, interrupted and gone on with by one, and a whole model."""
+    settings = run_settings(model, chats, tmp_path, steps=3, micro_batch=1, batch=4)
+    settings["optimizer"]["schedule"] = {"name": "constant", "warmup": 2}
+    settings["partitioner"] = stage
+    done = train_in_processes(settings, tmp_path, 2)
+    assert done.returncode == 0, done.stderr
+    first = [figures["loss"] for figures in read_figures(tmp_path)]
+    settings["trainer"]["steps"] = STEPS
+    second = train({**settings, "partitioner": "none"})
+    plain = run_settings(model, chats, tmp_path / "plain", steps=STEPS, batch=4)
+    plain["optimizer"] = settings["optimizer"]
+    assert first + list(second) == pytest.approx(list(train(plain)), rel=RELATIVE)
+    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
+
+
+def test_a_deepspeed_configuration_is_taken(model: Path, chats: Path, tmp_path: Path) -> None:
+    """``--deepspeed`` wins over the file, and what has no counterpart is an error before anything is started."""
+    deepspeed = tmp_path / "ds.json"
+    deepspeed.write_text(json.dumps({"train_batch_size": 4, "zero_optimization": {"stage": 2}}))
+    settings = run_settings(model, chats, tmp_path, steps=3, export=False)
+    done = train_in_processes(settings, tmp_path, 2, "--deepspeed", str(deepspeed))
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["parts"]["partitioner"]["name"] == "zero2"
+    deepspeed.write_text(json.dumps({"curriculum_learning": {"enabled": True}}))
+    done = train_in_processes(settings, tmp_path / "refused", 1, "--deepspeed", str(deepspeed))
+    assert done.returncode != 0
+    assert "curriculum_learning.enabled" in done.stderr

@@ -22,9 +22,7 @@ class Block(nn.Module):
 
     def forward(self, x_BTE: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
         normed = self.attention_norm(x_BTE)
-        q, k, v = (
-            linear(normed).unflatten(-1, (HEADS, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v)
-        )
+        q, k, v = (linear(normed).unflatten(-1, (HEADS, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v))
         q, k = _turned(q, cos_TD, sin_TD), _turned(k, cos_TD, sin_TD)
         heads = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x_BTE = x_BTE + self.o(heads.transpose(1, 2).flatten(2))

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
-from network import batch_of, make_network  # noqa: E402
+from network import batch_of, make_network
 
 LR, CLIP = 3e-4, 1.0
 Step = Callable[[torch.Tensor, torch.Tensor], float]

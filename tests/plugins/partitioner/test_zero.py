@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from drivetrain.contracts.partitioner import ParameterFacts
+from drivetrain.plugins.optimizer.adamw import AdamW
+from drivetrain.training.ledger import formats_of
 from support.partition_cases import (
     DTYPES,
     Case,
@@ -18,10 +22,6 @@ from support.partition_cases import (
     run_ranks,
     train_plainly,
 )
-
-from drivetrain.contracts.partitioner import ParameterFacts
-from drivetrain.plugins.optimizer.adamw import AdamW
-from drivetrain.training.ledger import formats_of
 
 WORLDS = (1, 2, 4)
 STAGES = ("none", "zero1", "zero2", "zero3")
