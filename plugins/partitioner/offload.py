@@ -163,7 +163,7 @@ class OffloadedSteps:
         self._groups = groups
         self._before, self._after = before, after
         self._whole_step = optimizer.step
-        optimizer.step = self.step  # type: ignore[method-assign]
+        optimizer.step = self.step  # type: ignore[method-assign, assignment]
         for _, file in groups:
             if file is not None:
                 file.let_go()

@@ -100,7 +100,7 @@ def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
 
     if not isinstance(tensor, DTensor):
         return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    mine = _host_copy(tensor.detach().to_local())
+    mine = _host_copy(tensor.to_local().detach())
     mesh, placements = tensor.device_mesh, tensor.placements
     return DTensor.from_local(mine, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
 

@@ -62,11 +62,26 @@ class LeavesRanksAlone(NoPartitioner):
         return super().partition(model, dataclasses.replace(context, mesh=None))
 
 
+class PartsWhatIsShared(NoPartitioner):
+    """Gives each module that shares a parameter one of its own."""
+
+    def partition(self, model: torch.nn.Module, context: PartitionContext) -> torch.nn.Module:
+        seen: set[torch.nn.Parameter] = set()
+        for module in model.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None and parameter in seen:
+                    setattr(module, name, torch.nn.Parameter(parameter.detach().clone()))
+                elif parameter is not None:
+                    seen.add(parameter)
+        return super().partition(model, context)
+
+
 ZOO: dict[type[Plugin], str] = {
     ClipsEachParameter: "test_clipping_equals_the_plain_one",
     ScalesGradientsUp: "test_small_gradients_are_not_scaled_up",
     ForgetsTheBiases: "test_every_trainable_parameter_is_trained",
     DropsEarlierMicroBatches: "test_accumulating_equals_one_large_batch",
+    PartsWhatIsShared: "test_awkward_parameters_train_as_plain_ones",
     LeavesRanksAlone: "test_ranks_together_equal_the_plain_steps",
 }
 """Faulty partitioner -> the test that must fail for it."""
