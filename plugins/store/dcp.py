@@ -100,9 +100,12 @@ def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
 
     if not isinstance(tensor, DTensor):
         return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    mine = _host_copy(tensor.to_local().detach())
-    mesh, placements = tensor.device_mesh, tensor.placements
-    return DTensor.from_local(mine, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+    whole: Any = tensor
+    mine = _host_copy(whole.to_local().detach())
+    copied: torch.Tensor = DTensor.from_local(
+        mine, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+    return copied
 
 
 class DcpStore(Store):
