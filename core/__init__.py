@@ -36,8 +36,8 @@ __all__ = [
     "GenerationResult",
     "SamplingParams",
     "Trainer",
-    "__version__",
     "prepare",
+    "__version__",
 ]
 
 
