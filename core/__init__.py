@@ -28,7 +28,7 @@ _EXPORTS = {
     "prepare": "drivetrain.training.own_loop",
 }
 
-__all__ = [
+__all__ = [  # noqa: RUF022  the version stands last, as a test says
     "LLM",
     "AsyncEngine",
     "Completion",
