@@ -28,7 +28,7 @@ _EXPORTS = {
     "prepare": "drivetrain.training.own_loop",
 }
 
-__all__ = [
+__all__ = [  # noqa: RUF022  the version stands last, as a test says
     "LLM",
     "AsyncEngine",
     "Completion",
@@ -36,8 +36,8 @@ __all__ = [
     "GenerationResult",
     "SamplingParams",
     "Trainer",
-    "__version__",
     "prepare",
+    "__version__",
 ]
 
 

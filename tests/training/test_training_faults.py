@@ -26,6 +26,7 @@ from drivetrain.plugins.recipe.pretrain import PretrainRecipe
 from drivetrain.plugins.recipe.sft import SftRecipe
 from drivetrain.testing.suites.recipe import byte_tokenizer
 from drivetrain.training.order import SampleOrder, StepShape
+from support.doc_pages import ROOT
 from support.training import run_settings, train_in_processes
 
 Change = Callable[[dict[str, Any]], None]
@@ -335,3 +336,15 @@ def test_options_of_the_launch_are_checked(cli: Any, model: Path) -> None:
     assert "HOST:PORT" in cli("train", "--model", model, "--nnodes", "1:2").error
     assert "not a number of machines" in cli("train", "--model", model, "--nnodes", "2:1").error
     assert "no model is named" in cli("train").error
+
+
+def test_the_example_of_the_pages_is_the_file() -> None:
+    """What the walk-through shows is what it runs, and the data is whole."""
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    shown = page.partition("```yaml ship-clerk.yaml\n")[2].partition("```")[0]
+    file = (ROOT / "docs" / "examples" / "sft-smollm2.yaml").read_text(encoding="utf-8")
+    assert "".join(line for line in file.splitlines(keepends=True) if not line.startswith("#")) == shown
+    rows = [json.loads(line) for line in (ROOT / "docs/examples/ship-clerk.jsonl").read_text().splitlines()]
+    assert len(rows) == 229
+    answers = [row["messages"][1]["content"] for row in rows]
+    assert all(answer.startswith("Ahoy! ") and answer.endswith(" Fair winds!") for answer in answers)
