@@ -34,6 +34,10 @@ _COMMANDS = {
     "swap": "swap:swap",
     "quantize": "quantize:quantize",
     "eval": "evaluate:app",
+    "train": "train:train",
+    "plan": "plan:plan",
+    "plot": "plot:plot",
+    "config": "config_import:app",
     "bench": "bench:app",
     "demo": "demo:demo",
 }
