@@ -33,6 +33,7 @@ _COMMANDS = {
     "serve": "serve:serve",
     "swap": "swap:swap",
     "train": "train:train",
+    "rendezvous": "rendezvous:rendezvous",
     "plot": "plot:plot",
     "bench": "bench:app",
     "demo": "demo:demo",

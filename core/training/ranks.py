@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from drivetrain.contracts.platform import Platform, SharesMachine
-from drivetrain.errors import ConfigError, DrivetrainError, TrainingError
+from drivetrain.errors import ConfigError, DrivetrainError, RankLostError, TrainingError
 
 if TYPE_CHECKING:
     import torch
@@ -146,7 +146,7 @@ def joined_ranks(device: torch.device, collective: str, timeout_seconds: float) 
     """Join the other processes of the run, and leave them in the end.
 
     A process group that exists already is used as it is, and left open. Raises ConfigError when the group can't be
-    made.
+    made, and RankLostError when another rank is lost, within too.
     """
     import torch.distributed as dist
 
@@ -159,13 +159,35 @@ def joined_ranks(device: torch.device, collective: str, timeout_seconds: float) 
     try:
         dist.init_process_group(collective, timeout=timedelta(seconds=timeout_seconds))
     except (RuntimeError, ValueError) as error:
+        if _tells_of_a_lost_rank(error):
+            raise RankLostError(f"the ranks did not meet: {error}") from error
         raise ConfigError(
             f"the ranks could not be joined: {error}", where=f"collective library {collective}"
         ) from error
     try:
         yield _ranks(device)
+    except Exception as error:
+        if not _tells_of_a_lost_rank(error):
+            raise
+        raise RankLostError(
+            f"another rank is gone, or made no progress for {timeout_seconds:g} s",
+            where=f"rank {dist.get_rank()} of {dist.get_world_size()}",
+            hint="Start the run again: it goes on from its newest saved state.",
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _tells_of_a_lost_rank(error: BaseException) -> bool:
+    """Whether a collective has failed. Gloo raises nothing more special than a RuntimeError that bears its name."""
+    import torch.distributed as dist
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, dist.DistError) or (type(seen) is RuntimeError and "gloo" in str(seen).lower()):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def _ranks(device: torch.device) -> Ranks:
