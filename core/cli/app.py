@@ -34,6 +34,7 @@ _COMMANDS = {
     "swap": "swap:swap",
     "train": "train:train",
     "rendezvous": "rendezvous:rendezvous",
+    "state": "state:app",
     "plot": "plot:plot",
     "bench": "bench:app",
     "demo": "demo:demo",

@@ -69,11 +69,13 @@ class Agent(LocalElasticAgent):
             self._remaining_restarts = 0
             return
         seconds = f"{self._pulses.timeout_seconds:g} s"
+        # The agent itself ends the others by SIGTERM once one is lost.
+        culprits = {rank: failure for rank, failure in failures.items() if failure.exitcode != -signal.SIGTERM}
         told = [
             f"rank {rank} made no step for {seconds} and was ended"
             if rank in self._stuck
             else f"rank {rank} {_fate(failure.exitcode)}"
-            for rank, failure in sorted(failures.items())
+            for rank, failure in sorted((culprits or failures).items())
         ]
         most = self._worker_group.spec.max_restarts
         number = most - self._remaining_restarts + 1
