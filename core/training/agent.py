@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from drivetrain.training.pulse import Pulses
 
 LOST = 75
-"""Exit status of a process that could not go on without the others: starting anew may help. (EX_TEMPFAIL of sysexits.h)"""
+"""Exit status of a process that could not go on without the others: starting anew may help. EX_TEMPFAIL, sysexits.h."""
 
 TOLD = (1, 2)
 """Exit statuses of a process that has told what is wrong: it would say the same again."""
@@ -33,18 +33,19 @@ class Agent(LocalElasticAgent):
         timeout_seconds: float,
         pulses: Pulses,
         say: Callable[[str], None],
+        *,
+        is_alone: bool,
     ) -> None:
         super().__init__(spec, logs, exit_barrier_timeout=timeout_seconds)
-        self._pulses, self._say = pulses, say
+        self._pulses, self._say, self._is_alone = pulses, say, is_alone
         self._stuck: set[int] = set()
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._pulses.reset(worker_group.spec.local_world_size)
         self._stuck.clear()
-        machines = worker_group.group_world_size
-        ranks = worker_group.workers[0].world_size
-        if machines > 1 or worker_group.spec.rdzv_handler.settings.max_nodes > 1:  # type: ignore[attr-defined]
-            self._say(f"{ranks} ranks on {machines} machines")
+        if not self._is_alone:
+            ranks, machines = worker_group.workers[0].world_size, worker_group.group_world_size
+            self._say(f"ranks: {ranks}, machines: {machines}")
         started: dict[int, Any] = super()._start_workers(worker_group)
         return started
 

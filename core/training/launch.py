@@ -110,7 +110,7 @@ class Launch:
         os.environ[_ANOTHER_STORE] = "1"
         with tempfile.TemporaryDirectory(prefix="drivetrain-train-") as folder:
             pulses = Pulses(Path(folder), self.timeout_seconds)
-            with _meeting(self.endpoint, self.run_id):
+            with _Meeting(self.endpoint, self.run_id):
                 meeting = self._meet()
                 spec = WorkerSpec(
                     role="trainer",
@@ -121,7 +121,8 @@ class Launch:
                     max_restarts=self.max_restarts,
                     monitor_interval=0.2,
                 )
-                agent = Agent(spec, DefaultLogsSpecs(log_dir=folder), self.timeout_seconds, pulses, say)
+                logs = DefaultLogsSpecs(log_dir=folder)
+                agent = Agent(spec, logs, self.timeout_seconds, pulses, say, is_alone=self.max_machines == 1)
                 is_over = True
                 try:
                     result = agent.run()
@@ -164,7 +165,7 @@ def split_endpoint(endpoint: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-class _meeting:
+class _Meeting:
     """Maps what the rendezvous raises to TrainingError."""
 
     def __init__(self, endpoint: str | None, run_id: str) -> None:
@@ -194,8 +195,10 @@ class _meeting:
             ),
             RendezvousConnectionError: (
                 "the place where the machines meet can't be reached",
-                "When it is there again, start the run again: it goes on from its newest saved state. "
-                "To outlive any machine of the run, keep the place with drivetrain rendezvous on another.",
+                (
+                    "When it is there again, start the run again: it goes on from its newest saved state. "
+                    "To outlive any machine of the run, keep the place with drivetrain rendezvous on another."
+                ),
             ),
         }
         what, hint = reasons.get(type(error), (f"the machines can't meet: {error}", ""))

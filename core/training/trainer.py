@@ -291,8 +291,7 @@ class Assembly:
                 allowed=f"a multiple of {at_once}",
                 hint=None
                 if settings.batch
-                else f"The run was begun with steps of {batch} samples: start it with a number of processes that divides "
-                f"them, or set trainer.batch to begin with others.",
+                else "The run was begun with this number: start as many processes as divide it, or set trainer.batch.",
             )
         return StepShape(settings.micro_batch, batch // at_once, world_size)
 

@@ -20,8 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from support.drill import Launched, curve, steps_of, wait_for  # noqa: E402
-from support.training import make_model, run_settings, train_in_processes, write_chats  # noqa: E402
+from support.drill import Launched, curve, steps_of, wait_for
+from support.training import make_model, run_settings, train_in_processes, write_chats
 
 _QUIET_SECONDS = 1800.0
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from support.training import read_figures
 
-PATIENCE_SECONDS = 240.0
+PATIENCE_SECONDS = 500.0
 """How long anything may take on a machine with much other work."""
 
 
