@@ -60,7 +60,8 @@ def export_state(store: Store, step: int, path: Path, keep: Callable[[str], bool
         save_file(into, unfinished, metadata={"format": "pt", "state": json.dumps(store.metadata(step))})
         os.replace(unfinished, path)
     except Exception as error:  # safetensors has an error of its own for what the file system refuses
-        unfinished.unlink(missing_ok=True)
+        if unfinished.exists():
+            unfinished.unlink()
         raise StoreError(f"the file can't be written: {error}", where=str(path)) from error
     return len(wanted)
 
