@@ -95,4 +95,4 @@ def test_a_machine_is_lost_and_taken_back(model: Path, chats: Path, tmp_path: Pa
     assert "ranks: 2, machines: 2" in back.told
     figures, wanted = curve(folder), curve(tmp_path / "alone")
     assert [figure[:2] for figure in figures] == [figure[:2] for figure in wanted]
-    assert [figure[2] for figure in figures] == pytest.approx([figure[2] for figure in wanted], rel=2e-3)
+    assert [figure[2] for figure in figures] == pytest.approx([figure[2] for figure in wanted], rel=2e-4)
