@@ -183,6 +183,10 @@ class NonFiniteError(TrainingError):
     """A loss or gradient is not finite; the message names the first module that it came from."""
 
 
+class RankLostError(TrainingError):
+    """Another rank is gone, or has kept this one waiting for too long. Going on from a saved state may help."""
+
+
 class TrackerError(TrainingError):
     """The figures of a run can't be written."""
 

@@ -36,6 +36,8 @@ _COMMANDS = {
     "eval": "evaluate:app",
     "train": "train:train",
     "plan": "plan:plan",
+    "rendezvous": "rendezvous:rendezvous",
+    "state": "state:app",
     "plot": "plot:plot",
     "config": "config_import:app",
     "bench": "bench:app",

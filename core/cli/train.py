@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +15,15 @@ import typer
 from drivetrain.cli.console import note, show_progress
 from drivetrain.cli.options import TRAINING_KINDS, with_settings
 from drivetrain.config import Settings
-from drivetrain.errors import ConfigError, DrivetrainError
+from drivetrain.errors import ConfigError, DrivetrainError, RankLostError
 
 if TYPE_CHECKING:
+    from drivetrain.training.pulse import Pulse
     from drivetrain.training.run import StepResult
 
 _LINE_SECONDS = 5.0
+_LOST_SECONDS = 1.0
+"""What a rank that has lost the others lets pass before it ends: the agent shall see the culprit first."""
 
 
 @with_settings(kinds=TRAINING_KINDS)
@@ -36,7 +40,16 @@ def train(
     rdzv_id: Annotated[
         str | None, typer.Option(help="Name of the run, the same on every machine.", show_default=False)
     ] = None,
-    max_restarts: Annotated[int, typer.Option(min=0, help="Times to start anew after a process has died.")] = 0,
+    rdzv_wait: Annotated[
+        int, typer.Option(min=1, help="Seconds to wait for more machines, once the fewest are there.")
+    ] = 30,
+    max_restarts: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Times to start anew after a process has died; 3 where there are several.", show_default=False
+        ),
+    ] = None,
+    pulses: Annotated[Path | None, typer.Option(hidden=True, help="Given by the agent to its processes.")] = None,
     deepspeed: Annotated[
         Path | None,
         typer.Option(help="DeepSpeed configuration (JSON) to take settings from; see: drivetrain config import."),
@@ -51,13 +64,46 @@ def train(
 
     if settings.model is None:
         raise ConfigError("no model is named", hint="Give one with model: NAME in the file, or --model NAME.")
-    launch = Launch.of(nproc_per_node, nnodes, rdzv_endpoint, rdzv_id, max_restarts)
-    if not started_by_agent() and (launch.processes > 1 or launch.max_machines > 1 or launch.max_restarts > 0):
-        return launch.run(sys.argv[1:])
+    launch = Launch.of(
+        nproc_per_node,
+        nnodes,
+        rdzv_endpoint,
+        rdzv_id,
+        max_restarts,
+        wait_seconds=rdzv_wait,
+        timeout_seconds=settings.trainer.timeout_seconds,
+    )
+    if pulses is not None:
+        return _train_below_agent(settings, pulses)
+    if not started_by_agent() and launch.needs_agent:
+        return launch.run(sys.argv[1:], lambda text: note(f"note: {text}"))
     return _train_here(settings)
 
 
-def _train_here(settings: Settings) -> int:
+def _train_below_agent(settings: Settings, pulses: Path) -> int:
+    """Train in a process that our agent has started, and that ends with it. Says by its exit status whether starting
+    anew may help."""
+    from drivetrain.training.agent import LOST
+    from drivetrain.training.orphan import end_with_parent
+    from drivetrain.training.pulse import Pulse, agent_of
+    from drivetrain.training.ranks import is_known_to_all, local_rank
+
+    end_with_parent(agent_of(pulses))
+    try:
+        return _train_here(settings, Pulse(pulses, local_rank()))
+    except RankLostError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exception(error)
+        time.sleep(_LOST_SECONDS)
+        return LOST
+    except Exception as error:
+        if isinstance(error, DrivetrainError) or is_known_to_all(error):
+            raise
+        traceback.print_exception(error)
+        return LOST
+
+
+def _train_here(settings: Settings, pulse: Pulse | None = None) -> int:
     """Train in this process, which may be one of several. Rank 0 tells what all of them know."""
     from drivetrain.training.ranks import agent_rank, is_known_to_all
     from drivetrain.training.trainer import Trainer
@@ -65,17 +111,19 @@ def _train_here(settings: Settings) -> int:
     rank = agent_rank()
     try:
         if rank > 0:
-            Trainer.from_settings(settings).run()
+            Trainer.from_settings(settings, pulse=pulse).run()
             return 0
         with show_progress() as progress:
-            trainer = Trainer.from_settings(settings, progress=progress, note=lambda text: note(f"note: {text}"))
+            trainer = Trainer.from_settings(
+                settings, progress=progress, note=lambda text: note(f"note: {text}"), pulse=pulse
+            )
             with trainer.assembled() as work:
                 for selection in work.parts.report.selections:
                     note(f"{selection.kind:<11} {selection.chosen.name:<12} {selection.reason}")
                 for text in (*work.parts.report.fallbacks, *work.parts.notes):
                     note(f"note: {text}")
                 with _shown_steps(work.run.step_number) as on_step:
-                    result = work.train(on_step)
+                    result = work.train(on_step, pulse)
     except DrivetrainError as error:
         if rank > 0 and is_known_to_all(error):
             return 1

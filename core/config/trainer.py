@@ -31,7 +31,7 @@ class TrainerSettings(BaseModel):
         True, description="tell at the start what the checkpoint policy saves and costs, in a run of one process"
     )
     timeout_seconds: float = Field(
-        600.0, gt=0, description="how long a rank may keep the others waiting before it counts as lost"
+        600.0, gt=0, description="how long a rank may make no step, or keep others waiting, before it is lost"
     )
 
     @field_validator("*", mode="before")

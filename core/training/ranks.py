@@ -7,16 +7,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from drivetrain.contracts.platform import Platform, SharesMachine
-from drivetrain.errors import ConfigError, DrivetrainError, TrainingError
+from drivetrain.errors import ConfigError, DrivetrainError, RankLostError, TrainingError
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
 _Result = TypeVar("_Result")
+
+_MEET_SECONDS = 300.0
+"""How long ranks may take to come together, at least."""
 
 _HANDED_OVER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun's agent tells each process that it starts. It is the agent's protocol, not a configuration of ours."""
@@ -146,7 +149,7 @@ def joined_ranks(device: torch.device, collective: str, timeout_seconds: float) 
     """Join the other processes of the run, and leave them in the end.
 
     A process group that exists already is used as it is, and left open. Raises ConfigError when the group can't be
-    made.
+    made, and RankLostError when another rank is lost, within too.
     """
     import torch.distributed as dist
 
@@ -157,15 +160,51 @@ def joined_ranks(device: torch.device, collective: str, timeout_seconds: float) 
         yield Ranks()
         return
     try:
-        dist.init_process_group(collective, timeout=timedelta(seconds=timeout_seconds))
+        # Ranks start far apart where a machine has much to do: they have longer to meet than to make a step.
+        to_meet = timedelta(seconds=max(timeout_seconds, _MEET_SECONDS))
+        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=to_meet)))
+        store = dist.PrefixStore("training", store)
+        store.get(_first_to_last(store, world_size))
+        dist.init_process_group(
+            collective, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds)
+        )
     except (RuntimeError, ValueError) as error:
+        if _tells_of_a_lost_rank(error):
+            raise RankLostError(f"the ranks did not meet: {error}") from error
         raise ConfigError(
             f"the ranks could not be joined: {error}", where=f"collective library {collective}"
         ) from error
     try:
         yield _ranks(device)
+    except Exception as error:
+        if not _tells_of_a_lost_rank(error):
+            raise
+        raise RankLostError(
+            f"another rank is gone, or made no progress for {timeout_seconds:g} s",
+            where=f"rank {dist.get_rank()} of {dist.get_world_size()}",
+            hint="Start the run again: it goes on from its newest saved state.",
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _first_to_last(store: Any, world_size: int) -> str:
+    """A key that is there once every rank has asked for it."""
+    if store.add("came", 1) == world_size:
+        store.set("all came", "yes")
+    return "all came"
+
+
+def _tells_of_a_lost_rank(error: BaseException) -> bool:
+    """Whether a collective has failed. Gloo raises nothing more special than a RuntimeError that bears its name."""
+    import torch.distributed as dist
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, dist.DistError) or (type(seen) is RuntimeError and "gloo" in str(seen).lower()):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def _ranks(device: torch.device) -> Ranks:

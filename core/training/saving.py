@@ -26,7 +26,8 @@ _MAY_LACK = "partitioner."
 class RunState:
     """The saved states of one run.
 
-    identity: what must be equal for a state to belong to this run, as JSON holds it: setting -> value.
+    identity:  what must be equal for a state to belong to this run, as JSON holds it: setting -> value.
+    described: what is saved beside, for whoever goes on: plan, schedule, samples of a step.
     """
 
     def __init__(
@@ -36,9 +37,10 @@ class RunState:
         ranks: Ranks,
         identity: dict[str, Any],
         observers: Observers | None = None,
+        described: dict[str, Any] | None = None,
     ) -> None:
         self._store, self._prepared, self._ranks = store, prepared, ranks
-        self._identity = identity
+        self._identity, self._described = identity, described or {}
         self._observers = observers
         self._saving: tuple[int, Saving] | None = None
 
@@ -47,7 +49,13 @@ class RunState:
         self.wait()
         step = self._prepared.step_number
         state = {**self._prepared.state(), **_random_states(self._ranks.rank)}
-        metadata = {"format": FORMAT, "identity": self._identity, **self._prepared.numbers(), **numbers}
+        metadata = {
+            "format": FORMAT,
+            "identity": self._identity,
+            **self._described,
+            **self._prepared.numbers(),
+            **numbers,
+        }
         self._saving = (step, self._store.save(step, state, metadata))
 
     def wait(self) -> None:
@@ -64,8 +72,7 @@ class RunState:
 
     def newest(self) -> int | None:
         """The step of the newest complete state, as rank 0 sees it."""
-        steps = self._store.steps()
-        return self._ranks.of_first(steps[-1] if steps else None)
+        return newest_step(self._store, self._ranks)
 
     def load(self, step: int) -> dict[str, Any]:
         """Take over a state; returns its metadata. Raises StoreError, DamagedStateError, or ConfigError for the state
@@ -108,6 +115,18 @@ class RunState:
             raise DamagedStateError(
                 f"the state lacks something: {error!r}", where=f"{self._store.folder}, step {step}"
             ) from error
+
+
+def newest_step(store: Store, ranks: Ranks) -> int | None:
+    """The step of the newest complete state, as rank 0 sees it."""
+    steps = store.steps() if ranks.is_first else ()
+    return ranks.of_first(steps[-1] if steps else None)
+
+
+def saved_batch(metadata: dict[str, Any], sizes: dict[str, Any]) -> int | None:
+    """Samples of a step in the run that saved this, if its settings of a step's size were ``sizes``."""
+    batch = metadata.get("batch")
+    return batch if isinstance(batch, int) and metadata.get("sizes") == sizes else None
 
 
 def _random_states(rank: int) -> dict[str, torch.Tensor]:

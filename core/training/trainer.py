@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,13 +32,14 @@ from drivetrain.training.order import SampleOrder, StepShape
 from drivetrain.training.prepared import Prepared
 from drivetrain.training.ranks import Ranks, joined_ranks, known_to_all_ranks, open_platform
 from drivetrain.training.run import StepResult, TrainingRun
-from drivetrain.training.saving import RunState
+from drivetrain.training.saving import RunState, newest_step, saved_batch
 from drivetrain.training.schedule import Schedule
 from drivetrain.training.tracking import Trackers
 from drivetrain.training.units import shard_units
 
 if TYPE_CHECKING:
     from drivetrain.binding import KernelBinder
+    from drivetrain.training.pulse import Pulse
 
 _BEFORE_RANKS = ("platform",)
 """Kinds that are resolved before the ranks meet: they tell how to meet."""
@@ -86,10 +88,12 @@ class Trainer:
         observers: Iterable[object] = (),
         note: Callable[[str], None] | None = None,
         registry: Registry | None = None,
+        pulse: Pulse | None = None,
     ) -> Trainer:
-        """A trainer for settings that are checked already. ``note`` is called with sentences that users should see."""
+        """A trainer for settings that are checked already. ``note`` is called with sentences that users should see;
+        ``pulse`` beats with each step."""
         trainer = cls.__new__(cls)
-        trainer._set(settings, progress=progress, observers=observers, note=note, registry=registry)
+        trainer._set(settings, progress=progress, observers=observers, note=note, registry=registry, pulse=pulse)
         return trainer
 
     def _set(
@@ -100,8 +104,10 @@ class Trainer:
         observers: Iterable[object],
         note: Callable[[str], None] | None = None,
         registry: Registry | None = None,
+        pulse: Pulse | None = None,
     ) -> None:
         self.settings = settings
+        self._pulse = pulse
         self._progress = progress
         self._observers = Observers()
         for observer in observers:
@@ -118,7 +124,7 @@ class Trainer:
         touched.
         """
         with self.assembled() as work:
-            return work.train(on_step)
+            return work.train(on_step, self._pulse)
 
     @contextmanager
     def assembled(self) -> Iterator[Assembled]:
@@ -198,7 +204,14 @@ class Assembly:
         forward = ModelForward(prepared.model, parts.attention, parts.spec.attention)
         order = SampleOrder(len(samples), self.settings.seed, self.settings.shuffle)
         run = TrainingRun(prepared, self.recipe, samples, forward, order, shape, steps, ranks, parts.platform)
-        state = RunState(self.store, prepared, ranks, self._identity(samples), self.observers)
+        described = {
+            "batch": shape.batch,
+            "sizes": self._asked_sizes(),
+            "world_size": ranks.world_size,
+            "schedule": {**schedule.config.model_dump(mode="json"), "steps": steps},
+            "plan": json.loads(parts.plan.to_json()),
+        }
+        state = RunState(self.store, prepared, ranks, self._identity(samples), self.observers, described)
         trackers = ranks.together("making the trackers", lambda: Trackers(parts, Path(self.settings.folder), ranks))
         work = Assembled(parts, binder, run, state, trackers, self.note)
         self._resume(work)
@@ -265,19 +278,39 @@ class Assembly:
     # --- how long and how large --------------------------------------------------------------------------------------
 
     def _step_shape(self) -> StepShape:
+        """That of the settings; where they are those of the saved state, with as many samples a step as there."""
         settings, world_size = self.settings, self.ranks.world_size
-        if settings.batch is None:
+        batch = settings.batch or self._kept_batch()
+        if batch is None:
             return StepShape(settings.micro_batch, settings.accumulate or 1, world_size)
         at_once = settings.micro_batch * world_size
-        if settings.batch % at_once:
+        if batch % at_once:
             raise ConfigError(
-                f"a step of {settings.batch} samples can't be shared out equally among {world_size} ranks "
+                f"a step of {batch} samples can't be shared out equally among {world_size} ranks "
                 f"with micro-batches of {settings.micro_batch}",
                 where="trainer.batch",
-                found=settings.batch,
+                found=batch,
                 allowed=f"a multiple of {at_once}",
+                hint=None
+                if settings.batch
+                else "The run was begun with this number: start as many processes as divide it, or set trainer.batch.",
             )
-        return StepShape(settings.micro_batch, settings.batch // at_once, world_size)
+        return StepShape(settings.micro_batch, batch // at_once, world_size)
+
+    def _kept_batch(self) -> int | None:
+        """Samples of a step in the newest saved state; None where there is none, or other sizes were asked for."""
+        if self.settings.resume == "never":
+            return None
+        step = newest_step(self.store, self.ranks)
+        if step is None:
+            return None
+        metadata = self.ranks.together("reading the saved state", lambda: self.store.metadata(step))
+        return saved_batch(metadata, self._asked_sizes())
+
+    def _asked_sizes(self) -> dict[str, Any]:
+        """What the settings say of a step's size. While they stay, the number of samples stays, however many ranks."""
+        settings = self.settings
+        return {"micro_batch": settings.micro_batch, "accumulate": settings.accumulate, "batch": settings.batch}
 
     def _num_steps(self, num_samples: int, shape: StepShape) -> int:
         if self.settings.steps is not None:
@@ -354,12 +387,16 @@ class Assembled:
         self.run.progress.samples = int(metadata["samples"])
         self.run.progress.tokens = int(metadata["tokens"])
 
-    def train(self, on_step: Callable[[StepResult, int], None] | None = None) -> TrainingResult:
+    def train(
+        self, on_step: Callable[[StepResult, int], None] | None = None, pulse: Pulse | None = None
+    ) -> TrainingResult:
         """Make the steps that are left, save on the way, and write the model."""
         run = self.run
         losses: list[float] = []
 
         def after_step(result: StepResult) -> None:
+            if pulse is not None:
+                pulse.beat()
             losses.append(result.loss)
             self.trackers.record(result, is_last=result.step == run.steps)
             if on_step is not None and run.ranks.is_first:
@@ -379,6 +416,8 @@ class Assembled:
             outcome = str(error) or type(error).__name__
             raise
         finally:
+            if pulse is not None:
+                pulse.rest()
             self.trackers.finish(outcome)
         return TrainingResult(self._export(), run.step_number, tuple(losses))
 
