@@ -334,3 +334,21 @@ def test_packed_weights_that_are_replaced_are_seen(checkpoint: FolderCheckpoint)
 def test_every_layout_of_packed_weights_has_a_kernel() -> None:
     assert set(DECODERS) <= provider().operations()
     assert set(HERE) <= set(VARIANTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chosen", ["dense", "linear_int8", "linear_int4"])
+def test_what_an_earlier_step_has_left_behind_does_not_matter(
+    checkpoint: FolderCheckpoint, chosen: str, dtype: torch.dtype
+) -> None:
+    """Numbers that are none, in memory that a step takes over from another product, do not come through."""
+    module = build(checkpoint, provider(), dtype)
+    if chosen != "dense":
+        put_packed(module, provider(), CHOICES[chosen], dtype)
+    wanted = scores(module, PagedCpuAttention)
+    name = str(dtype).removeprefix("torch.")
+    for size in (64, 96, 100, 300):
+        kernel = provider().make(KernelSpec("gated_linear", "cpu", name, {"I": size, "O": size}, {"activation": 0.0}))
+        bad = torch.full((70, size), torch.nan, dtype=dtype)
+        assert kernel(bad, torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)).isnan().all()
+        assert torch.equal(scores(module, PagedCpuAttention), wanted), f"after a product of size {size}"
