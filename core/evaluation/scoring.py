@@ -19,6 +19,7 @@ from drivetrain.contracts.attention import AttentionBatch
 from drivetrain.contracts.kinds import KINDS
 from drivetrain.contracts.source import Progress
 from drivetrain.errors import ConfigError
+from drivetrain.packed.ledger import model_bytes
 from drivetrain.registry.selection import PartRequest
 from drivetrain.serving.packing import addresses
 
@@ -67,12 +68,11 @@ class Scorer:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of everything that the model keeps; what several of its tensors share counts once."""
+        """Bytes of everything that the model keeps; what several of its tensors share counts once, and what an
+        allocation is rounded up by does not count."""
         model = self._runner.model
         assert isinstance(model, torch.nn.Module)
-        kept = [*model.parameters(), *model.buffers()]
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
-        return sum(storages.values())
+        return model_bytes(model)
 
     @property
     def num_parameters(self) -> int:

@@ -48,8 +48,10 @@ def to_codes(rows: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
     bits = rows.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     most = tl.maximum(tl.max(bits, axis=1), 0x0D800000)  # at least 2^-100
     largest = most.to(tl.float32, bitcast=True)
-    x = rows * (largest_code / largest)[:, None]
-    scales = tl.where(most < 0x7F800000, largest / largest_code, float("nan"))
+    is_finite = most < 0x7F800000
+    # An infinity times 0 would be an invalid operation, which the interpreter reports.
+    x = rows * tl.where(is_finite, largest_code / largest, float("nan"))[:, None]
+    scales = tl.where(is_finite, largest / largest_code, float("nan"))
     if FORMAT == 1:
         # The addition rounds to the nearest integer, ties to even, and leaves it in the lowest bits.
         codes = (x + 12582912.0).to(tl.int32, bitcast=True)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import processors
+from torch import nn
 from torch.nn import functional
 
 from drivetrain.config import load_settings
 from drivetrain.contracts.loader import TokenizerData
 from drivetrain.errors import ConfigError
 from drivetrain.evaluation import Comparison, TextWindows, compare_quantizers, read_tokens
+from drivetrain.evaluation.scoring import Scorer
 from drivetrain.evaluation.text import opening_of
 from drivetrain.registry.selection import PartRequest
 from drivetrain.serving.tokenizer import Tokenizer
@@ -170,3 +173,13 @@ def test_text_that_can_not_be_used_is_refused_with_numbers(tmp_path: Path) -> No
         read(b"ab", 100)
     with pytest.raises(ConfigError, match="can't read the text: No such file"):
         read_tokens(tmp_path / "absent", tokenizer, None, default=8, option="--tokens")
+
+
+def test_what_an_allocation_is_rounded_up_by_is_no_part_of_the_model() -> None:
+    """Weights in pages of 2 MiB lie in storages that are larger than they are; tied ones count once."""
+    table = nn.Parameter(torch.zeros(4096)[:96].view(8, 12))
+    model = nn.ModuleDict({"table": nn.Embedding(8, 12), "head": nn.Linear(12, 8, bias=False)})
+    for layer in model.values():
+        layer.weight = table
+    stack: Any = SimpleNamespace(engine=SimpleNamespace(runner=SimpleNamespace(model=model)))
+    assert Scorer(stack).weight_bytes == 96 * 4

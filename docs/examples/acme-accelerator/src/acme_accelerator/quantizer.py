@@ -6,8 +6,8 @@ Shapes: I input features; O output features.
 from __future__ import annotations
 
 import torch
-from drivetrain.contracts.plugin import PluginConfig, Tier
-from drivetrain.contracts.quantizer import Quantizer
+from drivetrain.contracts.plugin import Tier
+from drivetrain.contracts.quantizer import Declaration, Quantizer, QuantizerConfig
 from pydantic import Field
 from torch import nn
 from torch.nn import functional
@@ -41,6 +41,9 @@ class AcmeLinear(nn.Module):
 
 
 def _on_card(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy of ``tensor``; on the meta device, where only sizes are asked for, it takes nothing of the card."""
+    if tensor.is_meta:
+        return torch.empty(tuple(tensor.shape), dtype=dtype, device="meta")
     return zeros(tuple(tensor.shape), dtype, tensor.device).copy_(tensor.detach())
 
 
@@ -50,7 +53,7 @@ class AcmeQuantizer(Quantizer):
     contract_version = "1.0"
     tier = Tier.REFERENCE
 
-    class Config(PluginConfig):
+    class Config(QuantizerConfig):
         keep: tuple[str, ...] = Field(
             ("lm_head",), description="Last parts of the names of layers that keep their full precision."
         )
@@ -60,6 +63,10 @@ class AcmeQuantizer(Quantizer):
     def bits_per_weight(self) -> float | None:
         """8, and a float32 scale a row: 0.5 bits for a row of 64, less for longer ones."""
         return 8.5
+
+    def declares(self) -> Declaration:
+        """What is known of it before any weight is there."""
+        return Declaration("int8, one scale a row")
 
     def convert(self, name: str, linear: nn.Linear) -> nn.Module:
         """As in the contract. Raises MemoryBudgetError when the card is full."""
