@@ -82,7 +82,7 @@ def test_products_of_every_number_of_rows(variant: str, operation: str, number: 
 
 
 @pytest.mark.parametrize("variant", HERE)
-@pytest.mark.parametrize("operation", ["linear_int4", "linear_int3"])
+@pytest.mark.parametrize("operation", ["linear_int4", "linear_int4_a8", "linear_int3"])
 @pytest.mark.parametrize("group", [8, 24, 32, 64, 96, 128, 384, 3456])
 def test_groups_of_any_size(variant: str, operation: str, group: int) -> None:
     """Those that are no whole vectors, and those that begin in the middle of what is made ready at a time."""
@@ -99,7 +99,7 @@ def test_inputs_that_fill_no_vector(variant: str, operation: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("operation", ["linear_int8", "linear_int4", "linear_int3", "linear_w8a8"])
+@pytest.mark.parametrize("operation", ["linear_int8", "linear_int4", "linear_int4_a8", "linear_int3", "linear_w8a8"])
 def test_scales_of_any_floating_dtype_are_read(operation: str, dtype: torch.dtype) -> None:
     case = use(operation, 0, 2, 128, 20)
     inputs = [
@@ -127,7 +127,7 @@ def test_every_float8_number_is_read_exactly(variant: str) -> None:
                 assert torch.equal(row.nan_to_num(), wanted.nan_to_num())
 
 
-@pytest.mark.parametrize("operation", ["linear_int8", "linear_int4", "linear_w8a8", "linear_fp8a8"])
+@pytest.mark.parametrize("operation", ["linear_int8", "linear_int4", "linear_int4_a8", "linear_w8a8", "linear_fp8a8"])
 def test_not_a_number_stays_one_and_in_its_row(operation: str) -> None:
     case = use(operation, 0, 6, 96, 20)
     for rows in (3, 6):
@@ -160,6 +160,7 @@ def test_the_largest_integers_do_not_overflow() -> None:
     [
         (KernelSpec("linear_int4", "cpu", "float32", {"I": 100, "O": 8}, {"group": 64.0}), "100"),
         (KernelSpec("linear_int4", "cpu", "float32", {"I": 33, "O": 8}, {"group": 33.0}), "33"),
+        (KernelSpec("linear_int4_a8", "cpu", "float32", {"I": 48, "O": 8}, {"group": 16.0}), "48"),
         (KernelSpec("linear_int3", "cpu", "float32", {"I": 36, "O": 8}, {"group": 12.0}), "36"),
         (KernelSpec("linear_int4", "cpu", "float32", {"I": 64, "O": 8}, {"group": 0.0}), "0"),
         (KernelSpec("linear_gguf", "cpu", "float32", {"I": 100, "O": 8}, {"type": 8.0}), "100"),
