@@ -342,6 +342,16 @@ static inline float total(Floats v) { return sum8(v); }
 static inline void group_scales(const Matrix& m, const void* from, int o, int first, int count, float* out) {
   const int each = m.group / kAtom, groups = m.cols / m.group, begin = first / each;
   const size_t row = size_t(o) * groups;
+#if defined(__AVX512F__)
+  if (each == 1 && m.scale_format == 2) {
+    const uint16_t* halves = static_cast<const uint16_t*>(from) + row + first;
+    for (int a = 0; a < count; a += W) {
+      const __mmask16 mask = count - a >= W ? 0xffff : (1 << (count - a)) - 1;
+      store(out + a, (vf)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, halves + a)));
+    }
+    return;
+  }
+#endif
   if (each == 1) {
     scales_at(from, m.scale_format, row + first, count, out);
   } else {
@@ -395,8 +405,17 @@ static inline void nibble_rows(const Matrix& m, int o, const Rounded& x, int tok
         for (int i = 0; i < count; i += W) least[r][t] += load(mins[r] + i) * load(inputs + i);
     }
   }
-  for (int t = 0; t < M; t++)
-    for (int r = 0; r < R; r++) out[t][at + r] = total(sums[r][t]) + sum(least[r][t]);
+#pragma GCC unroll 4
+  for (int t = 0; t < M; t++) {
+    if constexpr (R == 4 && sizeof(Floats) == sizeof(vf)) {
+      auto all = [&](int r) { return (vf)sums[r][t] + least[r][t]; };
+      float totals[4];
+      dt::sum4(all(0), all(1), all(2), all(3), totals);
+      for (int r = 0; r < 4; r++) out[t][at + r] = totals[r];
+    } else {
+      for (int r = 0; r < R; r++) out[t][at + r] = total(sums[r][t]) + sum(least[r][t]);
+    }
+  }
 }
 
 template <int M>
@@ -544,6 +563,26 @@ Rounded digit_rows(const float* rows, size_t stride, int num_tokens, int size, f
 // One row with a scale for each 32 inputs, evens and odds of each step apart.
 static void round_nibbles(const float* row, int size, int8_t* out, float* scales, float* sums) {
   const size_t blocks = blocks_of(size);
+#if defined(__AVX512VNNI__)
+  const __m512i even_and_odd = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), one = _mm512_set1_epi32(1);
+  for (size_t b = 0; b < whole_steps(blocks); b++) {
+    const bool is_there = b < blocks;
+    const __m512 low = is_there ? _mm512_loadu_ps(row + b * kAtom) : _mm512_setzero_ps();
+    const __m512 high = is_there ? _mm512_loadu_ps(row + b * kAtom + W) : _mm512_setzero_ps();
+    const bool is_nan = _mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q) != 0;
+    const float scale = is_nan ? __builtin_nanf("") : _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high))) / 127.0f;
+    const __m512 by = _mm512_set1_ps(scale == 0.0f ? 1.0f : scale);
+    const __m512i first = _mm512_cvtps_epi32(_mm512_div_ps(low, by)), second = _mm512_cvtps_epi32(_mm512_div_ps(high, by));
+    const __m512i even = _mm512_permutex2var_epi32(first, even_and_odd, second);
+    const __m512i odd = _mm512_permutex2var_epi32(first, _mm512_add_epi32(even_and_odd, one), second);
+    scales[b] = scale;
+    sums[b] = scale * float(_mm512_reduce_add_epi32(_mm512_add_epi32(even, odd)));
+    if (b >= (blocks + kAtoms - 1) / kAtoms * kAtoms) continue;
+    int8_t* to = out + b / kAtoms * (2 * kBytes) + b % kAtoms * (kAtom / 2);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(even));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kBytes), _mm512_cvtepi32_epi8(odd));
+  }
+#else
   for (size_t b = 0; b < whole_steps(blocks); b++) {
     int8_t ints[kAtom];
     scales[b] = sums[b] = 0;
@@ -562,6 +601,7 @@ static void round_nibbles(const float* row, int size, int8_t* out, float* scales
       to[kBytes + i] = ints[2 * i + 1];
     }
   }
+#endif
 }
 
 Rounded round_rows(const float* rows, size_t stride, int num_tokens, int size, Rounding rounding, float* space) {
