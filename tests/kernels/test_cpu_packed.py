@@ -111,6 +111,23 @@ def test_scales_of_any_floating_dtype_are_read(operation: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("variant", HERE)
+@pytest.mark.parametrize("group", [32, 64, 128, 256, 640])
+def test_groups_with_half_scales_and_rounded_activations(variant: str, group: int) -> None:
+    """Rows that end in the middle of a vector of scales, and more of them than are widened at a time."""
+    for rows, inner in ((1, 640), (3, 3840), (20, 1280)):
+        if inner % group:
+            continue
+        case = use("linear_int4_a8", 0, rows, inner, 7, group)
+        x, weight, scales, mins, bias = case.inputs(torch.float32, "cpu")
+        assert scales is not None
+        assert mins is not None
+        inputs = (x, weight, scales.half(), mins.half(), bias)
+        spec = case.spec("cpu", "float32")
+        wanted = REFERENCE.make(spec)(*inputs)
+        torch.testing.assert_close(provider(variant).make(spec)(*inputs), wanted, rtol=1e-5, atol=3e-4)
+
+
+@pytest.mark.parametrize("variant", HERE)
 def test_every_float8_number_is_read_exactly(variant: str) -> None:
     weight = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(256, 1)
     wanted = weight.float()[:, 0]

@@ -91,12 +91,15 @@ static Matrix matrix_of(const dt_matrix& m) {
 // What is done to activations: rounding as the operation says, or nothing but another form, in which int8 weights are read faster.
 enum class Form { kPlain, kRows, kBlocks, kFloat8, kTiles, kDigits, kNibbles, kRoundedFloats };
 
+// Tokens up to which weights of four bits are multiplied as they are; with more, widening them once is faster (measured).
+constexpr int kMostNibbles = 24;
+
 static Form form_of(const dt_matrix& m, int tokens) {
   const bool is_tiled = kHasIntTiles && m.format == int(Format::kInt8) && tokens > kFewRows;
   const bool is_dotted = kHasDots && m.format == int(Format::kInt8) && tokens <= kFewRows;
   if (m.rounding == int(Rounding::kNone)) return is_tiled || is_dotted ? Form::kDigits : Form::kPlain;
   if (m.rounding == int(Rounding::kRows)) return is_tiled ? Form::kTiles : Form::kRows;
-  if (m.rounding == int(Rounding::kNibbles)) return streams(matrix_of(m)) ? Form::kNibbles : Form::kRoundedFloats;
+  if (m.rounding == int(Rounding::kNibbles)) return streams(matrix_of(m)) && tokens <= kMostNibbles ? Form::kNibbles : Form::kRoundedFloats;
   return m.rounding == int(Rounding::kBlocks) ? Form::kBlocks : Form::kFloat8;
 }
 static bool is_plain(const dt_matrix& m, int tokens) { return form_of(m, tokens) == Form::kPlain; }

@@ -343,11 +343,14 @@ static inline void group_scales(const Matrix& m, const void* from, int o, int fi
   const int each = m.group / kAtom, groups = m.cols / m.group, begin = first / each;
   const size_t row = size_t(o) * groups;
 #if defined(__AVX512F__)
-  if (each == 1 && m.scale_format == 2) {
-    const uint16_t* halves = static_cast<const uint16_t*>(from) + row + first;
-    for (int a = 0; a < count; a += W) {
-      const __mmask16 mask = count - a >= W ? 0xffff : (1 << (count - a)) - 1;
-      store(out + a, (vf)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, halves + a)));
+  if (each <= W && (each & (each - 1)) == 0 && m.scale_format == 2) {  // spans begin with a group
+    const uint16_t* halves = static_cast<const uint16_t*>(from) + row + begin;
+    const int shift = __builtin_ctz(each), most = W >> shift;
+    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int a = 0; a < count; a += W, halves += most) {
+      const int left = (count - a) >> shift;
+      const __m512 found = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1 << (left < most ? left : most)) - 1, halves));
+      store(out + a, (vf)_mm512_permutexvar_ps((__m512i)(lane >> shift), found));
     }
     return;
   }
