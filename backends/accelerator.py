@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from drivetrain.contracts.platform import MemoryInfo, Platform, PlatformFacts, SupportsGraphs, SupportsStreams
+from drivetrain.contracts.platform import (
+    MemoryInfo,
+    Platform,
+    PlatformFacts,
+    SharesMachine,
+    SupportsGraphs,
+    SupportsStreams,
+)
 from drivetrain.contracts.plugin import PluginConfig, Tier
 from drivetrain.errors import ConfigError, PlatformError
 
@@ -35,12 +42,15 @@ class AcceleratorPlatform(Platform):
 
     @classmethod
     def abilities(cls) -> frozenset[str]:
-        claimed = {"streams": SupportsStreams, "graphs": SupportsGraphs}
+        claimed = {"streams": SupportsStreams, "graphs": SupportsGraphs, "shares": SharesMachine}
         return frozenset(name for name, protocol in claimed.items() if issubclass(cls, protocol))
 
     @abstractmethod
     def _module(self) -> Any:
         """``torch.cuda`` or ``torch.xpu``, imported on the first call."""
+
+    def take_device(self, local_rank: int) -> None:
+        self.config = self.config.model_copy(update={"device": self.config.device + local_rank})
 
     def activate(self) -> None:
         """Open the device. Raises ConfigError for an index that does not exist, PlatformError when opening fails."""

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from drivetrain.serving.async_engine import AsyncEngine
     from drivetrain.serving.llm import LLM
     from drivetrain.serving.types import Completion, GenerationResult, SamplingParams
+    from drivetrain.training.own_loop import prepare
+    from drivetrain.training.trainer import Trainer
 
 __version__ = "0.1.0"
 
@@ -22,9 +24,21 @@ _EXPORTS = {
     "GenerationResult": "drivetrain.serving.types",
     "LLM": "drivetrain.serving.llm",
     "SamplingParams": "drivetrain.serving.types",
+    "Trainer": "drivetrain.training.trainer",
+    "prepare": "drivetrain.training.own_loop",
 }
 
-__all__ = ["LLM", "AsyncEngine", "Completion", "DrivetrainError", "GenerationResult", "SamplingParams", "__version__"]
+__all__ = [  # noqa: RUF022  the version stands last, as a test says
+    "LLM",
+    "AsyncEngine",
+    "Completion",
+    "DrivetrainError",
+    "GenerationResult",
+    "SamplingParams",
+    "Trainer",
+    "prepare",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -383,7 +383,7 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
     if parts.checkpoint is None or parts.spec is None:
         raise ConfigError("no model is named", hint="Give one with --model NAME, for example smollm2-135m.")
     parts.platform.activate()
-    _build_attention(parts, progress)
+    build_attention(parts, progress)
     device = parts.platform.device()
     tokenizer = Tokenizer(parts.checkpoint.tokenizer())
     master = _keep_master_copy(parts)
@@ -424,7 +424,7 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
     return ServingStack(engine, parts, tokenizer, binder, max_model_len, defaults)
 
 
-def _build_attention(parts: Parts, progress: Progress) -> None:
+def build_attention(parts: Parts, progress: Progress) -> None:
     """Have the attention backend compile what it needs. Under ``auto``, one that can't gives way to the next, which is
     a fallback; one that was named is an error (KernelBuildError)."""
     refs = list(parts.registry.refs)
@@ -463,13 +463,14 @@ def _keep_master_copy(parts: Parts) -> MasterCopy | None:
 def build_model(
     parts: Parts,
     kernels: KernelProvider,
-    quantizer: Quantizer,
+    quantizer: Quantizer | None,
     progress: Progress = silent,
     report: SelectionReport | None = None,
 ) -> tuple[CausalLM, KernelBinder]:
     """Build the model from its files with these kernels and this quantizer; also returns what was bound.
 
-    report: says who asked for ``kernels``; by default the parts' own.
+    quantizer: None for a model that is trained.
+    report:    says who asked for ``kernels``; by default the parts' own.
     """
     import torch
 
@@ -487,9 +488,12 @@ def build_model(
         progress=progress,
     )
     dtype = getattr(torch, parts.precision.dtypes().param)
+    device = parts.platform.device()
+    if quantizer is None:
+        model = parts.model.build(parts.checkpoint, BuildContext(device, dtype, binder.bind, None, progress))
+        return model, binder
     conversion = Conversion(quantizer, (report or parts.report)["quantizer"].chosen.name, parts.checkpoint)
-    context = BuildContext(parts.platform.device(), dtype, binder.bind, conversion, progress)
-    model = parts.model.build(parts.checkpoint, context)
+    model = parts.model.build(parts.checkpoint, BuildContext(device, dtype, binder.bind, conversion, progress))
     conversion.check_rules()
     note = conversion.note()
     if note is not None and note not in parts.notes:

@@ -168,6 +168,29 @@ class CalibrationError(DrivetrainError):
     """A model can't be calibrated: what goes through it is no number, or a run does not go on from where it was."""
 
 
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+class TrainingError(DrivetrainError):
+    """A training run can't begin or go on."""
+
+
+class DataError(TrainingError):
+    """Data can't be read, or is not what the recipe trains on; the message names file and line."""
+
+
+class NonFiniteError(TrainingError):
+    """A loss or gradient is not finite; the message names the first module that it came from."""
+
+
+class RankLostError(TrainingError):
+    """Another rank is gone, or has kept this one waiting for too long. Going on from a saved state may help."""
+
+
+class TrackerError(TrainingError):
+    """The figures of a run can't be written."""
+
+
 # --- saved training state ------------------------------------------------------------------------------------------
 
 

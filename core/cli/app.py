@@ -34,6 +34,12 @@ _COMMANDS = {
     "swap": "swap:swap",
     "quantize": "quantize:quantize",
     "eval": "evaluate:app",
+    "train": "train:train",
+    "plan": "plan:plan",
+    "rendezvous": "rendezvous:rendezvous",
+    "state": "state:app",
+    "plot": "plot:plot",
+    "config": "config_import:app",
     "bench": "bench:app",
     "demo": "demo:demo",
 }

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from drivetrain.config import Settings, load_settings, parse_assignment
+from drivetrain.config.deepspeed import read_deepspeed
 from drivetrain.contracts.kinds import KINDS
 from drivetrain.errors import ConfigError
 from drivetrain.registry.lock import check_lock
@@ -44,22 +45,25 @@ def _shared_parameters(kinds: tuple[str, ...]) -> dict[str, Any]:
 
 
 SERVING_KINDS = tuple(name for name, kind in KINDS.items() if "serve" in kind.purposes and name != "frontend")
+TRAINING_KINDS = tuple(name for name, kind in KINDS.items() if "train" in kind.purposes)
 
 
 def with_settings(
-    *extra_kinds: str, leave_out: tuple[str, ...] = ()
+    *extra_kinds: str, kinds: tuple[str, ...] = SERVING_KINDS, leave_out: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the command's ``settings`` parameter is built from the shared options, which it gains.
 
-    extra_kinds: kinds beside those of serving from Python, for example ``frontend``.
+    kinds:       that have an option; by default those of serving from Python.
+    extra_kinds: kinds beside them, for example ``frontend``.
     leave_out:   options that the command does without, or has in a form of its own.
 
     A parameter of the command named ``config_file`` is a second way to give ``--config``, and one named ``model_name``
-    stands for ``--model``; both go into the settings alone.
+    stands for ``--model``; both go into the settings alone. One named ``deepspeed`` is the path of a DeepSpeed
+    configuration, whose settings win over the file's.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        every = _shared_parameters((*SERVING_KINDS, *extra_kinds))
+        every = _shared_parameters((*kinds, *extra_kinds))
         shared = {name: annotation for name, annotation in every.items() if name not in leave_out}
         hints = typing.get_type_hints(command, include_extras=True)
         signature = inspect.signature(command)
@@ -84,6 +88,10 @@ def with_settings(
             given["config"] = positional or given["config"]
             if "model_name" in kwargs:
                 given["model"] = kwargs.pop("model_name")
+            if (imported := kwargs.pop("deepspeed", None)) is not None:
+                given["deepspeed"] = imported
+            if "deepspeed" in signature.parameters:
+                kwargs["deepspeed"] = imported
             return command(*args, settings=_settings(given), **kwargs)
 
         positional = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
@@ -126,7 +134,8 @@ def _settings(given: dict[str, Any]) -> Settings:
     config, assignments, locked = given.pop("config"), given.pop("assignments"), given.pop("locked")
     if locked is not None:
         given["plugins"] = {"lock": str(locked)}
-    settings = load_settings(config, given, assignments or ())
+    imported = read_deepspeed(given.pop("deepspeed")).settings if "deepspeed" in given else {}
+    settings = load_settings(config, given, assignments or (), imported=imported)
     if settings.lock is not None:  # here already, since a command may load observers before it resolves parts
         check_lock(settings.lock)
     return settings

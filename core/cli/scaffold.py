@@ -36,13 +36,16 @@ _SUMMARIES = {
     "kernels": "rms_norm and silu_mul in plain torch.",
     "loader": "Reads weights.npz with config.json and tokenizer.json from a folder.",
     "model": "The smallest architecture that attends, in one layer.",
+    "optimizer": "Stochastic gradient descent with momentum, by torch.",
     "partitioner": "One process holds everything.",
     "platform": "The processor of this machine, under a name of its own.",
     "precision": "bfloat16 to compute in, float32 to remember and to sum in.",
     "quantizer": "Weights as int8 with one scale a row.",
+    "recipe": "Next-token training on the lines of text files.",
     "scheduler": "Short prompts first; waiting makes up for length.",
     "source": "A folder with one folder, file or link for each model.",
     "store": "One safetensors file for each state, by one process.",
+    "tracker": "Figures as a table of comma-separated values.",
 }
 """Kind -> what the generated class does, in the words of its docstring."""
 

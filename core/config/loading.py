@@ -1,20 +1,21 @@
 """Read settings from a file, option values and ``a.b=c`` assignments, and say exactly where something is wrong.
 
 Later layers win: file, then options, then assignments. A part named again is replaced with its options, since options
-belong to the plugin that was named before; the tables ``engine`` and ``plugins`` are merged.
+belong to the plugin that was named before; the tables ``engine``, ``trainer`` and ``plugins`` are merged.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from drivetrain.config.settings import TOP_LEVEL_KEYS, EngineSettings, Settings
+from drivetrain.config.trainer import TrainerSettings
 from drivetrain.contracts.kinds import KINDS
 from drivetrain.errors import ConfigError, nearest
 from drivetrain.registry.selection import PartRequest
@@ -22,10 +23,13 @@ from drivetrain.registry.selection import PartRequest
 _KIND_OF_KEY = {kind.key: kind.name for kind in KINDS.values()}
 _PLUGINS_KEYS = ("allow", "lock")
 _DEEPEST = 32
+_IMPORTED = "DeepSpeed configuration"
 
 Tree = dict[str, Any]
 Lines = dict[tuple[str, ...], str]
 """Dotted path (as a tuple) -> where it was said: ``run.yaml:4``, ``--set``, ``argument``."""
+
+_Table = TypeVar("_Table", bound=BaseModel)
 
 
 def load_settings(
@@ -34,17 +38,23 @@ def load_settings(
     assignments: Iterable[str] = (),
     *,
     origin: str = "command line",
+    imported: Mapping[str, Any] | None = None,
 ) -> Settings:
     """Merge and check all layers. Raises ConfigError with place, path, what was found and what is allowed.
 
     options:     top-level key -> value; None values are skipped.
     assignments: ``a.b=c`` strings; the value is read as YAML.
     origin:      what to call the place that ``options`` and ``assignments`` come from.
+    imported:    settings that were read from another program's configuration; they win over the file's, key by key of
+                 the tables, and over nothing else.
     """
     tree: Tree = {}
     lines: Lines = {}
     if file is not None:
         tree, lines = _read_file(Path(file))
+    for key, value in (imported or {}).items():
+        for path, leaf in _leaves((key,), value):
+            _assign(tree, lines, path, _plain(leaf, path, lines, _IMPORTED), _IMPORTED)
     for key, value in (options or {}).items():
         if value is not None:
             _check_key(key, origin)
@@ -53,6 +63,15 @@ def load_settings(
         path, value = parse_assignment(assignment)
         _assign(tree, lines, path, _plain(value, path, lines, origin), origin)
     return _check(tree, lines, default_origin=str(file) if file else origin)
+
+
+def _leaves(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Dotted path -> what is no table; a part's name comes first, since it sets its options back."""
+    if not isinstance(value, Mapping):
+        yield path, value
+        return
+    for key in sorted(value, key=lambda key: key != "name"):
+        yield from _leaves((*path, key), value[key])
 
 
 def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:
@@ -209,8 +228,9 @@ def _check(tree: Tree, lines: Lines, default_origin: str) -> Settings:
     parts = {
         kind: _part(kind, key, tree[key], lines, default_origin) for key, kind in _KIND_OF_KEY.items() if key in tree
     }
-    engine = _engine(tree.get("engine"), lines, default_origin)
-    return Settings(model, parts, engine, *_plugins(tree, lines, default_origin))
+    engine = _table("engine", EngineSettings, tree, lines, default_origin)
+    trainer = _table("trainer", TrainerSettings, tree, lines, default_origin)
+    return Settings(model, parts, engine, *_plugins(tree, lines, default_origin), trainer)
 
 
 def _part(kind: str, key: str, value: Any, lines: Lines, default_origin: str) -> PartRequest:
@@ -232,17 +252,19 @@ def _part(kind: str, key: str, value: Any, lines: Lines, default_origin: str) ->
     return PartRequest(kind, name, options, where, places)
 
 
-def _engine(value: Any, lines: Lines, default_origin: str) -> EngineSettings:
+def _table(key: str, model: type[_Table], tree: Tree, lines: Lines, default_origin: str) -> _Table:
+    """The settings of a table that no plugin decides."""
+    value = tree.get(key)
     if value is not None and not isinstance(value, dict):
-        raise ConfigError("engine takes a table of settings", where=lines.get(("engine",), default_origin), found=value)
+        raise ConfigError(f"{key} takes a table of settings", where=lines.get((key,), default_origin), found=value)
     try:
-        return EngineSettings.model_validate(value or {})
+        return model.model_validate(value or {})
     except ValidationError as error:
         first = error.errors()[0]
-        path = ("engine", *(str(part) for part in first["loc"]))
+        path = (key, *(str(part) for part in first["loc"]))
         place = f"{_place(path, lines, default_origin)}: {'.'.join(path)}"
         if first["type"] == "extra_forbidden":
-            raise _unknown(path[-1], place, list(EngineSettings.model_fields)) from error
+            raise _unknown(path[-1], place, list(model.model_fields)) from error
         raise ConfigError(first["msg"].removeprefix("Value error, "), where=place, found=first["input"]) from error
 
 

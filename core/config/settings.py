@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from drivetrain.config.trainer import TrainerSettings
 from drivetrain.contracts.kinds import KINDS
 from drivetrain.registry.selection import PartRequest
 
@@ -108,11 +109,12 @@ class EngineSettings(BaseModel):
 class Settings:
     """A checked configuration. Built by :func:`drivetrain.config.load_settings`; never changed afterwards.
 
-    model:  name of the weights; None where a command needs none.
-    parts:  kind -> what was asked for; kinds that nobody named are absent and take their default.
-    engine: limits of the serving loop.
-    allow:  distributions whose plugins may be chosen; None allows all that are installed.
-    lock:   lock file that what is installed must equal; None checks nothing.
+    model:   name of the weights; None where a command needs none.
+    parts:   kind -> what was asked for; kinds that nobody named are absent and take their default.
+    engine:  limits of the serving loop.
+    allow:   distributions whose plugins may be chosen; None allows all that are installed.
+    lock:    lock file that what is installed must equal; None checks nothing.
+    trainer: length, size of steps and folder of a training run.
     """
 
     model: str | None = None
@@ -120,7 +122,8 @@ class Settings:
     engine: EngineSettings = field(default_factory=EngineSettings)
     allow: tuple[str, ...] | None = None
     lock: str | None = None
+    trainer: TrainerSettings = field(default_factory=lambda: TrainerSettings.model_validate({}))
 
 
-TOP_LEVEL_KEYS = ("model", *(kind.key for kind in KINDS.values()), "engine", "plugins")
+TOP_LEVEL_KEYS = ("model", *(kind.key for kind in KINDS.values()), "engine", "trainer", "plugins")
 """Every key that a configuration file may have at its top."""

@@ -140,6 +140,16 @@ _OPERATIONS = (
         constants=("weight", "scales", "mins", "bias"),
     ),
     Operation(
+        "linear_int4_a8",
+        "(x: [..., I], weight: uint8 [O, I / 2], scales: [O, I / group], mins: [O, I / group], bias: [O] | None) "
+        "-> [..., O]",
+        "linear_int4 of activations that are rounded as linear_w8a8 rounds them, but with one scale for each 32 inputs "
+        "of a row; I is a multiple of 32; spec params: group",
+        tolerance=_PRODUCTS,
+        constants=("weight", "scales", "mins", "bias"),
+        rounds_inputs=True,
+    ),
+    Operation(
         "linear_fp8",
         "(x: [..., I], weight: float8_e4m3fn [O, I], scales: [O], bias: [O] | None) -> [..., O]",
         "x @ (weight * scales[:, None]).T + bias; scales are of any floating dtype",

@@ -68,6 +68,13 @@ _ORDERED = (
         purposes=("train",),
     ),
     Kind(
+        "optimizer",
+        "drivetrain.contracts.optimizer:Optimizer",
+        "how gradients change parameters, and how fast",
+        default="adamw",
+        purposes=("train",),
+    ),
+    Kind(
         "store",
         "drivetrain.contracts.store:Store",
         "where training state is saved, and how",
@@ -81,6 +88,20 @@ _ORDERED = (
         "drivetrain.contracts.kernels:KernelProvider",
         "the implementation of each logical operation",
         minor=1,
+    ),
+    Kind(
+        "recipe",
+        "drivetrain.contracts.recipe:Recipe",
+        "what is trained: data, batches, loss",
+        default="sft",
+        purposes=("train",),
+    ),
+    Kind(
+        "tracker",
+        "drivetrain.contracts.tracker:Tracker",
+        "where the figures of a training run go",
+        default="jsonl",
+        purposes=("train",),
     ),
     Kind(
         "scheduler",

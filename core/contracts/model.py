@@ -55,6 +55,15 @@ class CausalLM(Protocol):
         cap or scale applied."""
 
 
+@runtime_checkable
+class ScoresTargets(Protocol):
+    """A built model that scores targets without holding all logits."""
+
+    def token_losses(self, hidden_TE: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+        """Cross entropy of each row's target, float32 [T]; 0 and no gradient where the target is -100. The same as from
+        ``logits``, but for rounding."""
+
+
 @dataclass(frozen=True)
 class BuildContext:
     """What a model needs to be built.

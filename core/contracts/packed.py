@@ -66,5 +66,5 @@ def _gathered(tensor: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     import torch
 
     if tensor.is_floating_point() and tensor.element_size() == 1:
-        return tensor.view(torch.uint8)[ids].view(tensor.dtype)
-    return tensor[ids]
+        return tensor.view(torch.uint8).index_select(0, ids).view(tensor.dtype)
+    return tensor.index_select(0, ids)

@@ -91,6 +91,14 @@ class Platform(Plugin):
 
 
 @runtime_checkable
+class SharesMachine(Protocol):
+    """Ability ``shares``: several processes of one machine each take a device of their own."""
+
+    def take_device(self, local_rank: int) -> None:
+        """Use the device that is ``local_rank`` behind the configured one. Called before ``activate``."""
+
+
+@runtime_checkable
 class SupportsStreams(Protocol):
     """Ability ``streams``: work on a second queue beside the current one."""
 

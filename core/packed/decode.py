@@ -71,6 +71,7 @@ DECODERS: dict[str, Decoder] = {
     "linear_int8": by_row,
     "linear_fp8": by_row,
     "linear_int4": by_nibble,
+    "linear_int4_a8": by_nibble,
     "linear_int3": by_three_bits,
     "linear_w8a8": by_row,
     "linear_fp8a8": by_float8,

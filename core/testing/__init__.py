@@ -21,13 +21,16 @@ SUITES = {
     "KernelsSuite": "kernels",
     "LoaderSuite": "loader",
     "ModelSuite": "model",
+    "OptimizerSuite": "optimizer",
     "PartitionerSuite": "partitioner",
     "PlatformSuite": "platform",
     "PrecisionSuite": "precision",
     "QuantizerSuite": "quantizer",
+    "RecipeSuite": "recipe",
     "SchedulerSuite": "scheduler",
     "SourceSuite": "source",
     "StoreSuite": "store",
+    "TrackerSuite": "tracker",
 }
 """Name of a suite -> the kind it is for, which is also the module in ``drivetrain.testing.suites``."""
 

@@ -205,6 +205,7 @@ _SPECIAL: Mapping[str, Callable[[_Draw, Values], Values]] = {
     "linear_cross_entropy": _targets,
     "linear_int8": _int8_weight,
     "linear_int4": _int4_weight,
+    "linear_int4_a8": _int4_weight,
     "linear_fp8": _fp8_weight,
     "linear_int3": _int3_weight,
     "linear_w8a8": _int8_weight,
@@ -370,6 +371,17 @@ def _linear_fp8a8(
     return _linear_by_row(params, _passing(x, rounded * scale), weight, scales, bias)
 
 
+def _linear_int4_a8(
+    params: Params,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    mins: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    return _linear_int4(params, _in_int8(x.unflatten(-1, (-1, 32))).flatten(-2), weight, scales, mins, bias)
+
+
 def _linear_gguf(params: Params, x: torch.Tensor, blocks: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return _linear(params, x, _from_blocks(int(params["type"]), blocks), bias)
 
@@ -482,6 +494,7 @@ ORACLES: Mapping[str, Callable[..., Any]] = {
     "sample": _sample,
     "linear_int8": _linear_by_row,
     "linear_int4": _linear_int4,
+    "linear_int4_a8": _linear_int4_a8,
     "linear_fp8": _linear_by_row,
     "linear_int3": _linear_int3,
     "linear_w8a8": _linear_w8a8,
@@ -595,6 +608,16 @@ def _by_group_cases(operation: str, *weights_in_a_byte: int) -> Iterator[Case]:
             yield Case(operation, shapes, {"I": inner, "O": outer}, {"group": float(group)})
 
 
+def _linear_int4_a8_cases() -> Iterator[Case]:
+    """Those of ``linear_int4`` whose inputs fill blocks, and groups smaller and larger than a block."""
+    yield from (case for case in _by_group_cases("linear_int4_a8", 2) if case.sizes["I"] % 32 == 0)
+    for lead in _LEADS:
+        for inner, outer, group in ((64, 7, 16), (96, 17, 48), (160, 9, 32), (192, 5, 192)):
+            groups = (outer, inner // group)
+            shapes = ((*lead, inner), (outer, inner // 2), groups, groups, (outer,))
+            yield Case("linear_int4_a8", shapes, {"I": inner, "O": outer}, {"group": float(group)})
+
+
 def _linear_gguf_cases(operation: str) -> Iterator[Case]:
     for number, kind in BLOCK_TYPES.items():
         for lead in _LEADS:
@@ -618,6 +641,7 @@ _GRIDS: Mapping[str, Callable[[], Iterator[Case]]] = {
     "sample": _sample_cases,
     "linear_int8": lambda: _linear_by_row_cases("linear_int8"),
     "linear_int4": lambda: _by_group_cases("linear_int4", 2),
+    "linear_int4_a8": _linear_int4_a8_cases,
     "linear_fp8": lambda: _linear_by_row_cases("linear_fp8"),
     "linear_int3": lambda: _by_group_cases("linear_int3", 4, 8),
     "linear_w8a8": lambda: _linear_by_row_cases("linear_w8a8"),

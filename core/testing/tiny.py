@@ -46,6 +46,39 @@ class TinyNet(nn.Module):
         return logits
 
 
+class AwkwardNet(nn.Module):
+    """As :class:`TinyNet`, of parameters that are awkward to cut: a shared matrix, a frozen bias, a parameter without
+    dims and one without elements, dtypes that differ, and fewer rows than there may be ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB_SIZE, HIDDEN_SIZE)
+        self.layers = nn.ModuleList(Block(0.0) for _ in range(NUM_BLOCKS))
+        self.squeeze = nn.Linear(HIDDEN_SIZE, 1)
+        self.widen = nn.Linear(1, HIDDEN_SIZE)
+        self.gain = nn.Parameter(torch.tensor(1.5))
+        self.nothing = nn.Parameter(torch.empty(0, 4))
+        self.head = nn.Linear(HIDDEN_SIZE, VOCAB_SIZE, bias=False)
+        self.head.weight = self.embed.weight
+        self.widen.bias.requires_grad_(False)
+        self.squeeze.bfloat16()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        hidden = self.gain * hidden + self.widen(self.squeeze(hidden)) + self.nothing.sum()
+        logits: torch.Tensor = self.head(hidden)
+        return logits
+
+
+def make_awkward_net(seed: int = 0) -> AwkwardNet:
+    """A net whose weights depend on ``seed`` only."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AwkwardNet()
+
+
 def make_net(dropout: float = 0.0, seed: int = 0) -> TinyNet:
     """A net whose weights depend on ``seed`` only."""
     with torch.random.fork_rng(devices=[]):

@@ -11,6 +11,7 @@ Shapes: T tokens of a step; S sequences; E hidden size; R rotary dims.
 from __future__ import annotations
 
 import ctypes
+import operator
 import threading
 from collections.abc import Sequence
 from typing import Any, cast
@@ -102,7 +103,10 @@ class _Weights:
     def __init__(self, parts: Sequence[DecoderLayerParts], view: PagedView, ropes: Sequence[int | None]) -> None:
         self._tensors: list[torch.Tensor] = []
         self._copies: list[torch.Tensor] = []
-        self._packed: list[tuple[PackedLinear, str, torch.Tensor]] = []
+        # Of packed layers: the dict that a layer keeps its tensors in, the name there, and the tensor that was found.
+        self._owners: list[dict[str, torch.Tensor | None]] = []
+        self._names: list[str] = []
+        self._packed: list[torch.Tensor] = []
         groups = {layer: group for group in view.spec.groups for layer in group.layers}
         self.layers = (LayerFields * len(parts))()
         for index, part in enumerate(parts):
@@ -147,15 +151,20 @@ class _Weights:
 
     def _packed_matrix(self, projection: Projection, layer: PackedLinear) -> MatrixFields:
         described = describe(projection, layer)
-        self._packed += [(layer, name, tensor) for name, tensor in layer.packed.tensors.items()]
+        for name, tensor in layer.packed.tensors.items():
+            self._owners.append(layer._buffers)
+            self._names.append(name)
+            self._packed.append(tensor)
         self._copies += described.kept
         return described.fields
 
     @property
     def are_where_they_were(self) -> bool:
         """False once a parameter has other memory or a packed layer another tensor: what the library holds is stale."""
-        is_packed_alike = all(layer._buffers[name] is tensor for layer, name, tensor in self._packed)
-        return is_packed_alike and [tensor.data_ptr() for tensor in self._tensors] == self._places
+        # Hundreds of tensors, at every step: no loop of Python's own.
+        if not all(map(operator.is_, map(operator.getitem, self._owners, self._names), self._packed)):
+            return False
+        return list(map(torch.Tensor.data_ptr, self._tensors)) == self._places
 
 
 class _Bound(threading.local):

@@ -26,12 +26,23 @@ Kernel = Callable[..., Any]
 _SCALE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """dtype of scales that are read where they lie -> its number in the library; others are copied to float32."""
 
-_FORMATS = {"linear_int8": 2, "linear_w8a8": 2, "linear_fp8": 3, "linear_fp8a8": 3, "linear_int4": 4, "linear_int3": 5}
+_FORMATS = {
+    "linear_int8": 2,
+    "linear_w8a8": 2,
+    "linear_fp8": 3,
+    "linear_fp8a8": 3,
+    "linear_int4": 4,
+    "linear_int4_a8": 4,
+    "linear_int3": 5,
+}
 _BLOCK_FORMATS = 16
 """Operation -> number of its weights' format (``Format`` in ``src/matmul.h``); of GGUF blocks, this and ggml's type."""
 
-_ROUNDINGS = {"linear_w8a8": 1, "linear_gguf_a8": 2, "linear_fp8a8": 3}
+_ROUNDINGS = {"linear_w8a8": 1, "linear_gguf_a8": 2, "linear_fp8a8": 3, "linear_int4_a8": 4}
 """Operation -> what is done to activations first (``Rounding`` in ``src/rounded.h``)."""
+
+_BY_GROUP = {"linear_int4": 2, "linear_int4_a8": 32, "linear_int3": 8}
+"""Operation with scales of groups -> what inputs must be a multiple of, beside the group."""
 
 _WEIGHT_DTYPES = {
     "weight": {
@@ -40,6 +51,7 @@ _WEIGHT_DTYPES = {
         "linear_fp8": torch.float8_e4m3fn,
         "linear_fp8a8": torch.float8_e4m3fn,
         "linear_int4": torch.uint8,
+        "linear_int4_a8": torch.uint8,
     },
     "low": {"linear_int3": torch.uint8},
     "high": {"linear_int3": torch.uint8},
@@ -68,13 +80,11 @@ def refused_shape(spec: KernelSpec) -> Probe | None:
             known = ", ".join(str(key) for key in BLOCK_TYPES)
             return Probe.no("unsupported_type", "no such GGUF blocks", wanted=f"type {number}", offered=known)
         return _refused_multiple(size, BLOCK_TYPES[int(number)].size)
-    if spec.operation in ("linear_int4", "linear_int3"):
+    if spec.operation in _BY_GROUP:
         group = spec.params.get("group", size)
         if group < 1 or group != int(group):
             return Probe.no("unsupported_shape", "no group size", wanted=str(group), offered="a whole number above 0")
-        return _refused_multiple(size, 2 if spec.operation == "linear_int4" else 8) or _refused_multiple(
-            size, int(group)
-        )
+        return _refused_multiple(size, _BY_GROUP[spec.operation]) or _refused_multiple(size, int(group))
     return None
 
 
@@ -186,10 +196,10 @@ def _shapes(
     groups = scales.shape[1] if scales.dim() == 2 else 0
     if groups < 1 or size % groups:
         raise _fail(f"{operation}: {size} inputs are not divided by scales", tuple(scales.shape), f"({rows}, groups)")
-    weights = {"weight": 2} if operation == "linear_int4" else {"low": 4, "high": 8}
+    weights = {"weight": 2} if operation != "linear_int3" else {"low": 4, "high": 8}
     divided = {name: (rows, size // count) for name, count in weights.items()}
-    if any(size % count for count in weights.values()):
-        raise _fail(f"{operation}: inputs fill no whole bytes", size, f"multiples of {max(weights.values())}")
+    if size % _BY_GROUP[operation]:
+        raise _fail(f"{operation}: inputs fill no whole bytes or blocks", size, f"multiples of {_BY_GROUP[operation]}")
     return {**divided, "scales": (rows, groups), "mins": (rows, groups)}
 
 

@@ -40,6 +40,7 @@ _MAKERS: Mapping[str, Callable[[KernelSpec], Callable[..., Any]]] = {
     "sample": lambda spec: sample,
     "linear_int8": make_decoded,
     "linear_int4": make_decoded,
+    "linear_int4_a8": make_rounded,
     "linear_fp8": make_decoded,
     "linear_int3": make_decoded,
     "linear_w8a8": make_rounded,

@@ -23,7 +23,7 @@ _ACTIVATIONS = (silu_mul, gelu_tanh_mul)
 
 _LARGEST_INT8, _LARGEST_FLOAT8 = 127, 448
 _ROUNDED_BLOCK = 32
-"""Inputs that have a scale of their own in ``linear_gguf_a8``."""
+"""Inputs that have a scale of their own in ``linear_gguf_a8`` and ``linear_int4_a8``."""
 
 
 def make_gated_linear(spec: KernelSpec) -> Callable[..., torch.Tensor]:
@@ -83,7 +83,7 @@ def make_rounded(spec: KernelSpec) -> Callable[..., torch.Tensor]:
         with torch.no_grad():
             if operation == "linear_fp8a8":
                 rounded = _as_float8(exact, weights[2].to(wide))
-            elif operation == "linear_gguf_a8":
+            elif operation in ("linear_gguf_a8", "linear_int4_a8"):
                 rounded = _as_int8(exact.unflatten(-1, (-1, _ROUNDED_BLOCK))).flatten(-2)
             else:
                 rounded = _as_int8(exact)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from drivetrain.kernels.triton.tuning import Tuner
 
 _DTYPES = ", ".join(DTYPES)
-_ABSENT = {"linear", "linear_int3", "linear_w8a8", "linear_fp8a8", "linear_gguf", "linear_gguf_a8"}
+_ABSENT = {"linear", "linear_int3", "linear_int4_a8", "linear_w8a8", "linear_fp8a8", "linear_gguf", "linear_gguf_a8"}
 _OPERATIONS = frozenset(name for name, it in OPERATIONS.items() if not it.takes_modules) - _ABSENT
 _MAX_FEATURES = 32768
 """A row lies in the registers of one program."""

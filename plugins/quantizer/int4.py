@@ -1,4 +1,4 @@
-"""Weights as 4-bit integers in groups that share a scale and a minimum; activations stay as they are.
+"""Weights as 4-bit integers in groups that share a scale and a minimum; activations as they are, or rounded to int8.
 
 Shapes: N some rows; I input features; O output features; G groups of a row; g weights of a group.
 """
@@ -6,6 +6,7 @@ Shapes: N some rows; I input features; O output features; G groups of a row; g w
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -29,6 +30,9 @@ FitGrid = Callable[[torch.Tensor, torch.Tensor], Grid]
 
 _MOST = 15
 """The largest of the 16 codes."""
+
+_BLOCK = 32
+"""Inputs that share a scale where activations are rounded."""
 
 _CENTRE = 8
 """The code of zero where codes are symmetric."""
@@ -54,10 +58,15 @@ class Int4Config(QuantizerConfig):
     scale_dtype: Literal["float16", "float32"] = Field(
         "float16", description="of scales and minima; float32 for weights beyond float16, at twice their bits"
     )
+    activations: Literal["none", "int8"] = Field(
+        "none",
+        description="none: as they are; int8: rounded while they are used, with a scale for each 32 inputs of a token, "
+        "which makes products of integers of them",
+    )
 
 
 class Int4Quantizer(SavesPacked, Quantizer):
-    """Weights as 4-bit integers in groups with a scale and a minimum; activations stay as they are."""
+    """Weights as 4-bit integers in groups with a scale and a minimum; activations as they are, or rounded to int8."""
 
     Config = Int4Config
     config: Int4Config
@@ -69,15 +78,17 @@ class Int4Quantizer(SavesPacked, Quantizer):
     def declares(self) -> Declaration:
         config = self.config
         form = "symmetric" if config.symmetric else "asymmetric"
-        return Declaration(
-            f"int4, {form}, a {config.scale_dtype} scale and minimum for each {config.group} weights",
-            group_size=config.group,
-            operations=("linear_int4",),
-        )
+        weights = f"int4, {form}, a {config.scale_dtype} scale and minimum for each {config.group} weights"
+        if config.activations == "int8":
+            rounded = "int8, a scale for each 32 inputs of a token, dynamic"
+            return Declaration(weights, rounded, group_size=config.group, operations=("linear_int4_a8",))
+        return Declaration(weights, group_size=config.group, operations=("linear_int4",))
 
     def convert(self, name: str, linear: nn.Linear) -> nn.Module:
         config = self.config
         checked_group(name, linear.in_features, config.group)
+        if config.activations == "int8":
+            checked_group(name, linear.in_features, _BLOCK)
         packed = pack_int4(
             linear.weight,
             config.group,
@@ -86,6 +97,8 @@ class Int4Quantizer(SavesPacked, Quantizer):
             scale_dtype=self._scale_dtype,
         )
         self._check_range(name, packed)
+        if config.activations == "int8":
+            packed = replace(packed, operation="linear_int4_a8")
         bias = None if linear.bias is None else linear.bias.detach().clone()
         return PackedLinear(packed, bias).train(linear.training)
 

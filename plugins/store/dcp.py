@@ -89,10 +89,23 @@ class _Job:
 
     def copied(self) -> _Job:
         """With values of its own, in the host's memory."""
-        from torch.distributed.checkpoint.staging import BlockingAsyncStager
-
-        state: Any = BlockingAsyncStager().stage(self.state)
+        state = {name: _host_copy(tensor) for name, tensor in self.state.items()}
         return _Job(self.step, state, copy.deepcopy(self.metadata))
+
+
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """torch's own stager fails on a DTensor whose shard is a view of a larger tensor."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    whole: Any = tensor
+    mine = _host_copy(whole.to_local().detach())
+    copied: torch.Tensor = DTensor.from_local(
+        mine, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+    return copied
 
 
 class DcpStore(Store):

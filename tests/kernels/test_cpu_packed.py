@@ -82,7 +82,7 @@ def test_products_of_every_number_of_rows(variant: str, operation: str, number: 
 
 
 @pytest.mark.parametrize("variant", HERE)
-@pytest.mark.parametrize("operation", ["linear_int4", "linear_int3"])
+@pytest.mark.parametrize("operation", ["linear_int4", "linear_int4_a8", "linear_int3"])
 @pytest.mark.parametrize("group", [8, 24, 32, 64, 96, 128, 384, 3456])
 def test_groups_of_any_size(variant: str, operation: str, group: int) -> None:
     """Those that are no whole vectors, and those that begin in the middle of what is made ready at a time."""
@@ -99,7 +99,7 @@ def test_inputs_that_fill_no_vector(variant: str, operation: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("operation", ["linear_int8", "linear_int4", "linear_int3", "linear_w8a8"])
+@pytest.mark.parametrize("operation", ["linear_int8", "linear_int4", "linear_int4_a8", "linear_int3", "linear_w8a8"])
 def test_scales_of_any_floating_dtype_are_read(operation: str, dtype: torch.dtype) -> None:
     case = use(operation, 0, 2, 128, 20)
     inputs = [
@@ -108,6 +108,23 @@ def test_scales_of_any_floating_dtype_are_read(operation: str, dtype: torch.dtyp
     ]
     spec = case.spec("cpu", "float32")
     torch.testing.assert_close(provider().make(spec)(*inputs), REFERENCE.make(spec)(*inputs), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", HERE)
+@pytest.mark.parametrize("group", [32, 64, 128, 256, 640])
+def test_groups_with_half_scales_and_rounded_activations(variant: str, group: int) -> None:
+    """Rows that end in the middle of a vector of scales, and more of them than are widened at a time."""
+    for rows, inner in ((1, 640), (3, 3840), (20, 1280)):
+        if inner % group:
+            continue
+        case = use("linear_int4_a8", 0, rows, inner, 7, group)
+        x, weight, scales, mins, bias = case.inputs(torch.float32, "cpu")
+        assert scales is not None
+        assert mins is not None
+        inputs = (x, weight, scales.half(), mins.half(), bias)
+        spec = case.spec("cpu", "float32")
+        wanted = REFERENCE.make(spec)(*inputs)
+        torch.testing.assert_close(provider(variant).make(spec)(*inputs), wanted, rtol=1e-5, atol=3e-4)
 
 
 @pytest.mark.parametrize("variant", HERE)
@@ -127,7 +144,7 @@ def test_every_float8_number_is_read_exactly(variant: str) -> None:
                 assert torch.equal(row.nan_to_num(), wanted.nan_to_num())
 
 
-@pytest.mark.parametrize("operation", ["linear_int8", "linear_int4", "linear_w8a8", "linear_fp8a8"])
+@pytest.mark.parametrize("operation", ["linear_int8", "linear_int4", "linear_int4_a8", "linear_w8a8", "linear_fp8a8"])
 def test_not_a_number_stays_one_and_in_its_row(operation: str) -> None:
     case = use(operation, 0, 6, 96, 20)
     for rows in (3, 6):
@@ -160,6 +177,7 @@ def test_the_largest_integers_do_not_overflow() -> None:
     [
         (KernelSpec("linear_int4", "cpu", "float32", {"I": 100, "O": 8}, {"group": 64.0}), "100"),
         (KernelSpec("linear_int4", "cpu", "float32", {"I": 33, "O": 8}, {"group": 33.0}), "33"),
+        (KernelSpec("linear_int4_a8", "cpu", "float32", {"I": 48, "O": 8}, {"group": 16.0}), "48"),
         (KernelSpec("linear_int3", "cpu", "float32", {"I": 36, "O": 8}, {"group": 12.0}), "36"),
         (KernelSpec("linear_int4", "cpu", "float32", {"I": 64, "O": 8}, {"group": 0.0}), "0"),
         (KernelSpec("linear_gguf", "cpu", "float32", {"I": 100, "O": 8}, {"type": 8.0}), "100"),
@@ -334,3 +352,21 @@ def test_packed_weights_that_are_replaced_are_seen(checkpoint: FolderCheckpoint)
 def test_every_layout_of_packed_weights_has_a_kernel() -> None:
     assert set(DECODERS) <= provider().operations()
     assert set(HERE) <= set(VARIANTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chosen", ["dense", "linear_int8", "linear_int4"])
+def test_what_an_earlier_step_has_left_behind_does_not_matter(
+    checkpoint: FolderCheckpoint, chosen: str, dtype: torch.dtype
+) -> None:
+    """Numbers that are none, in memory that a step takes over from another product, do not come through."""
+    module = build(checkpoint, provider(), dtype)
+    if chosen != "dense":
+        put_packed(module, provider(), CHOICES[chosen], dtype)
+    wanted = scores(module, PagedCpuAttention)
+    name = str(dtype).removeprefix("torch.")
+    for size in (64, 96, 100, 300):
+        kernel = provider().make(KernelSpec("gated_linear", "cpu", name, {"I": size, "O": size}, {"activation": 0.0}))
+        bad = torch.full((70, size), torch.nan, dtype=dtype)
+        assert kernel(bad, torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)).isnan().all()
+        assert torch.equal(scores(module, PagedCpuAttention), wanted), f"after a product of size {size}"

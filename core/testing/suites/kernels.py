@@ -346,7 +346,7 @@ class KernelsSuite(Suite):
             has_float8 = any(value is not None and value.dtype == torch.float8_e4m3fn for value in inputs)
             checks = _CHECKS_WITHOUT_SCHEMA if has_float8 else ("test_schema", *_CHECKS_WITHOUT_SCHEMA)
             try:
-                torch.library.opcheck(operator.overload, (*arguments, *operator.constants), **checks)
+                torch.library.opcheck(operator.overload, (*arguments, *operator.constants), test_utils=checks)
             except Exception as error:  # whatever rule is broken, by whatever exception torch tells it
                 pytest.fail(f"{case} {dtype}: {type(error).__name__}: {error}")
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import pytest
 import torch
-from torch import nn
 
+from drivetrain.contracts.optimizer import NamedParameters
 from drivetrain.contracts.partitioner import PartitionContext, Partitioner
 from drivetrain.contracts.precision import Dtypes
 from drivetrain.errors import ConfigError
 from drivetrain.registry import PluginRef, load
 from drivetrain.testing.suite import Suite, not_run
-from drivetrain.testing.tiny import SHARD_UNITS, VOCAB_SIZE, loss_of, make_batch, make_net
+from drivetrain.testing.tiny import (
+    SHARD_UNITS,
+    VOCAB_SIZE,
+    loss_of,
+    make_awkward_net,
+    make_batch,
+    make_net,
+)
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -26,6 +33,12 @@ RELATIVE, ABSOLUTE = 1e-4, 1e-5
 
 _FLOAT32 = Dtypes("float32", "float32")
 _STEPS = 3
+_TRAININGS: Sequence[Mapping[str, Any]] = (
+    {},
+    {"micro_batches": 2, "max_norm": 0.1},
+    {"micro_batches": 2, "max_norm": 0.1, "is_awkward": True},
+)
+"""What ranks make together; tests name them by their place."""
 _ROWS = 8
 _RANK_SECONDS = 60.0
 
@@ -44,11 +57,11 @@ class Run:
     logits: torch.Tensor
 
 
-def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def adamw(parameters: NamedParameters) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
 
 
-def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def sgd(parameters: NamedParameters) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.5)
 
 
@@ -69,10 +82,11 @@ def train(
     ranks: int = 1,
     micro_batches: int = 1,
     max_norm: float = 1e9,
-    factory: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = adamw,
+    factory: Callable[[NamedParameters], torch.optim.Optimizer] = adamw,
+    is_awkward: bool = False,
 ) -> Run:
     """A few steps in the order in which a training loop makes them, on this rank's share of each batch."""
-    net = partitioner.partition(make_net(), context)
+    net = partitioner.partition(make_awkward_net() if is_awkward else make_net(), context)
     optimizer = partitioner.make_optimizer(net, factory)
     losses, norms = [], []
     for step in range(_STEPS):
@@ -92,15 +106,17 @@ def train(
     return Run(losses, norms, logits.detach().clone())
 
 
-def train_plainly(max_norm: float = 1e9, factory: Callable[..., torch.optim.Optimizer] = adamw) -> Run:
+def train_plainly(
+    max_norm: float = 1e9, factory: Callable[..., torch.optim.Optimizer] = adamw, *, is_awkward: bool = False
+) -> Run:
     """The same steps on whole batches, with nothing but torch: the meaning that partitioners are held to."""
-    net = make_net()
-    optimizer = factory(net.parameters())
+    net = make_awkward_net().float() if is_awkward else make_net()
+    optimizer = factory([(name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad])
     losses, norms = [], []
     for step in range(_STEPS):
         loss = loss_of(net, batch_of_step(step))
         loss.backward()
-        gradients = [cast(torch.Tensor, parameter.grad) for parameter in net.parameters()]
+        gradients = [cast(torch.Tensor, p.grad) for p in net.parameters() if p.requires_grad]
         norm = float(torch.cat([gradient.double().reshape(-1) for gradient in gradients]).norm())
         for gradient in gradients:
             gradient.mul_(min(1.0, max_norm / norm))
@@ -127,7 +143,7 @@ class PartitionerSuite(Suite):
 
     kind = "partitioner"
     ranks: ClassVar[Sequence[int]] = (2,)
-    _refusals: ClassVar[dict[tuple[PluginRef, int], str]] = {}
+    _runs: ClassVar[dict[tuple[PluginRef, str, int], list[list[Run]] | str]] = {}
 
     @classmethod
     def partitioner(cls) -> Partitioner:
@@ -157,6 +173,11 @@ class PartitionerSuite(Suite):
         """A norm below the bound leaves the gradients as they are."""
         found = train(self.partitioner(), self.context(), max_norm=1e6, factory=sgd)
         expect_same(found, train_plainly(factory=sgd))
+
+    def test_awkward_parameters_train_as_plain_ones(self) -> None:
+        """Shared, frozen, without dims, without elements, of another dtype: the steps are the plain ones."""
+        found = train(self.partitioner(), self.context(), max_norm=0.1, is_awkward=True)
+        expect_same(found, train_plainly(max_norm=0.1, is_awkward=True))
 
     def test_outputs_stay(self) -> None:
         """Laying the model out changes none of its outputs."""
@@ -206,24 +227,34 @@ class PartitionerSuite(Suite):
 
     def test_ranks_together_equal_the_plain_steps(self, tmp_path: Path) -> None:
         """Ranks that each see their share of a batch make the step that one process makes on all of it."""
-        for count in self.ranks:
-            self._expect_same_over_ranks(tmp_path / f"plain{count}", count, {})
+        self._expect_same_over_ranks(tmp_path, 0)
 
     def test_ranks_accumulate_and_clip_together(self, tmp_path: Path) -> None:
         """With accumulation and clipping, ranks still make the plain step, and all of them see the same norm."""
-        for count in self.ranks:
-            self._expect_same_over_ranks(tmp_path / f"both{count}", count, {"micro_batches": 2, "max_norm": 0.1})
+        self._expect_same_over_ranks(tmp_path, 1)
 
-    def _expect_same_over_ranks(self, folder: Path, count: int, options: Mapping[str, Any]) -> None:
-        asked = (self.ref(), count)
-        runs = self._refusals.get(asked) or run_ranks(self.ref(), self.options, folder, count, options)
-        if isinstance(runs, str):
-            self._refusals[asked] = runs
-            pytest.skip(f"not claimed: {count} ranks ({runs})")
-        wanted = train_plainly(max_norm=options.get("max_norm", 1e9))
-        losses = [sum(run.losses[step] for run in runs) / count for step in range(_STEPS)]
-        for run in runs:
-            expect_same(Run(losses, run.norms, run.logits), wanted)
+    def test_ranks_share_out_awkward_parameters(self, tmp_path: Path) -> None:
+        """Rows that don't divide, or are fewer than ranks, and the rest of what is awkward, over ranks."""
+        self._expect_same_over_ranks(tmp_path, 2)
+
+    def _expect_same_over_ranks(self, folder: Path, number: int) -> None:
+        for count in self.ranks:
+            runs = self._runs_of(folder, count)
+            if isinstance(runs, str):
+                pytest.skip(f"not claimed: {count} ranks ({runs})")
+            training = _TRAININGS[number]
+            wanted = train_plainly(training.get("max_norm", 1e9), is_awkward=training.get("is_awkward", False))
+            of_ranks = [rank[number] for rank in runs]
+            losses = [sum(run.losses[step] for run in of_ranks) / count for step in range(_STEPS)]
+            for run in of_ranks:
+                expect_same(Run(losses, run.norms, run.logits), wanted)
+
+    def _runs_of(self, folder: Path, count: int) -> list[list[Run]] | str:
+        """One group of processes makes all trainings, since starting it takes longest."""
+        asked = (self.ref(), repr(sorted(self.options.items())), count)
+        if asked not in self._runs:
+            self._runs[asked] = run_ranks(self.ref(), self.options, folder / f"ranks{count}", count, _TRAININGS)
+        return self._runs[asked]
 
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:
@@ -233,14 +264,14 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def run_ranks(
-    ref: PluginRef, options: Mapping[str, Any], folder: Path, count: int, training: Mapping[str, Any]
-) -> list[Run] | str:
-    """Train in ``count`` processes joined by Gloo; their runs, or why the plugin refuses that many ranks."""
+    ref: PluginRef, options: Mapping[str, Any], folder: Path, count: int, trainings: Sequence[Mapping[str, Any]]
+) -> list[list[Run]] | str:
+    """Train in ``count`` processes joined by Gloo; the runs of each, or why the plugin refuses that many ranks."""
     if not torch.distributed.is_available():
         not_run("this build of torch has no torch.distributed")
     folder.mkdir()
     context = torch.multiprocessing.spawn(
-        _rank_main, args=(ref, dict(options), str(folder), count, dict(training)), nprocs=count, join=False
+        _rank_main, args=(ref, dict(options), str(folder), count, list(trainings)), nprocs=count, join=False
     )
     assert context is not None
     try:
@@ -255,11 +286,17 @@ def run_ranks(
     refusal = folder / "refused"
     if refusal.exists():
         return refusal.read_text(encoding="utf-8")
-    return [Run(**torch.load(folder / f"rank{rank}.pt", weights_only=True)) for rank in range(count)]
+    found = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(count)]
+    return [[Run(**run) for run in of_rank] for of_rank in found]
 
 
 def _rank_main(
-    rank: int, ref: PluginRef, options: Mapping[str, Any], folder: str, count: int, training: Mapping[str, Any]
+    rank: int,
+    ref: PluginRef,
+    options: Mapping[str, Any],
+    folder: str,
+    count: int,
+    trainings: Sequence[Mapping[str, Any]],
 ) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -269,9 +306,12 @@ def _rank_main(
     try:
         mesh = init_device_mesh("cpu", (count,), mesh_dim_names=("data",))
         plugin = load(ref)
-        partitioner = cast(Partitioner, plugin(plugin.Config.model_validate(options)))
-        run = train(partitioner, PartitionContext(mesh, _FLOAT32, SHARD_UNITS), rank=rank, ranks=count, **training)
-        torch.save(vars(run), Path(folder, f"rank{rank}.pt"))
+        runs = []
+        for training in trainings:
+            partitioner = cast(Partitioner, plugin(plugin.Config.model_validate(options)))
+            context = PartitionContext(mesh, _FLOAT32, SHARD_UNITS)
+            runs.append(vars(train(partitioner, context, rank=rank, ranks=count, **training)))
+        torch.save(runs, Path(folder, f"rank{rank}.pt"))
     except ConfigError as error:
         # A partitioner for one process says so when it sees the mesh: a refusal, and no failure.
         Path(folder, "refused").write_text(error.what, encoding="utf-8")

@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "matmul.h"
+#include "packed.h"
 #include "pool.h"
 #include "rounded.h"
 #include "rounded_tiles.h"
@@ -88,13 +89,17 @@ static Matrix matrix_of(const dt_matrix& m) {
 // --- products of rows, whatever is done to the activations first ---------------------------------------------------------
 
 // What is done to activations: rounding as the operation says, or nothing but another form, in which int8 weights are read faster.
-enum class Form { kPlain, kRows, kBlocks, kFloat8, kTiles, kDigits };
+enum class Form { kPlain, kRows, kBlocks, kFloat8, kTiles, kDigits, kNibbles, kRoundedFloats };
+
+// Tokens up to which weights of four bits are multiplied as they are; with more, widening them once is faster (measured).
+constexpr int kMostNibbles = 24;
 
 static Form form_of(const dt_matrix& m, int tokens) {
   const bool is_tiled = kHasIntTiles && m.format == int(Format::kInt8) && tokens > kFewRows;
   const bool is_dotted = kHasDots && m.format == int(Format::kInt8) && tokens <= kFewRows;
   if (m.rounding == int(Rounding::kNone)) return is_tiled || is_dotted ? Form::kDigits : Form::kPlain;
   if (m.rounding == int(Rounding::kRows)) return is_tiled ? Form::kTiles : Form::kRows;
+  if (m.rounding == int(Rounding::kNibbles)) return streams(matrix_of(m)) && tokens <= kMostNibbles ? Form::kNibbles : Form::kRoundedFloats;
   return m.rounding == int(Rounding::kBlocks) ? Form::kBlocks : Form::kFloat8;
 }
 static bool is_plain(const dt_matrix& m, int tokens) { return form_of(m, tokens) == Form::kPlain; }
@@ -127,10 +132,13 @@ static void multiply(const float* rows, size_t stride, int tokens, const dt_matr
     } else if (form == Form::kTiles || form == Form::kDigits) {
       if constexpr (kHasIntTiles)
         matmul(tile_rows(rows, stride, tokens, size, form == Form::kTiles ? 1 : 3, space), alike, sinks + begin, number);
-    } else if (form == Form::kFloat8) {
+    } else if (form == Form::kFloat8 || form == Form::kRoundedFloats) {
       float* copy = space + rounded(packed_floats(tokens, size));
       for (int t = 0; t < tokens; t++) memcpy(copy + size_t(t) * size, rows + size_t(t) * stride, size_t(size) * 4);
-      round_to_float8(copy, tokens, size, *first.x_scale);
+      if (form == Form::kFloat8)
+        round_to_float8(copy, tokens, size, *first.x_scale);
+      else
+        round_to_blocks(copy, tokens, size);
       matmul(pack(copy, size, tokens, size, space), alike, sinks + begin, number);
     } else {
       matmul(round_rows(rows, stride, tokens, size, Rounding(first.rounding), space), alike, sinks + begin, number);

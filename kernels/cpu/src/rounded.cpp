@@ -304,9 +304,144 @@ static void block_sums(const Matrix& m, int first, int count, const Rounded& x, 
   }
 }
 
+// --- two weights a byte, with scale and minimum of a group ---------------------------------------------------------------
+
+constexpr int kAtoms = 2 * kBytes / kAtom;  // in a step: kBytes bytes of weights, which are as many even inputs and as many odd ones
+typedef float Floats __attribute__((vector_size(sizeof(Sums))));
+
+#if defined(__AVX512VNNI__)
+static inline Bytes nibbles_at(const uint8_t* p, int bytes) {
+  return _mm512_maskz_loadu_epi8(bytes >= kBytes ? ~__mmask64(0) : (__mmask64(1) << bytes) - 1, p);
+}
+static inline Sums nibble_dots(Bytes w, const int8_t* x) {
+  const __m512i mask = _mm512_set1_epi8(15);
+  __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_and_si512(w, mask), _mm512_loadu_si512(x));
+  return (Sums)_mm512_dpbusd_epi32(sums, _mm512_and_si512(_mm512_srli_epi16(w, 4), mask), _mm512_loadu_si512(x + kBytes));
+}
+// Numbers of the atoms of a step, each as often as it has sums.
+static inline Floats spread(const float* p) {
+  const __m512i from = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return (Floats)_mm512_permutexvar_ps(from, _mm512_castps128_ps512(_mm_loadu_ps(p)));
+}
+static inline float total(Floats v) { return sum(v); }
+#else
+static inline Bytes nibbles_at(const uint8_t* p, int bytes) {
+  v32s v = {};
+  memcpy(&v, p, bytes >= kBytes ? kBytes : bytes);
+  return v;
+}
+static inline Sums nibble_dots(Bytes w, const int8_t* x) {
+  v8i sums = add_dot(v8i{}, (v32u)w & 15, load32(x));
+  return add_dot(sums, shifted((v32u)w, 4, 15), load32(x + kBytes));
+}
+static inline Floats spread(const float* p) { return Floats{p[0], p[0], p[0], p[0], p[1], p[1], p[1], p[1]}; }
+static inline float total(Floats v) { return sum8(v); }
+#endif
+
+// Scales and minima of atoms first .. first + count - 1, which is a whole span or the rest of a row. Behind them come zeros.
+static inline void group_scales(const Matrix& m, const void* from, int o, int first, int count, float* out) {
+  const int each = m.group / kAtom, groups = m.cols / m.group, begin = first / each;
+  const size_t row = size_t(o) * groups;
+#if defined(__AVX512F__)
+  if (each <= W && (each & (each - 1)) == 0 && m.scale_format == 2) {  // spans begin with a group
+    const uint16_t* halves = static_cast<const uint16_t*>(from) + row + begin;
+    const int shift = __builtin_ctz(each), most = W >> shift;
+    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int a = 0; a < count; a += W, halves += most) {
+      const int left = (count - a) >> shift;
+      const __m512 found = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1 << (left < most ? left : most)) - 1, halves));
+      store(out + a, (vf)_mm512_permutexvar_ps((__m512i)(lane >> shift), found));
+    }
+    return;
+  }
+#endif
+  if (each == 1) {
+    scales_at(from, m.scale_format, row + first, count, out);
+  } else {
+    float of_groups[kSpan + W];
+    scales_at(from, m.scale_format, row + begin, (first + count - 1) / each - begin + 1, of_groups);
+    int left = each - first % each;
+    for (int a = 0, g = 0; a < count; a++) {
+      out[a] = of_groups[g];
+      if (--left == 0) left = each, g++;
+    }
+  }
+  for (int a = count; a % W != 0 || a % kAtoms != 0; a++) out[a] = 0;
+}
+
+template <int R, int M>
+static inline void nibble_rows(const Matrix& m, int o, const Rounded& x, int token, float (*out)[kInts], int at) {
+  const int atoms = m.cols / kAtom;
+  const size_t ahead = (kAheadBytes / m.stride + 1) * m.stride;
+  const uint8_t* rows[R];
+  for (int r = 0; r < R; r++) rows[r] = static_cast<const uint8_t*>(m.weight) + size_t(o + r) * m.stride;
+  Floats sums[R][M] = {};
+  vf least[R][M] = {};
+  for (int first = 0; first < atoms; first += kSpan) {
+    const int count = atoms - first < kSpan ? atoms - first : kSpan;
+    alignas(64) float scales[R][kSpan], mins[R][kSpan];
+    for (int r = 0; r < R; r++) {
+      group_scales(m, m.scales, o + r, first, count, scales[r]);
+      group_scales(m, m.mins, o + r, first, count, mins[r]);
+    }
+    for (int a = 0; a < count; a += kAtoms) {
+      const int begin = (first + a) * (kAtom / 2), bytes = m.cols / 2 - begin;
+      Floats steps[M];
+#pragma GCC unroll 4
+      for (int t = 0; t < M; t++) steps[t] = spread(x.scales + size_t(token + t) * x.scale_stride + first + a);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        const Bytes w = nibbles_at(rows[r] + begin, bytes);
+        __builtin_prefetch(rows[r] + ahead + begin, 0, 2);
+        const Floats scale = spread(scales[r] + a);
+#pragma GCC unroll 4
+        for (int t = 0; t < M; t++) {
+          const Sums dots = nibble_dots(w, x.ints + size_t(token + t) * x.stride + 2 * begin);
+          sums[r][t] += __builtin_convertvector(dots, Floats) * (scale * steps[t]);
+        }
+      }
+    }
+    // What the minima add: of each atom the minimum times what its inputs stand for together.
+    for (int t = 0; t < M; t++) {
+      const float* inputs = x.sums + size_t(token + t) * x.scale_stride + first;
+      for (int r = 0; r < R; r++)
+        for (int i = 0; i < count; i += W) least[r][t] += load(mins[r] + i) * load(inputs + i);
+    }
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < M; t++) {
+    if constexpr (R == 4 && sizeof(Floats) == sizeof(vf)) {
+      auto all = [&](int r) { return (vf)sums[r][t] + least[r][t]; };
+      float totals[4];
+      dt::sum4(all(0), all(1), all(2), all(3), totals);
+      for (int r = 0; r < 4; r++) out[t][at + r] = totals[r];
+    } else {
+      for (int r = 0; r < R; r++) out[t][at + r] = total(sums[r][t]) + sum(least[r][t]);
+    }
+  }
+}
+
+template <int M>
+static void nibble_rows(const Matrix& m, int first, int count, const Rounded& x, int token, float (*out)[kInts]) {
+  constexpr int R = kRegisters == 32 || M == 1 ? 4 : 2;
+  int r = 0;
+  for (; r + R <= count; r += R) nibble_rows<R, M>(m, first + r, x, token, out, r);
+  for (; r < count; r++) nibble_rows<1, M>(m, first + r, x, token, out, r);
+}
+
+static void nibble_sums(const Matrix& m, int first, int count, const Rounded& x, int token, int tokens, float (*out)[kInts]) {
+  switch (tokens) {
+    case 1: return nibble_rows<1>(m, first, count, x, token, out);
+    case 2: return nibble_rows<2>(m, first, count, x, token, out);
+    case 3: return nibble_rows<3>(m, first, count, x, token, out);
+    default: return nibble_rows<4>(m, first, count, x, token, out);
+  }
+}
+
 static auto sums_of(const Matrix& m) -> void (*)(const Matrix&, int, int, const Rounded&, int, int, float (*)[kInts]) {
   switch (int(m.format)) {
     case int(Format::kInt8): return row_sums;
+    case int(Format::kInt4): return nibble_sums;
     case int(Format::kBlocks) + kQ4_0: return block_sums<kQ4_0>;
     case int(Format::kBlocks) + kQ4_1: return block_sums<kQ4_1>;
     case int(Format::kBlocks) + kQ5_0: return block_sums<kQ5_0>;
@@ -388,12 +523,13 @@ static int32_t total_of(const int8_t* ints, int size) {
 
 }  // namespace
 
-static int padded(int size) { return (size + 63) / 64 * 64; }
+static int padded(int size) { return (size + 127) / 128 * 128; }
+static size_t whole_steps(size_t blocks) { return (blocks + 15) / 16 * 16; }  // of vectors, and of kAtoms
 static size_t blocks_of(int size) { return (size + kAtom - 1) / kAtom; }
 
 size_t rounded_floats(int num_tokens, int size) {
   size_t digits = num_tokens <= kFewRows ? 3 : 1;
-  size_t each = digits * (padded(size) / 4 + 1) + 4 * blocks_of(size) + 1;
+  size_t each = digits * (padded(size) / 4 + 1) + 4 * whole_steps(blocks_of(size)) + 1;
   return (size_t(num_tokens) * each + 64 + 15) / 16 * 16;
 }
 
@@ -427,12 +563,56 @@ Rounded digit_rows(const float* rows, size_t stride, int num_tokens, int size, f
   return Rounded{num_tokens, size, padded(size), false, 3, ints, scales, nullptr, totals};
 }
 
-Rounded round_rows(const float* rows, size_t stride, int num_tokens, int size, Rounding rounding, float* space) {
-  const bool has_blocks = rounding == Rounding::kBlocks;
+// One row with a scale for each 32 inputs, evens and odds of each step apart.
+static void round_nibbles(const float* row, int size, int8_t* out, float* scales, float* sums) {
   const size_t blocks = blocks_of(size);
+#if defined(__AVX512VNNI__)
+  const __m512i even_and_odd = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), one = _mm512_set1_epi32(1);
+  for (size_t b = 0; b < whole_steps(blocks); b++) {
+    const bool is_there = b < blocks;
+    const __m512 low = is_there ? _mm512_loadu_ps(row + b * kAtom) : _mm512_setzero_ps();
+    const __m512 high = is_there ? _mm512_loadu_ps(row + b * kAtom + W) : _mm512_setzero_ps();
+    const bool is_nan = _mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q) != 0;
+    const float scale = is_nan ? __builtin_nanf("") : _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high))) / 127.0f;
+    const __m512 by = _mm512_set1_ps(scale == 0.0f ? 1.0f : scale);
+    const __m512i first = _mm512_cvtps_epi32(_mm512_div_ps(low, by)), second = _mm512_cvtps_epi32(_mm512_div_ps(high, by));
+    const __m512i even = _mm512_permutex2var_epi32(first, even_and_odd, second);
+    const __m512i odd = _mm512_permutex2var_epi32(first, _mm512_add_epi32(even_and_odd, one), second);
+    scales[b] = scale;
+    sums[b] = scale * float(_mm512_reduce_add_epi32(_mm512_add_epi32(even, odd)));
+    if (b >= (blocks + kAtoms - 1) / kAtoms * kAtoms) continue;
+    int8_t* to = out + b / kAtoms * (2 * kBytes) + b % kAtoms * (kAtom / 2);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(even));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kBytes), _mm512_cvtepi32_epi8(odd));
+  }
+#else
+  for (size_t b = 0; b < whole_steps(blocks); b++) {
+    int8_t ints[kAtom];
+    scales[b] = sums[b] = 0;
+    int8_t* to = out + b / kAtoms * (2 * kBytes) + b % kAtoms * (kAtom / 2);
+    if (b < blocks) {
+      scales[b] = largest_of(row + b * kAtom, kAtom) / 127.0f;
+      ints_of(row + b * kAtom, kAtom, scales[b], ints);
+      sums[b] = scales[b] * float(total_of(ints, kAtom));
+    } else if (b >= (blocks + kAtoms - 1) / kAtoms * kAtoms) {
+      continue;
+    } else {
+      memset(ints, 0, kAtom);
+    }
+    for (int i = 0; i < kAtom / 2; i++) {
+      to[i] = ints[2 * i];
+      to[kBytes + i] = ints[2 * i + 1];
+    }
+  }
+#endif
+}
+
+Rounded round_rows(const float* rows, size_t stride, int num_tokens, int size, Rounding rounding, float* space) {
+  const bool has_blocks = rounding == Rounding::kBlocks, has_nibbles = rounding == Rounding::kNibbles;
+  const size_t blocks = blocks_of(size), steps = whole_steps(blocks);
   int8_t* ints = reinterpret_cast<int8_t*>(space);
   float* scales = space + size_t(num_tokens) * padded(size) / 4;
-  float* sums = scales + size_t(num_tokens) * (has_blocks ? blocks : 1);
+  float* sums = scales + size_t(num_tokens) * (has_nibbles ? steps : has_blocks ? blocks : 1);
   int32_t* totals = reinterpret_cast<int32_t*>(sums + (has_blocks ? size_t(num_tokens) * 3 * blocks : 0));
   int run = 8192 / (size > 0 ? size : 1);
   if (run < 1) run = 1;
@@ -441,6 +621,10 @@ Rounded round_rows(const float* rows, size_t stride, int num_tokens, int size, R
     for (int t = chunk * run; t < end; t++) {
       const float* row = rows + size_t(t) * stride;
       int8_t* out = ints + size_t(t) * padded(size);
+      if (has_nibbles) {
+        round_nibbles(row, size, out, scales + t * steps, sums + t * steps);
+        continue;
+      }
       if (!has_blocks) {
         scales[t] = largest_of(row, size) / 127.0f;
         ints_of(row, size, scales[t], out);
@@ -457,7 +641,17 @@ Rounded round_rows(const float* rows, size_t stride, int num_tokens, int size, R
       }
     }
   });
-  return Rounded{num_tokens, size, padded(size), has_blocks, 1, ints, scales, sums, totals};
+  return Rounded{num_tokens, size, padded(size), has_blocks, 1, ints, scales, sums, totals, steps};
+}
+
+void round_to_blocks(float* rows, int num_tokens, int size) {
+  parallel(num_tokens, [&](int t, int) {
+    for (int b = 0; b < size; b += kAtom) {
+      float* at = rows + size_t(t) * size + b;
+      const float scale = largest_of(at, kAtom) / 127.0f;
+      for (int i = 0; i < kAtom; i += W) store(at + i, scale == 0.0f ? vf{} : nearest(load(at + i) / splat(scale)) * splat(scale));
+    }
+  });
 }
 
 // Four significant bits, below 2^-6 as many as are left above 2^-9: adding and taking off 1.5 * 2^23 units of the last place.

@@ -91,7 +91,9 @@ class DecoderModel(Model):
         )
 
     def build(self, checkpoint: Checkpoint, context: BuildContext) -> CausalLM:
-        _, module, tied = self._prepare(checkpoint, context)
+        shape, module, tied = self._prepare(checkpoint, context)
+        if context.quantizer is None:
+            module.bind_losses(shape, Kernels(context.bind, context.device.type, context.dtype))
         load_weights(module, checkpoint, context, tied)
         return module.eval()
 

@@ -95,6 +95,12 @@ class DecoderForCausalLM(nn.Module):
         self.logits_soft_cap = config.logits_soft_cap
         if spec is not None:
             self.spec = spec
+        self._token_losses: Callable[..., torch.Tensor] | None = None
+
+    def bind_losses(self, config: DecoderConfig, kernels: Kernels) -> None:
+        """Bind what only training needs."""
+        sizes = {"E": config.hidden_size, "V": config.vocab_size}
+        self._token_losses = kernels("linear_cross_entropy", sizes, {"soft_cap": config.logits_soft_cap or 0.0})
 
     def forward(self, ids_T: torch.Tensor, positions_T: torch.Tensor, step: AttentionStep) -> torch.Tensor:
         """Final hidden states after the last norm, [T, E]. ids and positions are int64 [T]; ``step`` attends."""
@@ -109,3 +115,10 @@ class DecoderForCausalLM(nn.Module):
         if self.logits_soft_cap is not None:
             scores_NV = torch.tanh(scores_NV / self.logits_soft_cap) * self.logits_soft_cap
         return scores_NV
+
+    def token_losses(self, hidden_TE: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+        """Cross entropy of each row's target, float32 [T]; 0 where the target is -100."""
+        if self.logits_divisor != 1.0:
+            hidden_TE = hidden_TE / self.logits_divisor
+        assert self._token_losses is not None, "the model was built for serving"
+        return self._token_losses(hidden_TE, self.lm_head.weight, targets_T)

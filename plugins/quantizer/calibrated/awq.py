@@ -2,7 +2,8 @@
 
 Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration" (2023): a channel's
 weights are multiplied by ``mean(|x|) ** ratio`` and its input is divided by it; the ratio is searched, then how much
-of each group's range to cut. Errors are those of the layers' outputs over all calibration tokens, by second moments.
+of each group's range to cut. Beyond the paper, scales and values may then be chosen again. Errors are those of the
+layers' outputs over all calibration tokens, by second moments.
 
 Shapes: O output features; I input features; N groups of a row; g weights of a group.
 """
@@ -16,9 +17,13 @@ import torch
 from drivetrain.contracts.quantizer import InputStatistics
 from drivetrain.plugins.quantizer.calibrated.clipping import best_shares, diagonal_blocks
 from drivetrain.plugins.quantizer.calibrated.grids import Rounding
+from drivetrain.plugins.quantizer.calibrated.refining import damped, refined
 from drivetrain.plugins.quantizer.formats import IntegerGrid
 
 _LEAST_FACTOR = 1e-4
+
+_DAMPING = 0.01
+"""Share of the mean second moment that is added to all, so that values are not fitted to chance in few tokens."""
 
 
 def awq_factors(
@@ -57,11 +62,23 @@ def _loss(
 
 
 def awq_grid(
-    weight_OI: torch.Tensor, statistics: InputStatistics, rounding: Rounding, *, clips: bool = True
+    weight_OI: torch.Tensor, statistics: InputStatistics, rounding: Rounding, *, clips: bool = True, sweeps: int = 0
 ) -> IntegerGrid:
-    """Round a weight whose factors are in it already, cutting of each group's range what loses least."""
-    if not clips:
-        return rounding.grid(weight_OI)
-    assert statistics.gram_II is not None
-    blocks_Ngg = diagonal_blocks(statistics.gram_II, rounding.group)
-    return rounding.grid(weight_OI, best_shares(weight_OI.unflatten(1, (-1, rounding.group)), blocks_Ngg, rounding))
+    """Round a weight whose factors are in it already.
+
+    clips:  cut of each group's range what loses least.
+    sweeps: how often scales and values are chosen again afterwards, at most (see :mod:`.refining`); 0 leaves the
+            published algorithm.
+    """
+    gram_II = statistics.gram_II
+    assert gram_II is not None, "it declares that it wants the second moments"
+    weight_ONg = weight_OI.unflatten(1, (-1, rounding.group))
+    share: float | torch.Tensor = 1.0
+    if clips:
+        share = best_shares(weight_ONg, diagonal_blocks(gram_II, rounding.group), rounding)
+    if not sweeps:
+        return rounding.grid(weight_OI, share)
+    scales_ON, zeros_ON = rounding.grids(weight_ONg, share)
+    values_OI = rounding.values(weight_ONg, scales_ON.unsqueeze(-1), zeros_ON.unsqueeze(-1)).flatten(1)
+    damped_II = damped(gram_II, _DAMPING)
+    return rounding.stored(*refined(weight_OI, damped_II, rounding, (values_OI, scales_ON, zeros_ON), sweeps=sweeps))

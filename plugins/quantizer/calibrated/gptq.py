@@ -14,6 +14,7 @@ from drivetrain.contracts.quantizer import InputStatistics
 from drivetrain.errors import CalibrationError
 from drivetrain.plugins.quantizer.calibrated.clipping import SHARES, best_shares
 from drivetrain.plugins.quantizer.calibrated.grids import Rounding
+from drivetrain.plugins.quantizer.calibrated.refining import damped, refined
 from drivetrain.plugins.quantizer.formats import IntegerGrid
 
 _MOST_DAMPING = 1.0
@@ -29,12 +30,14 @@ def gptq(
     act_order: bool = False,
     damping: float = 0.01,
     clips: bool = True,
+    sweeps: int = 0,
 ) -> IntegerGrid:
     """Round a weight for the inputs that ``statistics`` describes.
 
     act_order: take the inputs with the largest second moments first, whose errors then can still be made up for.
     damping:   share of the mean diagonal that is added to it.
     clips:     search the share of a group's range that gives the least error, rather than taking all of it.
+    sweeps:    how often scales and values are chosen again afterwards, at most (see :mod:`.refining`).
     Raises CalibrationError where the second moments have no Cholesky factor whatever is added.
     """
     gram_II = statistics.gram_II
@@ -43,9 +46,9 @@ def gptq(
     if order is not None:
         weight_OI, gram_II = weight_OI[:, order], gram_II[order][:, order]
     upper_II = _inverse_factor(name, gram_II, damping).to(weight_OI.dtype)
-    rest_OI = weight_OI.clone()
     # An input that is always 0 says nothing of its weights; they become the value of 0.
-    rest_OI[:, gram_II.diagonal() == 0] = 0
+    weight_OI = weight_OI.masked_fill(gram_II.diagonal() == 0, 0)
+    rest_OI = weight_OI.clone()
     importance_I = gram_II.diagonal()
     values_OI = torch.empty_like(rest_OI)
     scales, zeros = [], []
@@ -62,7 +65,10 @@ def gptq(
         rest_OI[:, columns.stop :].addmm_(errors_OB, upper_II[columns, columns.stop :], alpha=-1)
         scales.append(scales_O1)
         zeros.append(zeros_O1)
-    return rounding.stored(values_OI, torch.cat(scales, 1), torch.cat(zeros, 1), order)
+    grid = values_OI, torch.cat(scales, 1), torch.cat(zeros, 1)
+    if sweeps:
+        grid = refined(weight_OI, damped(gram_II, damping), rounding, grid, sweeps=sweeps)
+    return rounding.stored(*grid, order)
 
 
 def _order(gram_II: torch.Tensor) -> torch.Tensor:

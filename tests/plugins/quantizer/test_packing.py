@@ -34,6 +34,7 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("int4", {"group": 128, "rounding": "search"}),
     ("int4", {"group": 32, "symmetric": True, "scale_dtype": "float32"}),
     ("int4", {"group": 64, "symmetric": True, "rounding": "search"}),
+    ("int4", {"group": 64, "activations": "int8"}),
     ("w8a8", {"scales": "block"}),
     ("fp8", {"activations": "dynamic"}),
     ("fp8", {"activations": "static", "activation_range": 8.0}),
@@ -93,6 +94,18 @@ def test_the_search_is_never_worse_in_any_group(is_symmetric: bool) -> None:
     errors = [part.square().sum(-1) for part in (plain, searched)]
     assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
     assert errors[1].sum() < 0.9 * errors[0].sum()
+
+
+def test_rounded_activations_have_the_same_weights_and_need_whole_blocks() -> None:
+    linear = torch.nn.Linear(96, 8)
+    exact, rounded = (
+        Int4Quantizer(Int4Quantizer.Config(activations=form)).convert("layer", linear) for form in ("none", "int8")
+    )
+    assert rounded.packed.operation == "linear_int4_a8"
+    assert torch.equal(decode(rounded.packed), decode(exact.packed))
+    narrow = Int4Quantizer(Int4Quantizer.Config(group=16, activations="int8"))
+    with pytest.raises(ConfigError, match="48"):
+        narrow.convert("layer", torch.nn.Linear(48, 8))
 
 
 def test_equal_weights_of_a_group_are_kept() -> None:

@@ -1,0 +1,144 @@
+"""Saving a run, and going on from what was saved.
+
+A state holds what the partitioner gives (``model.*``, ``optimizer.*``), the random states of each rank (``rng.*``), and
+as metadata the position in the data, the loss scale, and what the run is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from drivetrain.contracts.store import Saving, Store
+from drivetrain.errors import ConfigError, DamagedStateError, StoreError
+from drivetrain.training.prepared import Prepared
+from drivetrain.training.ranks import Ranks
+
+if TYPE_CHECKING:
+    from drivetrain.observers import Observers
+
+FORMAT = 1
+_MAY_LACK = "partitioner."
+"""Prefix of what one layout keeps for itself and another does not have."""
+
+
+class RunState:
+    """The saved states of one run.
+
+    identity:  what must be equal for a state to belong to this run, as JSON holds it: setting -> value.
+    described: what is saved beside, for whoever goes on: plan, schedule, samples of a step.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        prepared: Prepared,
+        ranks: Ranks,
+        identity: dict[str, Any],
+        observers: Observers | None = None,
+        described: dict[str, Any] | None = None,
+    ) -> None:
+        self._store, self._prepared, self._ranks = store, prepared, ranks
+        self._identity, self._described = identity, described or {}
+        self._observers = observers
+        self._saving: tuple[int, Saving] | None = None
+
+    def save(self, numbers: dict[str, Any]) -> None:
+        """Save the state of now, in the background where the store can. Raises StoreError, for the save before too."""
+        self.wait()
+        step = self._prepared.step_number
+        state = {**self._prepared.state(), **_random_states(self._ranks.rank)}
+        metadata = {
+            "format": FORMAT,
+            "identity": self._identity,
+            **self._described,
+            **self._prepared.numbers(),
+            **numbers,
+        }
+        self._saving = (step, self._store.save(step, state, metadata))
+
+    def wait(self) -> None:
+        """Until the save that is under way is complete, and old states are removed. Raises StoreError."""
+        if self._saving is None:
+            return
+        step, saving = self._saving
+        self._saving = None
+        saving.wait()
+        if self._ranks.is_first:
+            self._store.prune()
+            if self._observers is not None:
+                self._observers.notify("state_saved", path=str(self._store.folder), step=step)
+
+    def newest(self) -> int | None:
+        """The step of the newest complete state, as rank 0 sees it."""
+        return newest_step(self._store, self._ranks)
+
+    def load(self, step: int) -> dict[str, Any]:
+        """Take over a state; returns its metadata. Raises StoreError, DamagedStateError, or ConfigError for the state
+        of another run."""
+        metadata = self._store.metadata(step)
+        self._check(step, metadata)
+        held = self._store.tensors(step)
+        state = self._prepared.state()
+        random = _random_states(self._ranks.rank)
+        known = {name: tensor for name, tensor in random.items() if name in held}
+        lacking = [name for name in state if name.startswith(_MAY_LACK) and name not in held]
+        for name in lacking:
+            del state[name]
+        self._store.load(step, {**state, **known})
+        self._prepared.partitioner.load_state(self._prepared.model, self._prepared.optimizer, state)
+        self._restore(step, metadata)
+        if len(known) == len(random):
+            _set_random_states(self._ranks.rank, known)
+        return metadata
+
+    def _check(self, step: int, metadata: dict[str, Any]) -> None:
+        where = f"{self._store.folder}, step {step}"
+        if metadata.get("format") != FORMAT or not isinstance(metadata.get("identity"), dict):
+            raise StoreError("this is not the state of a training run that this version knows", where=where)
+        for name, mine in self._identity.items():
+            theirs = metadata["identity"].get(name)
+            if theirs != mine:
+                raise ConfigError(
+                    f"the saved state belongs to another run: its {name} is {theirs!r}, and this run's is {mine!r}",
+                    where=where,
+                    hint="Name another store.folder, or set trainer.resume to never and remove the old states.",
+                )
+
+    def _restore(self, step: int, metadata: dict[str, Any]) -> None:
+        try:
+            self._prepared.step_number = int(metadata["step"])
+            if self._prepared.loss_scale is not None:
+                self._prepared.loss_scale.restore(metadata["loss_scale"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedStateError(
+                f"the state lacks something: {error!r}", where=f"{self._store.folder}, step {step}"
+            ) from error
+
+
+def newest_step(store: Store, ranks: Ranks) -> int | None:
+    """The step of the newest complete state, as rank 0 sees it."""
+    steps = store.steps() if ranks.is_first else ()
+    return ranks.of_first(steps[-1] if steps else None)
+
+
+def saved_batch(metadata: dict[str, Any], sizes: dict[str, Any]) -> int | None:
+    """Samples of a step in the run that saved this, if its settings of a step's size were ``sizes``."""
+    batch = metadata.get("batch")
+    return batch if isinstance(batch, int) and metadata.get("sizes") == sizes else None
+
+
+def _random_states(rank: int) -> dict[str, torch.Tensor]:
+    states = {f"rng.{rank}.cpu": torch.get_rng_state()}
+    for kind in ("cuda", "xpu"):
+        device = getattr(torch, kind)
+        if device.is_available() and device.is_initialized():
+            states[f"rng.{rank}.{kind}"] = device.get_rng_state()
+    return states
+
+
+def _set_random_states(rank: int, states: dict[str, torch.Tensor]) -> None:
+    for name, state in states.items():
+        kind = name.removeprefix(f"rng.{rank}.")
+        (torch.set_rng_state if kind == "cpu" else getattr(torch, kind).set_rng_state)(state)

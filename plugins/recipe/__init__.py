@@ -1,0 +1,1 @@
+"""Recipes: what is trained, and on which data."""
