@@ -92,7 +92,15 @@ def test_what_it_does_not_cover_is_refused_with_a_code(spec: KernelSpec, code: s
     assert probe.offered
 
 
-LEFT_TO_OTHERS = {"linear", "linear_int3", "linear_w8a8", "linear_fp8a8", "linear_gguf", "linear_gguf_a8"}
+LEFT_TO_OTHERS = {
+    "linear",
+    "linear_int3",
+    "linear_int4_a8",
+    "linear_w8a8",
+    "linear_fp8a8",
+    "linear_gguf",
+    "linear_gguf_a8",
+}
 """The plain product is torch's; of the packed ones, those that there is no Triton kernel for."""
 
 
