@@ -26,7 +26,7 @@ def import_(
 
     What has no counterpart is an error that names it.
 
-    Example: drivetrain config import ds_config.json > run.yaml
+    Example: drivetrain config import ds_config.json
     """
     import yaml
 

@@ -9,11 +9,18 @@ import pytest
 import torch
 
 from drivetrain.contracts.kinds import KINDS
-from drivetrain.contracts.platform import MemoryInfo, Platform, PlatformFacts, SupportsGraphs, SupportsStreams
+from drivetrain.contracts.platform import (
+    MemoryInfo,
+    Platform,
+    PlatformFacts,
+    SharesMachine,
+    SupportsGraphs,
+    SupportsStreams,
+)
 from drivetrain.contracts.plugin import ProbeContext
 from drivetrain.testing.suite import Suite, about
 
-ABILITIES = {"streams": SupportsStreams, "graphs": SupportsGraphs}
+ABILITIES = {"streams": SupportsStreams, "graphs": SupportsGraphs, "shares": SharesMachine}
 """Every ability that a platform can claim, and the methods it then has."""
 
 _MIB = 2**20
