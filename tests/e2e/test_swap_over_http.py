@@ -95,12 +95,6 @@ def test_the_command_swaps_and_says_so(url: str) -> None:
     assert refused.stderr.startswith("error: ")
 
 
-def test_without_a_token_there_is_no_door(engine: AsyncEngine) -> None:
-    # The last test of this module: a server that ends shuts its engine down.
-    with LiveServer(engine) as running:
-        assert post(running.url, {"scheduler": "priority"}).status_code == 404
-
-
 def test_quantizers_with_rules_are_swapped_by_request_and_by_command(url: str) -> None:
     """A dry run tells the bytes that the swap then takes; a rule that fits no layer is the caller's error."""
     part = {"name": "int8", "rules": {"lm_head": "none"}}
@@ -116,3 +110,9 @@ def test_quantizers_with_rules_are_swapped_by_request_and_by_command(url: str) -
     assert "int8 -> none" in done.stdout
     assert "most memory while preparing" in done.stdout
     assert post(url, {"quantizer": "none"}).json()["changes"] == {"quantizer": ["none", "none"]}
+
+
+def test_without_a_token_there_is_no_door(engine: AsyncEngine) -> None:
+    # The last test of this module: a server that ends shuts its engine down.
+    with LiveServer(engine) as running:
+        assert post(running.url, {"scheduler": "priority"}).status_code == 404
