@@ -4,6 +4,8 @@ The reference is float32, with weights as dequantized from the model's Q4_1 file
 with minima of any value. These formats hold zero points, whole steps, so that rounding to nearest does not find the old
 grid again; it is done here by `awq` without factors, cuts and sweeps: the same form, the same bits. The output layer is
 full in all of them. The text of the calibration is another part than the one that is read.
+
+It quantizes the model four times, which takes many minutes: run it by its name, with pytest.
 """
 
 from __future__ import annotations
