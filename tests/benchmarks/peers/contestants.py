@@ -49,7 +49,7 @@ class Contestant:
 
     @property
     def quantizer(self) -> str:
-        return str(self.options.get("quantizer", "none"))
+        return str(self.options.get("quantizer", "none")).partition("+")[0]
 
 
 def _ours(row: str, precision: str, quantizer: str = "none", label: str | None = None) -> Contestant:
@@ -75,6 +75,7 @@ CONTESTANTS: Sequence[Contestant] = (
     _ours("8-bit", "fp32", "w8a8"),
     _llama("4-bit", "Q4_1"),
     _ours("4-bit", "fp32", "int4"),
+    _ours("4-bit", "fp32", "int4+a8"),
     _ours("4-bit", "fp32", "gguf"),
 )
 """Ours come last in each row. Quantizers that are not installed are left out, and the report says so."""

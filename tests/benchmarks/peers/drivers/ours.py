@@ -12,6 +12,14 @@ import drivetrain
 from drivetrain import LLM, SamplingParams
 
 
+def _part(quantizer: str) -> Any:
+    """``int4+a8`` is int4 with activations rounded to int8. All start from what the quantized file stands for."""
+    name, _, rounds = quantizer.partition("+")
+    if name in ("none", "gguf"):
+        return name
+    return {"name": name, "allow_lossy": True, **({"activations": "int8"} if rounds else {})}
+
+
 class Ours:
     llm: LLM
 
@@ -30,7 +38,7 @@ class Ours:
             model,
             platform={"name": "cpu", "threads": threads},
             precision=precision,
-            quantizer=quantizer,
+            quantizer=_part(quantizer),
             engine={"prefix_cache": prefix_cache},
             overrides=overrides,
         )
