@@ -10,6 +10,7 @@
 
 #include "chunk.h"
 #include "pool.h"
+#include "unit.h"
 
 namespace dt::amx {
 namespace {
@@ -28,31 +29,8 @@ static_assert(kRows % kPair == 0 && kGatedRows % kDeep == 0);
 
 // --- the unit ------------------------------------------------------------------------------------------------------------
 //
-// Written as assembly: the compilers' own functions for it differ, and GCC 12 drops stores that only a tile load reads.
 // Tiles: sums 0 to 3 (outputs i, tokens j: 2 i + j), weights 4 and 5, activations 6 and 7.
 
-struct alignas(64) Shape {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// The unit is this thread's while this lives. It is given back after each chunk (both take 50 ns together), because the system
-// saves 8 KiB more of a thread that holds it, and other libraries keep shapes of their own.
-class Holds {
- public:
-  Holds() {
-    static const Shape shape;
-    asm volatile("ldtilecfg %0" ::"m"(shape));
-  }
-  ~Holds() { asm volatile("tilerelease"); }
-  Holds(const Holds&) = delete;
-};
-
-template <int N>
-static inline void load_tile(const char* from, size_t row_bytes) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(N) : "memory");
-}
 template <int N>
 static inline void store_tile(float* to, size_t row_bytes) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(row_bytes), "i"(N) : "memory");

@@ -10,6 +10,7 @@
 #include "chunk.h"
 #include "formats.h"
 #include "pool.h"
+#include "unit.h"
 
 namespace dt {
 namespace {
@@ -22,27 +23,7 @@ constexpr int kWidth = 16;    // tokens in a tile
 constexpr int kTile = 1024;   // bytes
 constexpr int kColumns = 3;   // tiles of activations that a tile of weights is multiplied with at once
 
-// Tiles: sums 0 to 2, weights 3, activations 4 to 6. Written as assembly for the reasons that amx.cpp gives.
-struct alignas(64) Shape {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-class Holds {
- public:
-  Holds() {
-    static const Shape shape;
-    asm volatile("ldtilecfg %0" ::"m"(shape));
-  }
-  ~Holds() { asm volatile("tilerelease"); }
-  Holds(const Holds&) = delete;
-};
-
-template <int N>
-static inline void load_tile(const void* from, size_t row_bytes) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(N) : "memory");
-}
+// Tiles: sums 0 to 2, weights 3, activations 4 to 6.
 
 // Sums of 16 outputs and N tiles of tokens: out[N][16 outputs][16 tokens].
 template <int N>

@@ -8,6 +8,7 @@ import os
 import queue
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -83,8 +84,9 @@ class Child:
             try:
                 self.ask("close", answer_seconds=_CLOSE_SECONDS)
                 self._process.wait(timeout=_CLOSE_SECONDS)
-            except (PeerError, subprocess.TimeoutExpired):
-                pass  # killed below; what it answered before stands
+            except (PeerError, subprocess.TimeoutExpired) as error:
+                # What it answered before stands.
+                print(f"a peer did not end when asked, and is killed: {error}", file=sys.stderr)
         self._signal(signal.SIGKILL)  # what it started and left behind
         self._process.wait()
         self._is_closed = True

@@ -98,16 +98,18 @@ class LlamaServer:
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + _START_SECONDS
+        last: object = "no answer"
         while time.monotonic() < deadline:
             if self.server.poll() is not None:
                 raise RuntimeError(f"llama-server ended with status {self.server.returncode}")
             try:
-                if self._ask("GET", "/health")[0] == 200:
+                last, _ = self._ask("GET", "/health")
+                if last == 200:
                     return
-            except (OSError, http.client.HTTPException):
-                pass  # not listening yet, or not answering yet
+            except (OSError, http.client.HTTPException) as error:
+                last = error  # not listening yet, or not answering yet
             time.sleep(0.1)
-        raise TimeoutError(f"llama-server was not ready within {_START_SECONDS:.0f} seconds")
+        raise TimeoutError(f"llama-server was not ready within {_START_SECONDS:.0f} seconds: {last}")
 
 
 def _free_port() -> int:
