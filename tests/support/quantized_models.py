@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+from drivetrain import LLM, SamplingParams
 from drivetrain.contracts.loader import Checkpoint
 from drivetrain.plugins.loader.safetensors import SafetensorsLoader
 from drivetrain.plugins.quantizer.formats import IntegerGrid
@@ -66,3 +67,26 @@ def rounded_layers(
         name: rounded(checkpoint.tensor(f"{name}.weight", torch.float32), bits, group, symmetric=symmetric)
         for name in layer_names(checkpoint)
     }
+
+
+PROMPTS = [[5, 9, 30, 7], [40, 41, 42, 43, 44, 45, 46], [200]]
+NEW_TOKENS = 16
+
+
+@torch.inference_mode()
+def continued(model: Any) -> list[list[int]]:
+    """Greedy continuations of transformers' own model, without any cache."""
+    results = []
+    for prompt in PROMPTS:
+        tokens = list(prompt)
+        for _ in range(NEW_TOKENS):
+            tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+        results.append(tokens[len(prompt) :])
+    return results
+
+
+def generated(folder: Path, **options: Any) -> tuple[list[list[int]], dict[str, Any]]:
+    """Our greedy continuations of the same prompts, and what was chosen."""
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    with LLM(folder, engine={"max_model_len": 96}, platform={"name": "cpu", "threads": 1}, **options) as llm:
+        return [list(result.token_ids) for result in llm.generate(PROMPTS, params)], llm.selection_dict()

@@ -12,7 +12,6 @@ import torch
 import transformers
 from torch import nn
 
-from drivetrain import LLM, SamplingParams
 from drivetrain.contracts.loader import Checkpoint
 from drivetrain.contracts.packed import PackedWeight
 from drivetrain.contracts.quantizer import Quantizer
@@ -20,14 +19,19 @@ from drivetrain.packed import PackedLinear
 from drivetrain.plugins.quantizer.formats import write_quantized
 from drivetrain.plugins.quantizer.fp8 import Fp8Quantizer
 from drivetrain.plugins.quantizer.w8a8 import W8A8Quantizer
-from support.quantized_models import layer_names, open_folder, rounded_layers, save_round_sizes
+from support.quantized_models import (
+    PROMPTS,
+    continued,
+    generated,
+    layer_names,
+    open_folder,
+    rounded_layers,
+    save_round_sizes,
+)
 
 compressed_tensors = pytest.importorskip("compressed_tensors", reason="the package compressed-tensors is not installed")
 
 torch.set_num_threads(1)
-
-PROMPTS = [[5, 9, 30, 7], [40, 41, 42, 43, 44, 45, 46], [200]]
-NEW_TOKENS = 16
 
 
 @pytest.fixture(scope="module")
@@ -49,24 +53,6 @@ def loaded(folder: Path, *, dequantize: bool = False) -> Any:
     """The model in transformers, which reads the folder with the compressed-tensors library."""
     options = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if dequantize else {}
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
-
-
-@torch.inference_mode()
-def continued(model: Any) -> list[list[int]]:
-    """Greedy continuations of transformers' own model, without any cache."""
-    results = []
-    for prompt in PROMPTS:
-        tokens = list(prompt)
-        for _ in range(NEW_TOKENS):
-            tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
-        results.append(tokens[len(prompt) :])
-    return results
-
-
-def generated(folder: Path, **options: Any) -> tuple[list[list[int]], dict[str, Any]]:
-    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
-    with LLM(folder, engine={"max_model_len": 96}, platform={"name": "cpu", "threads": 1}, **options) as llm:
-        return [list(result.token_ids) for result in llm.generate(PROMPTS, params)], llm.selection_dict()
 
 
 def quantizer_of(report: dict[str, Any]) -> dict[str, Any]:

@@ -22,13 +22,12 @@ from drivetrain.contracts.loader import Checkpoint
 from drivetrain.contracts.plugin import Purpose
 from drivetrain.errors import LoaderError, MissingTensorError, PluginRefusedError
 from drivetrain.packed import decode
-from support.quantized_models import layer_names, open_folder, save_round_sizes
+from support.quantized_models import PROMPTS, generated, layer_names, open_folder, save_round_sizes
 
 torch.set_num_threads(1)
 
 GROUP = 32
 LAYER = "model.layers.0.mlp.up_proj"
-PROMPTS = [[5, 9, 30, 7], [40, 41, 42, 43, 44, 45, 46], [200]]
 Made = dict[str, dict[str, torch.Tensor]]
 
 
@@ -115,12 +114,6 @@ def make(
     if method == "gptq":
         config |= {"desc_act": ordered, "sym": symmetric, "checkpoint_format": version}
     return save_quantized(folder / method, made, config), wanted
-
-
-def generated(folder: Path, **options: Any) -> tuple[list[list[int]], dict[str, Any]]:
-    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
-    with LLM(folder, engine={"max_model_len": 96}, platform={"name": "cpu", "threads": 1}, **options) as llm:
-        return [list(result.token_ids) for result in llm.generate(PROMPTS, params)], llm.selection_dict()
 
 
 CASES: dict[str, dict[str, Any]] = {

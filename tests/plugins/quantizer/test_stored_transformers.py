@@ -9,17 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from drivetrain import LLM, SamplingParams
 from drivetrain.contracts.loader import Checkpoint
 from drivetrain.errors import LoaderError, MissingTensorError
 from drivetrain.plugins.quantizer.formats import write_quantized
-from support.quantized_models import SIZES, open_folder, rounded
+from support.quantized_models import SIZES, continued, generated, open_folder, rounded
 from support.tiny_models import other_tiny_configs, save_tiny_tokenizer, tiny_model
 
 torch.set_num_threads(1)
-
-PROMPTS = [[5, 9, 30, 7], [40, 41, 42, 43, 44, 45, 46], [200]]
-NEW_TOKENS = 12
 
 
 def save_full(name: str, folder: Path) -> tuple[Any, Checkpoint]:
@@ -40,23 +36,6 @@ def linear_names(checkpoint: Checkpoint) -> list[str]:
         for name in checkpoint.names()
         if name.endswith(("_proj.weight", "c_fc.weight")) and len(checkpoint.shape(name)) == 2
     ]
-
-
-@torch.inference_mode()
-def continued(model: Any) -> list[list[int]]:
-    results = []
-    for prompt in PROMPTS:
-        tokens = list(prompt)
-        for _ in range(NEW_TOKENS):
-            tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
-        results.append(tokens[len(prompt) :])
-    return results
-
-
-def generated(folder: Path, **options: Any) -> tuple[list[list[int]], dict[str, Any]]:
-    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
-    with LLM(folder, engine={"max_model_len": 96}, platform={"name": "cpu", "threads": 1}, **options) as llm:
-        return [list(result.token_ids) for result in llm.generate(PROMPTS, params)], llm.selection_dict()
 
 
 @pytest.mark.parametrize("name", ["stablelm", "starcoder2", "cohere2"])
