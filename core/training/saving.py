@@ -6,6 +6,7 @@ as metadata the position in the data, the loss scale, and what the run is.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,7 +87,8 @@ class RunState:
         lacking = [name for name in state if name.startswith(_MAY_LACK) and name not in held]
         for name in lacking:
             del state[name]
-        self._store.load(step, {**state, **known})
+        begun = _begun(state, held)
+        self._store.load(step, {**begun, **known})
         self._prepared.partitioner.load_state(self._prepared.model, self._prepared.optimizer, state)
         self._restore(step, metadata)
         if len(known) == len(random):
@@ -115,6 +117,24 @@ class RunState:
             raise DamagedStateError(
                 f"the state lacks something: {error!r}", where=f"{self._store.folder}, step {step}"
             ) from error
+
+
+def _begun(state: dict[str, torch.Tensor], held: Container[str]) -> dict[str, torch.Tensor]:
+    """The part of ``state`` that can be loaded. A parameter that no loss had reached when the state was saved has
+    nothing there from the optimizer: what it has here is made what it is before a first step."""
+    missing: dict[str, list[str]] = {}
+    for name in state:
+        if name.startswith("optimizer."):
+            missing.setdefault(name.rpartition(".")[0], []).append(name)
+    for place, names in list(missing.items()):
+        parameter = place.removeprefix("optimizer.")
+        if any(name in held for name in names) or f"model.{parameter}" not in held:
+            del missing[place]
+    fresh = {name for names in missing.values() for name in names}
+    for name in fresh:
+        if name.endswith(".step"):  # a step of no length has been counted, which changed nothing else
+            state[name].zero_()
+    return {name: tensor for name, tensor in state.items() if name not in fresh}
 
 
 def newest_step(store: Store, ranks: Ranks) -> int | None:

@@ -97,6 +97,49 @@ def test_a_saved_loop_goes_on(tmp_path: Path) -> None:
     assert begun + loop(second, range(2, STEPS)) == plain()
 
 
+class SometimesUsed(nn.Module):
+    """A layer whose second half takes part from the fourth step on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.always, self.later = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, *, uses_both: bool) -> torch.Tensor:
+        return self.later(self.always(x)) if uses_both else self.always(x)
+
+
+@pytest.mark.parametrize("partitioner", ["none", "zero1", "zero3"])
+def test_a_parameter_that_no_loss_has_reached_is_saved_and_goes_on(tmp_path: Path, partitioner: str) -> None:
+    def made(folder: str) -> OwnLoop:
+        store = {"name": "dcp", "folder": str(tmp_path / folder)}
+        net = SometimesUsed()
+        return drivetrain.prepare(net, adamw, {**ONE_THREAD, "partitioner": partitioner, "store": store})
+
+    def adamw(named: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([parameter for _, parameter in named], lr=1e-2)
+
+    def steps(run: OwnLoop, numbers: range) -> list[float]:
+        losses = []
+        for number in numbers:
+            with run.accumulating():
+                x = torch.full((3, 4), 1.0 + number)
+                loss = run.model(x, uses_both=number >= 3).square().mean()
+                run.backward(loss)
+            run.step()
+            losses.append(float(loss.detach()))
+        return losses
+
+    wanted = steps(made("whole"), range(6))
+    first = made("cut")
+    begun = steps(first, range(2))
+    first.save()
+    first.close()
+    second = made("cut")
+    assert second.resume() is not None
+    assert begun + steps(second, range(2, 6)) == wanted
+
+
 def test_a_rate_that_the_user_schedules_is_left_alone() -> None:
     net = make_net()
     run = drivetrain.prepare(net, adamw(net), ONE_THREAD)
