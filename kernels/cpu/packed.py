@@ -206,6 +206,11 @@ def _shapes(
 # --- what a packed layer binds -------------------------------------------------------------------------------------
 
 
+def _is_same(one: object, other: object) -> bool:
+    """The same tensor, or an equal number."""
+    return one is other or (isinstance(one, int) and one == other)
+
+
 class PackedRows:
     """One operation of one dtype of activations, with tensors that are checked first."""
 
@@ -213,15 +218,29 @@ class PackedRows:
         self.operation = operation
         self._library = library
         self._dtype = dtype
+        self._has_blocks = "blocks" in argument_names(operation)
+        self._last: tuple[tuple[Any, ...], Described] | None = None
         self.namespace = f"drivetrain_cpu_{library.variant}_{str(dtype).removeprefix('torch.')}"
+
+    def _described(self, size: int, *arguments: Any) -> Described:
+        """The weights as the library sees them. A layer comes with the same tensors again and again: what needed no
+        copy is remembered by where they lie."""
+        *weights, bias_O, number = arguments
+        tensors = weights if bias_O is None else [*weights, bias_O]
+        key = (size, number, *tensors, *map(Tensor.data_ptr, tensors))
+        last = self._last
+        if last is not None and len(last[0]) == len(key) and all(map(_is_same, last[0], key)):
+            return last[1]
+        kind = block_type({"type": number}) if self._has_blocks else None
+        described = Described(self.operation, weights, bias_O, size, kind, number)
+        self._last = None if described.copies else (key, described)
+        return described
 
     def __call__(self, x: Tensor, *arguments: Any) -> Tensor:
         """arguments: the weights', the bias or None, and ggml's number of GGUF blocks or 0."""
-        *weights, bias_O, number = arguments
         if x.dtype is not self._dtype or x.device.type != "cpu":
             raise _fail("bound for another dtype or device", f"{x.dtype} on {x.device}", self._dtype)
-        kind = block_type({"type": number}) if "blocks" in argument_names(self.operation) else None
-        described = Described(self.operation, weights, bias_O, x.shape[-1], kind, number)
+        described = self._described(x.shape[-1], *arguments)
         x = dense(x)
         out = x.new_empty((*x.shape[:-1], described.fields.rows))
         if out.numel():

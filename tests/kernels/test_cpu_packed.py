@@ -370,3 +370,23 @@ def test_what_an_earlier_step_has_left_behind_does_not_matter(
         bad = torch.full((70, size), torch.nan, dtype=dtype)
         assert kernel(bad, torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)).isnan().all()
         assert torch.equal(scores(module, PagedCpuAttention), wanted), f"after a product of size {size}"
+
+
+def test_weights_that_a_callable_has_seen_may_change_and_be_replaced() -> None:
+    """What is remembered of a layer's tensors never outlives them."""
+    case = use("linear_int8", 0, 1, 64, 32)
+    inputs = case.inputs(torch.float32, "cpu", 3)
+    kernel, reference = provider().make(case.spec("cpu", "float32")), REFERENCE.make(case.spec("cpu", "float32"))
+    x, weight, scales, bias = inputs
+    assert weight is not None
+    assert scales is not None
+    for change in ("first", "written to", "other memory", "another tensor"):
+        if change == "written to":
+            weight.neg_()
+            scales.mul_(2)
+        elif change == "other memory":
+            weight.data = weight.clone().roll(1, 0)
+        elif change == "another tensor":
+            scales = scales * 3
+        found, wanted = kernel(x, weight, scales, bias), reference(x, weight, scales, bias)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4, msg=f"weights that are {change}")
