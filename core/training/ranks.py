@@ -195,13 +195,19 @@ def _first_to_last(store: Any, world_size: int) -> str:
     return "all came"
 
 
+_LOST_WORDS = ("gloo", "pair closure", "closed by peer", "reset by peer", "broken pipe", "timed out waiting")
+"""What errors of Gloo have in their text: most begin with the file of its source that raised them, but not all."""
+
+
 def _tells_of_a_lost_rank(error: BaseException) -> bool:
-    """Whether a collective has failed. Gloo raises nothing more special than a RuntimeError that bears its name."""
+    """Whether a collective has failed. Gloo raises nothing more special than a RuntimeError, known by its words."""
     import torch.distributed as dist
 
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, dist.DistError) or (type(seen) is RuntimeError and "gloo" in str(seen).lower()):
+        if isinstance(seen, dist.DistError):
+            return True
+        if type(seen) is RuntimeError and any(words in str(seen).lower() for words in _LOST_WORDS):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

@@ -178,6 +178,8 @@ def test_a_failed_collective_is_a_lost_rank(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv(name, value)
     for error, wanted in (
         (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer"), RankLostError),
+        (RuntimeError("Application timeout caused pair closure"), RankLostError),
+        (RuntimeError("Timed out waiting 15000ms for recv operation to complete"), RankLostError),
         (torch.distributed.DistNetworkError("gone"), RankLostError),
         (RuntimeError("shapes differ"), RuntimeError),
         (ConfigError("not gloo's fault"), ConfigError),
