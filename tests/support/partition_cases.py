@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +18,9 @@ from drivetrain.contracts.partitioner import PartitionContext, Partitioner
 from drivetrain.contracts.precision import Dtypes
 from drivetrain.errors import ConfigError
 from drivetrain.plugins.checkpoint.full import FullCheckpointing
+from drivetrain.plugins.checkpoint.moving import Mover
+from drivetrain.plugins.checkpoint.recomputing import change_call
+from drivetrain.plugins.checkpoint.selective import SelectiveCheckpointing
 from drivetrain.plugins.partitioner.none import NoPartitioner
 from drivetrain.plugins.partitioner.zero import Zero1Partitioner, Zero2Partitioner, Zero3Partitioner
 from drivetrain.plugins.store.dcp import DcpStore
@@ -116,9 +119,46 @@ def adamw(named: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(named, lr=1e-2, weight_decay=0.1, eps=1e-5, fused=True)
 
 
+class CopyingLane:
+    """Stands for the way between a device and the host: a copy each way."""
+
+    def out(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().clone()
+
+    def back(self, host: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return host.clone(), None
+
+    def wait(self, tensor: torch.Tensor, arrival: None) -> None:
+        pass
+
+
+def _offload(net: nn.Module) -> nn.Module:
+    """The policy ``offload``, which has nowhere to take anything from a processor, with another lane."""
+    mover = Mover(net, smallest=0, ahead=2, make_lane=lambda device: CopyingLane())
+    for name in UNITS:
+        change_call(net.get_submodule(name), mover.run)
+    return net
+
+
+def _selective(**options: Any) -> Callable[[nn.Module], nn.Module]:
+    config = SelectiveCheckpointing.Config.model_validate(options)
+    return lambda net: SelectiveCheckpointing(config).apply(net, UNITS)
+
+
+POLICIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "none": lambda net: net,
+    "full": lambda net: FullCheckpointing(FullCheckpointing.Config()).apply(net, UNITS),
+    "costs": _selective(),
+    "kinds": _selective(modules=["*norm", "down"]),
+    "layers": _selective(every=2),
+    "offload": _offload,
+}
+"""What a case's ``checkpoint`` stands for: ``selective`` in its three forms, and each other policy."""
+
+
 def net_of(case: Case) -> nn.Module:
     net: nn.Module = make_net() if case.model == "plain" else make_odd_net(uses_all=case.model == "used")
-    return FullCheckpointing(FullCheckpointing.Config()).apply(net, UNITS) if case.checkpoint == "full" else net
+    return POLICIES[case.checkpoint](net)
 
 
 def partitioner_of(case: Case) -> Partitioner:

@@ -14,6 +14,7 @@ from drivetrain.plugins.optimizer.adamw import AdamW
 from drivetrain.training.ledger import formats_of
 from support.partition_cases import (
     DTYPES,
+    POLICIES,
     Case,
     Outcome,
     Work,
@@ -34,7 +35,7 @@ PARITY = [
     Case(stage, precision=precision, checkpoint=checkpoint)
     for stage in STAGES
     for precision in ("fp32", "bf16")
-    for checkpoint in ("none", "full")
+    for checkpoint in POLICIES
 ]
 OPTIONS = [
     *(Case(stage, {"transport": "collective"}) for stage in STAGES[1:]),
@@ -207,7 +208,7 @@ def test_ranks_agree_in_every_bit(outcomes, world: int, stage: str) -> None:
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_alone_a_stage_is_none_bit_for_bit(outcomes, stage: str) -> None:
     """One rank has nothing to cut."""
-    for checkpoint in ("none", "full"):
+    for checkpoint in POLICIES:
         plain = of_ranks(outcomes[1], Case("none", checkpoint=checkpoint))[0]
         found = of_ranks(outcomes[1], Case(stage, checkpoint=checkpoint))[0]
         assert found.losses == plain.losses
