@@ -76,6 +76,9 @@ def train(
     if pulses is not None:
         return _train_below_agent(settings, pulses)
     if not started_by_agent() and launch.needs_agent:
+        unshared = launch.unshared(settings.trainer.batch, settings.trainer.micro_batch)
+        if unshared is not None:
+            note(f"note: {unshared}")
         return launch.run(sys.argv[1:], lambda text: note(f"note: {text}"))
     return _train_here(settings)
 

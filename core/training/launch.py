@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -88,6 +89,28 @@ class Launch:
             max_restarts = RESTARTS if processes > 1 or most > 1 else 0
         return cls(
             processes, least, most, endpoint, run_id or "drivetrain", max_restarts, wait_seconds, timeout_seconds
+        )
+
+    def unshared(self, batch: int | None, micro_batch: int) -> str | None:
+        """What to know beforehand where some of the allowed numbers of machines can't share a step; None if all can.
+
+        batch: samples of a step; None where the first start decides it.
+        """
+        numbers = range(self.min_machines, self.max_machines + 1)
+        at_once = micro_batch * self.processes
+        bad = [number for number in numbers if batch is None or batch % (at_once * number)]
+        if len(numbers) == 1 or not bad:
+            return None
+        fits = f"a multiple of {at_once * math.lcm(*numbers)}"
+        if batch is None:
+            return (
+                "the first start decides the samples of a step, and other numbers of machines may not be able to share "
+                f"them; with trainer.batch {fits} any number from {numbers[0]} to {numbers[-1]} can"
+            )
+        told = ", ".join(map(str, bad))
+        return (
+            f"steps of {batch} samples (trainer.batch) can't be shared out among {told} of {numbers[0]} to "
+            f"{numbers[-1]} machines, and the run would end there; {fits} can"
         )
 
     @property

@@ -209,5 +209,17 @@ def test_several_processes_are_started_anew_unless_told_otherwise() -> None:
         Launch.of(1, "1:2", "nowhere", None, None)
 
 
+def test_numbers_of_machines_that_can_not_share_a_step_are_told_beforehand() -> None:
+    """Which they are, and a number of samples that all can share."""
+    one_to_four = Launch.of(2, "1:4", "here:1", None, None)
+    assert one_to_four.unshared(48, 2) is None
+    assert "steps of 32 samples (trainer.batch) can't be shared out among 3 of 1 to 4" in str(
+        one_to_four.unshared(32, 2)
+    )
+    assert "a multiple of 48 can" in str(one_to_four.unshared(32, 2))
+    assert "with trainer.batch a multiple of 48 any number from 1 to 4" in str(one_to_four.unshared(None, 2))
+    assert Launch.of(2, "3", "here:1", None, None).unshared(None, 2) is None
+
+
 def test_a_place_that_is_taken_or_is_none_is_told(cli: Any) -> None:
     assert "allowed: HOST:PORT" in cli("rendezvous", "nowhere").error
