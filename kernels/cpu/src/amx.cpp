@@ -22,6 +22,8 @@ constexpr int kRows = 96;              // outputs that one thread takes at a tim
 constexpr int kGatedRows = 64;         // the same of a gate, with as many of what it lets through
 constexpr int kMostSteps = 64;         // what a thread keeps of weights and panel stays in its second cache
 constexpr int kStepBytes = kParts * 2 * kTileBytes;
+constexpr int kFewPanels = 2;          // panels that are taken together while weights stream by
+constexpr int kDepth = 6;              // steps for which the tokens of a panel stay in the first cache, while weights stream by
 constexpr int kRing = 4;               // steps that are kept of weights that only one panel takes
 constexpr int kLead = 2;               // steps between splitting and multiplying: a tile can't be read before it is in the cache
 
@@ -116,9 +118,32 @@ static inline void get_pair(const char* tile, int i, vf& first, vf& second) {
 // Up to 32 features of a row of weights, into a row of the tile of each part; features behind the last are 0.
 static inline __mmask16 mask_of(int valid) { return valid >= W ? 0xffff : valid > 0 ? (1 << valid) - 1 : 0; }
 
+// What splitting adds and keeps, in registers: the compiler would make both anew for each row, on the port that splitting needs.
+struct Constants {
+  vu half = splat_bits(0x8000u), top = splat_bits(0xffff0000u);
+  Constants() { asm("" : "+v"(half), "+v"(top)); }
+  static vu splat_bits(uint32_t bits) { return vu{} + bits; }
+};
+
+// (first >> 16) | (second & top)
+static inline void store_pairs(char* to, vf first, vf second, vu top) {
+  __m512i both = _mm512_ternarylogic_epi32((__m512i)((vu)first >> 16), (__m512i)second, (__m512i)top, 0xf8);
+  _mm512_store_si512(to, both);
+}
+
+static inline void put_row(const float* from, char* to, const Constants& k) {
+  vf x[2] = {load(from), load(from + W)};
+  for (int p = 0; p < kParts - 1; p++) {
+    vu rounded[2] = {((vu)x[0] + k.half) & k.top, ((vu)x[1] + k.half) & k.top};
+    store_pairs(to + p * 2 * kTileBytes, (vf)rounded[0], (vf)rounded[1], k.top);
+    for (int i = 0; i < 2; i++) x[i] -= (vf)rounded[i];
+  }
+  store_pairs(to + (kParts - 1) * 2 * kTileBytes, x[0], x[1], k.top);
+}
+
 static inline void put_row(const float* from, int valid, char* to) {
-  vf first = valid >= kDeep ? load(from) : (vf)_mm512_maskz_loadu_ps(mask_of(valid), from);
-  vf second = valid >= kDeep ? load(from + W) : (vf)_mm512_maskz_loadu_ps(mask_of(valid - W), from + W);
+  vf first = (vf)_mm512_maskz_loadu_ps(mask_of(valid), from);
+  vf second = (vf)_mm512_maskz_loadu_ps(mask_of(valid - W), from + W);
   vf a[kParts], b[kParts];
   split(first, a[0], a[1], a[2]);
   split(second, b[0], b[1], b[2]);
@@ -133,6 +158,7 @@ static inline void put_row(const bf16* from, int valid, char* to) {
   __m512i row = _mm512_maskz_loadu_epi16(mask, from);
   _mm512_store_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(order), row));
 }
+static inline void put_row(const bf16* from, char* to, const Constants&) { put_row(from, kDeep, to); }
 
 // --- weights -------------------------------------------------------------------------------------------------------------
 
@@ -143,7 +169,6 @@ struct Source {
   const void* rows;  // bfloat16 or float32, `stride` elements apart
   size_t stride;
   char* planes;
-  int mask;          // of a step: all are kept if there are more panels, else the last kRing, which stay in the first cache
   const char* ahead;  // weights that this thread will probably take next, as many bytes; null for none
 
   bool is_bf16() const { return m->format == Format::kBfloat16; }
@@ -151,15 +176,20 @@ struct Source {
 
 static inline int pairs_of(int count) { return (count + kPair - 1) / kPair; }
 
+// Steps of weights that are kept while they stream by: in the first cache where one panel takes them; where two do, those of a
+// block and of the beginning of the next.
+static inline int ring_steps(int num_panels) { return num_panels == 1 ? kRing : 2 * kRing; }
+static_assert(kLead < kRing && kDepth + kLead <= 2 * kRing);
+constexpr int kAll = -1;  // mask of tiles that are not wrapped around
+
 static Source source_of(const Matrix& m, int first, int count, int num_panels, const char* ahead, Scratch& planes, Scratch& decoded) {
-  Source source{&m, first, count, nullptr, size_t(m.stride), nullptr, 0, ahead};
+  Source source{&m, first, count, nullptr, size_t(m.stride), nullptr, ahead};
   if (source.is_bf16())
     source.rows = static_cast<const bf16*>(m.weight) + size_t(first) * m.stride;
   else
     source.rows = rows_of(m, first, count, source.stride, decoded);
   int deepest = steps(m.cols) < kMostSteps ? steps(m.cols) : kMostSteps;
-  source.mask = num_panels == 1 ? kRing - 1 : -1;
-  int kept = num_panels == 1 ? kRing : pairs_of(count) * deepest;
+  int kept = num_panels <= kFewPanels ? ring_steps(num_panels) : pairs_of(count) * deepest;
   source.planes = reinterpret_cast<char*>(planes.reserve(size_t(kept) * kStepBytes / 4));
   return source;
 }
@@ -169,6 +199,7 @@ struct Block {
   int begin, end;
   bool adds;        // to the sums of the block before
   bool is_first;    // of all panels: the weights come from memory
+  int slot = 0;     // where the tiles of its first step lie, in steps, before they are wrapped around
 };
 
 template <class T>
@@ -187,31 +218,33 @@ class Filler {
     first_ = static_cast<const T*>(source.rows) + size_t(pair) * kPair * source.stride;
     rows_ = source.count - pair * kPair;
     cols_ = source.m->cols;
-    mask_ = source.mask;
+    int whole = rows_ < kPair ? 0 : cols_ / kDeep;
+    whole_end_ = whole < block.end ? whole : block.end;
     size_t before = size_t(pair) * steps(cols_) * kPair * kRowBytes;
     ahead_ = source.ahead ? source.ahead + before : reinterpret_cast<const char*>(first_);
   }
 
   template <int kBegin, int kEnd>
-  inline __attribute__((always_inline)) void beside(int step) const {
+  inline __attribute__((always_inline)) void beside(int step, const Constants& constants) const {
     const char* ahead = ahead_ + size_t(step) * kPair * kRowBytes;
 #pragma GCC unroll 32
     for (int i = kBegin * kRowBytes; i < kEnd * kRowBytes; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T1);
-    fill<kBegin, kEnd>(step + kLead);
+    fill<kBegin, kEnd>(step + kLead, constants);
   }
 
   template <int kBegin, int kEnd>
-  inline __attribute__((always_inline)) void fill(int step) const {
-    if (step >= block_.end) return;
+  inline __attribute__((always_inline)) void fill(int step, const Constants& constants) const {
+    char* to = tiles_ + size_t(step - block_.begin) * kStepBytes;
+    if (step >= whole_end_) {
+      if (step < block_.end) fill_edge(step, to, kBegin, kEnd);
+      return;
+    }
     const T* from = first_ + step * kDeep;
-    char* to = tiles_ + size_t((step - block_.begin) & mask_) * kStepBytes;
-    if (rows_ < kEnd || cols_ - step * kDeep < kDeep) return fill_edge(from, to, cols_ - step * kDeep, kBegin, kEnd);
 #pragma GCC unroll 32
     for (int r = kBegin; r < kEnd; r++) {
       // Tiles that are kept lie in the second cache: the next step's are fetched before they are written.
-      if (mask_ < 0)
-        for (int p = 0; p < kPartsOf<T>; p++) __builtin_prefetch(place(to + kStepBytes, r) + p * 2 * kTileBytes, 1);
-      put_row(from + r * stride_, kDeep, place(to, r));
+      for (int p = 0; p < kPartsOf<T>; p++) __builtin_prefetch(place(to + kStepBytes, r) + p * 2 * kTileBytes, 1);
+      put_row(from + r * stride_, place(to, r), constants);
     }
   }
 
@@ -221,7 +254,9 @@ class Filler {
   static char* place(char* tiles, int r) { return tiles + r / kTileRows * kTileBytes + r % kTileRows * 64; }
 
   // Behind the last row it is taken again, for sums that nobody reads.
-  __attribute__((noinline)) void fill_edge(const T* from, char* to, int valid, int begin, int end) const {
+  __attribute__((noinline)) void fill_edge(int step, char* to, int begin, int end) const {
+    const T* from = first_ + step * kDeep;
+    int valid = cols_ - step * kDeep < kDeep ? cols_ - step * kDeep : kDeep;
     for (int r = begin; r < end; r++) put_row(from + (r < rows_ ? r : rows_ - 1) * stride_, valid, place(to, r));
   }
 
@@ -229,13 +264,13 @@ class Filler {
   char* tiles_;
   const char* ahead_;
   size_t stride_;
-  int rows_, cols_, mask_;
+  int rows_, cols_, whole_end_;
   Block block_;
 };
 
 struct Nothing {
   template <int, int>
-  void beside(int) const {}
+  void beside(int, const Constants&) const {}
 };
 
 // --- products ------------------------------------------------------------------------------------------------------------
@@ -258,9 +293,10 @@ static inline void multiply_block(const char* w, int mask, const char* x, const 
     clear_tile<1>();
     if constexpr (R == 2) clear_tile<3>();
   }
+  const Constants constants;
   constexpr int kPhases = P == 3 ? 6 : 3, kSome = R * kTileRows;
   for (int step = block.begin; step < block.end; step++) {
-    const char* a = w + size_t((step - block.begin) & mask) * kStepBytes;
+    const char* a = w + size_t((block.slot + step - block.begin) & mask) * kStepBytes;
     const char* b = x + size_t(step) * kStepBytes;
     auto weights = [&](int part) __attribute__((always_inline)) {
       load_tile<4>(a + part * 2 * kTileBytes, 64);
@@ -272,7 +308,7 @@ static inline void multiply_block(const char* w, int mask, const char* x, const 
     };
     auto phase = [&](auto number) __attribute__((always_inline)) {
       products<R, N, decltype(number)::value>();
-      work.template beside<kSome * number / kPhases, kSome*(number + 1) / kPhases>(step);
+      work.template beside<kSome * number / kPhases, kSome*(number + 1) / kPhases>(step, constants);
     };
     // Small products first; one operand changes at a time.
     weights(0);
@@ -310,11 +346,12 @@ static inline void multiply_block(const char* w, int mask, const char* x, const 
 template <class T, int R, int N>
 static void multiply_pair(const Source& source, int pair, const char* x, const Block& block, float* out, int width) {
   int kept = steps(source.m->cols) < kMostSteps ? steps(source.m->cols) : kMostSteps;
-  char* tiles = source.planes + (source.mask < 0 ? size_t(pair) * kept * kStepBytes : 0);
-  if (!block.is_first) return multiply_block<kPartsOf<T>, R, N>(tiles, source.mask, x, block, out, width, Nothing{});
+  char* tiles = source.planes + size_t(pair) * kept * kStepBytes;
+  if (!block.is_first) return multiply_block<kPartsOf<T>, R, N>(tiles, kAll, x, block, out, width, Nothing{});
   Filler<T> filler(source, pair, tiles, block);
-  for (int i = 0; i < kLead; i++) filler.template fill<0, R * kTileRows>(block.begin + i);
-  multiply_block<kPartsOf<T>, R, N>(tiles, source.mask, x, block, out, width, filler);
+  const Constants constants;
+  for (int i = 0; i < kLead; i++) filler.template fill<0, R * kTileRows>(block.begin + i, constants);
+  multiply_block<kPartsOf<T>, R, N>(tiles, kAll, x, block, out, width, filler);
 }
 
 template <class T>
@@ -396,6 +433,135 @@ static void mend_if_needed(const Source& source, const Activations& x, int panel
   if (_mm512_test_epi32_mask((__m512i)found, (__m512i)found)) mend(source, x, panel, sums, width);
 }
 
+// --- few tokens ----------------------------------------------------------------------------------------------------------
+//
+// With one or two panels, weights come from memory about as fast as they are multiplied. What the first cache has to fetch from
+// the second waits behind them, so tokens are taken kDepth steps at a time, which stay in the first cache for all outputs of a
+// chunk, and so do the tiles of weights. While the steps of one pair are multiplied, those of the next are asked for.
+
+// A pair of row tiles in one block of features.
+template <class T>
+struct Unit {
+  const T* from = nullptr;  // first row, first feature of the block; null behind the last unit
+  size_t stride = 0;
+  int rows = 0;    // that there are
+  int valid = 0;   // features from the block's first one on
+  int length = 0;  // steps
+};
+
+template <class T>
+class Stream {
+ public:
+  Stream(const Unit<T>& now, const Unit<T>& next, const T* ahead, char* ring, int mask, const Block& block)
+      : now_(now), next_(next), ahead_(ahead), ring_(ring), mask_(mask), block_(block) {
+    whole_now_ = whole_steps(now);
+    whole_next_ = whole_steps(next);
+    lead_ = now.length < kLead ? now.length : kLead;
+  }
+
+  template <int kBegin, int kEnd>
+  inline __attribute__((always_inline)) void beside(int step, const Constants& constants) const {
+    int s = step - block_.begin, to = s + lead_;
+    ask<kBegin, kEnd>(s);
+    if (to < now_.length)
+      fill<kBegin, kEnd>(now_, whole_now_, to, block_.slot + to, constants);
+    else if (next_.from)
+      fill<kBegin, kEnd>(next_, whole_next_, to - now_.length, block_.slot + to, constants);
+  }
+
+  // The steps that have to be there before the first product.
+  void begin() const {
+    const Constants constants;
+    for (int s = 0; s < lead_; s++) fill<0, kPair>(now_, whole_now_, s, block_.slot + s, constants);
+  }
+
+ private:
+  static int whole_steps(const Unit<T>& unit) { return unit.rows < kPair ? 0 : unit.valid / kDeep; }
+  static char* place(char* tiles, int r) { return tiles + r / kTileRows * kTileBytes + r % kTileRows * 64; }
+
+  // The weights of the unit that is filled after the next steps.
+  template <int kBegin, int kEnd>
+  inline __attribute__((always_inline)) void ask(int s) const {
+    const char* from = reinterpret_cast<const char*>(ahead_ + s * kDeep);
+#pragma GCC unroll 32
+    for (int r = kBegin; r < kEnd; r++)
+      for (size_t i = 0; i < kDeep * sizeof(T); i += 64) _mm_prefetch(from + r * next_.stride * sizeof(T) + i, _MM_HINT_T1);
+  }
+
+  template <int kBegin, int kEnd>
+  inline __attribute__((always_inline)) void fill(const Unit<T>& unit, int whole, int step, int slot, const Constants& constants) const {
+    char* to = ring_ + size_t(slot & mask_) * kStepBytes;
+    if (step >= whole) return fill_edge(unit, step, to, kBegin, kEnd);
+    const T* from = unit.from + step * kDeep;
+#pragma GCC unroll 32
+    for (int r = kBegin; r < kEnd; r++) put_row(from + r * unit.stride, place(to, r), constants);
+  }
+
+  // Behind the last row it is taken again, for sums that nobody reads.
+  __attribute__((noinline)) static void fill_edge(const Unit<T>& unit, int step, char* to, int begin, int end) {
+    const T* from = unit.from + step * kDeep;
+    int left = unit.valid - step * kDeep, valid = left < kDeep ? left : kDeep;
+    for (int r = begin; r < end; r++) put_row(from + (r < unit.rows ? r : unit.rows - 1) * unit.stride, valid, place(to, r));
+  }
+
+  Unit<T> now_, next_;
+  const T* ahead_;
+  char* ring_;
+  int mask_, whole_now_, whole_next_, lead_;
+  Block block_;
+};
+
+// Sums of M chunks of equal size, with weights of one type, over one or two panels: sums[panel][chunk].
+template <class T, int M>
+static void few_sums_of(const Activations& x, const Source (&sources)[M], float* const (&sums)[kFewPanels][M]) {
+  int all = steps(x.size), num_panels = panels(x.num_tokens), blocks = (all + kDepth - 1) / kDepth;
+  int pairs = pairs_of(sources[0].count), per_block = M * pairs, units = blocks * per_block;
+  int mask = ring_steps(num_panels) - 1;
+  auto begin_of = [&](int b) { return int(int64_t(all) * b / blocks); };
+  auto unit_of = [&](int u) {
+    Unit<T> unit;
+    if (u >= units) return unit;
+    int b = u / per_block, i = u % per_block / pairs, pair = u % pairs;
+    const Source& source = sources[i];
+    unit.stride = source.stride;
+    unit.length = begin_of(b + 1) - begin_of(b);
+    unit.rows = source.count - pair * kPair;
+    unit.valid = source.m->cols - begin_of(b) * kDeep;
+    unit.from = static_cast<const T*>(source.rows) + size_t(pair) * kPair * source.stride + begin_of(b) * kDeep;
+    return unit;
+  };
+  Unit<T> now = unit_of(0), next = unit_of(1);
+  for (int u = 0, slot = 0; u < units; u++, slot += now.length, now = next, next = unit_of(u + 1)) {
+    int b = u / per_block, i = u % per_block / pairs, pair = u % pairs;
+    Block block{begin_of(b), begin_of(b + 1), b > 0, true, slot};
+    const T* ahead = next.from ? next.from : sources[0].ahead ? reinterpret_cast<const T*>(sources[0].ahead) : now.from;
+    if (!next.from) next.stride = now.stride;
+    Stream<T> stream(now, next, ahead, sources[0].planes, mask, block);
+    if (u == 0) stream.begin();
+    for (int p = 0; p < num_panels; p++) {
+      int width = panel_width(x.num_tokens, p);
+      float* out = sums[p][i] + size_t(pair) * kPair * width;
+      auto multiply = [&](const auto& work) {
+        using Work = std::decay_t<decltype(work)>;
+        auto run = width == kWidth ? multiply_block<kPartsOf<T>, 2, 2, Work> : multiply_block<kPartsOf<T>, 2, 1, Work>;
+        run(sources[0].planes, mask, panel_of(x, p), block, out, width, work);
+      };
+      p == 0 ? multiply(stream) : multiply(Nothing{});
+    }
+  }
+}
+
+template <int M>
+static void few_sums(const Activations& x, const Source (&sources)[M], float* const (&sums)[kFewPanels][M]) {
+  bool is_bf16 = sources[0].is_bf16(), is_mixed = M > 1 && sources[M - 1].is_bf16() != is_bf16;
+  if (!is_mixed) return (is_bf16 ? few_sums_of<bf16, M> : few_sums_of<float, M>)(x, sources, sums);
+  for (int i = 0; i < M; i++) {
+    const Source one[] = {sources[i]};
+    float* const own[kFewPanels][1] = {{sums[0][i]}, {sums[1][i]}};
+    few_sums<1>(x, one, own);
+  }
+}
+
 // --- chunks --------------------------------------------------------------------------------------------------------------
 
 // Sums of M chunks of equal size over all panels: done(panel, sums of each, [count, width]).
@@ -404,6 +570,18 @@ static void chunk_sums(const Activations& x, const Source (&sources)[M], Scratch
   int all = steps(x.size), num_panels = panels(x.num_tokens);
   int blocks = (all + kMostSteps - 1) / kMostSteps;
   size_t one = size_t(pairs_of(sources[0].count)) * kPair * kWidth;  // floats
+  if (num_panels <= kFewPanels) {
+    float* few[kFewPanels][M];
+    float* space = room.reserve(num_panels * M * one);
+    for (int p = 0; p < kFewPanels; p++)
+      for (int i = 0; i < M; i++) few[p][i] = space + ((p < num_panels ? p : 0) * M + i) * one;
+    few_sums<M>(x, sources, few);
+    for (int p = 0; p < num_panels; p++) {
+      for (int i = 0; i < M; i++) mend_if_needed(sources[i], x, p, few[p][i]);
+      done(p, few[p]);
+    }
+    return;
+  }
   float* space = room.reserve((blocks > 1 ? num_panels : 1) * M * one);
   for (int b = 0; b < blocks; b++) {
     for (int p = 0; p < num_panels; p++) {
@@ -481,10 +659,9 @@ static void gated_chunk(const Activations& x, const Chunk (&chunks)[2], const ch
   });
 }
 
-// Outputs of a chunk: with few tokens no more than are multiplied at once, with many as many as fill the second cache, so that
-// tokens are read less often; fewer where there would be threads without work.
-static int chunk_rows(int num_tokens, int rows, int most) {
-  if (num_tokens <= 2 * kWidth) return kPair;
+// Outputs of a chunk: as many as fill the second cache, so that tokens are read less often; fewer where there would be threads
+// without work.
+static int chunk_rows(int rows, int most) {
   while (most > kPair && (rows + most - 1) / most < 2 * num_threads()) most -= kPair;
   return most;
 }
@@ -525,7 +702,7 @@ Activations pack(const float* rows, size_t stride, int num_tokens, int size, flo
 void matmul(const Activations& x, const Matrix* matrices, const Sink* sinks, int count) {
   int rows = 0, total = 0;
   for (int i = 0; i < count; i++) rows += matrices[i].rows;
-  int size = chunk_rows(x.num_tokens, rows, kRows);
+  int size = chunk_rows(rows, kRows);
   auto chunks_of = [&](int i) { return (matrices[i].rows + size - 1) / size; };
   for (int i = 0; i < count; i++) total += chunks_of(i);
   auto find = [&](int n, int& which) {
@@ -540,7 +717,7 @@ void matmul(const Activations& x, const Matrix* matrices, const Sink* sinks, int
 }
 
 Activations gated_matmul(const Activations& x, const Matrix& gate, const Matrix& up, Activation kind, float* space) {
-  int size = chunk_rows(x.num_tokens, gate.rows, kGatedRows), total = (gate.rows + size - 1) / size;
+  int size = chunk_rows(gate.rows, kGatedRows), total = (gate.rows + size - 1) / size;
   parallel(total, [&](int n, int) {
     Chunk chunks[] = {nth_chunk(gate, n, size), nth_chunk(up, n, size)};
     int next = n + num_threads();
