@@ -1,10 +1,11 @@
-"""The Triton kernels against the ceilings of this GPU, in one run; writes docs/benchmarks/gpu.md.
+"""The Triton kernels against the ceilings of this GPU, and serving beside them; writes docs/benchmarks/gpu.md.
 
     python tests/benchmarks/gpu/run.py [--quick] [--output docs/benchmarks/gpu.md]
 
 Pointwise kernels and decode attention are bound by memory: their bytes a second are shown as a share of what a plain
 copy of 1 GiB reaches here. Prefill attention is compared with the fastest of torch's own backends, forward and back. A
-figure is the median of eleven launches, each after the cache of the device was overwritten.
+figure is the median of eleven launches, each after the cache of the device was overwritten. Whole models are served by
+``serving.py`` beside this file, which has options of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import triton
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import serving
 from drivetrain.contracts.attention import AttentionBatch, AttentionSpec, LayerAttention
 from drivetrain.contracts.kernels import KernelSpec
 from drivetrain.kernels.triton import TritonKernels
@@ -215,6 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer shapes; prints and writes nothing")
     parser.add_argument("--output", type=Path, default=PAGE, help="the page to write")
+    serving.add_options(parser)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: this machine has no GPU that torch can use; nothing was measured and nothing written")
@@ -239,6 +242,10 @@ def main() -> None:
         ),
     }
     text = page(tables, bandwidth, "make bench-gpu")
+    del clock
+    serving.free_memory()
+    if not options.quick:
+        text += "\n".join(["", *serving.section(options, bandwidth), ""])
     print(text)
     if not options.quick:
         options.output.write_text(text, encoding="utf-8")
