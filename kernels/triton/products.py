@@ -16,8 +16,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch.nn import functional
 
 from drivetrain.contracts.kernels import KernelSpec
+from drivetrain.kernels.triton import one_row
 from drivetrain.kernels.triton.activations import GELU, SILU, Activation, activated
 from drivetrain.kernels.triton.launch import INTERPRETED, as_rows, dot, needs_gradient, num_processors, power_of_two
 from drivetrain.kernels.triton.tuning import FUSED, Blocks, Choice, Tuner, rows_class
@@ -428,6 +430,21 @@ class _Quantized(torch.autograd.Function):
         return None, context.product.transposed(grad, *weights), None, *(None for _ in weights)
 
 
+def _is_one_row(x: torch.Tensor, weight_OI: torch.Tensor) -> bool:
+    return x.numel() == x.shape[-1] > 0 and weight_OI.stride(1) == 1 and x.dtype == weight_OI.dtype
+
+
+def make_linear(spec: KernelSpec) -> Callable[..., torch.Tensor]:
+    """``linear``: one row by a kernel of its own, and the others by torch, whose library is the fastest for them."""
+
+    def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+        if _is_one_row(x, weight_OI) and not needs_gradient(x, weight_OI, bias_O):
+            return one_row.multiply(x.reshape(-1).contiguous(), weight_OI, bias_O).view(*x.shape[:-1], -1)
+        return functional.linear(x, weight_OI, bias_O)
+
+    return linear
+
+
 def make_linear_by_row(spec: KernelSpec, tuner: Tuner) -> Callable[..., torch.Tensor]:
     """``linear_int8`` or ``linear_fp8``."""
     product = _LinearByRow(spec, tuner)
@@ -523,6 +540,10 @@ def make_gated_linear(spec: KernelSpec, tuner: Tuner) -> Callable[..., torch.Ten
     def gated_linear(x: torch.Tensor, gate_OI: torch.Tensor, up_OI: torch.Tensor) -> torch.Tensor:
         if needs_gradient(x, gate_OI, up_OI):
             return _GatedLinear.apply(product, x, gate_OI, up_OI)
+        if _is_one_row(x, gate_OI) and up_OI.stride(1) == 1:
+            return one_row.multiply(x.reshape(-1).contiguous(), gate_OI, None, up_OI, product.kind).view(
+                *x.shape[:-1], -1
+            )
         return product(x, gate_OI, up_OI)
 
     return gated_linear

@@ -111,6 +111,7 @@ def products_() -> None:
         make("linear_fp8")(x, fp8, torch.ones(256), None)
         make("linear_int4", group=128)(x, int4, groups, groups, None)
         make("gated_linear", activation=0)(x, randn(256, 1024), randn(256, 1024))
+        make("linear")(x, randn(256, 1024), randn(256))
 
 
 def attention() -> None:
