@@ -26,6 +26,10 @@ from drivetrain.kernels.triton.tuning import FUSED, Blocks, Choice, Tuner, rows_
 
 INT8, FP8 = 1, 2
 
+_FEW_ROWS = 64
+"""Up to so many rows the gated product in one launch is faster than two products by torch's library and an activation:
+86 us against 92 for 64 rows of an 8B Llama on an H100."""
+
 
 @triton.jit
 def from_fp8(bits: tl.tensor) -> tl.tensor:
@@ -486,7 +490,14 @@ class _GatedProduct(_Product):
 
     def __call__(self, x: torch.Tensor, gate_OI: torch.Tensor, up_OI: torch.Tensor) -> torch.Tensor:
         gate_OI, up_OI = as_rows(gate_OI), as_rows(up_OI)
+        if _is_one_row(x, gate_OI):
+            row_I = x.reshape(-1).contiguous()
+            return one_row.multiply(row_I, gate_OI, None, up_OI, self.kind).view(*x.shape[:-1], -1)
+        if x.numel() > _FEW_ROWS * x.shape[-1]:
+            return self.activation.forward(functional.linear(x, gate_OI), functional.linear(x, up_OI))
+        return self._in_one_launch(x, gate_OI, up_OI)
 
+    def _in_one_launch(self, x: torch.Tensor, gate_OI: torch.Tensor, up_OI: torch.Tensor) -> torch.Tensor:
         def launch_on(x_MI: Any, out: Any, parts: Any, grid: tuple[int, int], options: dict[str, int]) -> None:
             _gated[grid[:1]](
                 x_MI,
@@ -540,10 +551,6 @@ def make_gated_linear(spec: KernelSpec, tuner: Tuner) -> Callable[..., torch.Ten
     def gated_linear(x: torch.Tensor, gate_OI: torch.Tensor, up_OI: torch.Tensor) -> torch.Tensor:
         if needs_gradient(x, gate_OI, up_OI):
             return _GatedLinear.apply(product, x, gate_OI, up_OI)
-        if _is_one_row(x, gate_OI) and up_OI.stride(1) == 1:
-            return one_row.multiply(x.reshape(-1).contiguous(), gate_OI, None, up_OI, product.kind).view(
-                *x.shape[:-1], -1
-            )
         return product(x, gate_OI, up_OI)
 
     return gated_linear

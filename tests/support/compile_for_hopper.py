@@ -110,8 +110,9 @@ def products_() -> None:
         make("linear_int8")(x, int8, torch.ones(256), randn(256))
         make("linear_fp8")(x, fp8, torch.ones(256), None)
         make("linear_int4", group=128)(x, int4, groups, groups, None)
-        make("gated_linear", activation=0)(x, randn(256, 1024), randn(256, 1024))
         make("linear")(x, randn(256, 1024), randn(256))
+    for rows in (1, 40):
+        make("gated_linear", activation=0)(randn(rows, 1024), randn(256, 1024), randn(256, 1024))
 
 
 def attention() -> None:
