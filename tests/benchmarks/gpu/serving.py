@@ -1,11 +1,12 @@
 """Serving an 8B Llama with made-up weights on this GPU: decodes beside the floor of memory, and many requests beside
 transformers' compiled generation.
 
-    python tests/benchmarks/gpu/serving.py [--layers 4] [--running 64,256] [--peer-batches 32,64,128]
+    python tests/benchmarks/gpu/serving.py [--layers 4] [--running 64,256] [--peer-batches 128,64,32]
 
 Weights are drawn on the device. One stream is measured as a share of the floor: the bytes of weights that a step reads
-over what a plain copy reaches. Rates of many requests are whole runs, prompts included; the peer's is
-``generate`` with a static cache, which compiles its decode step, at its best batch, after a run that compiled it.
+over what a plain copy reaches. Rates of many requests are whole runs, prompts included; the peer's is ``generate`` with
+a static cache, which compiles its decode step, at its best batch, after a run that compiled it. It has a process and a
+time limit of its own: batches that it did not come to are left out.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -74,7 +76,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--running", default="64,256", help="numbers of requests that run at a time")
     parser.add_argument("--batched-tokens", type=int, default=2048, help="most tokens of a step")
     parser.add_argument("--iterations", type=int, default=3, help="runs of one stream")
-    parser.add_argument("--peer-batches", default="32,64,128", help="the peer's batches; empty for no peer")
+    parser.add_argument("--peer-batches", default="128,64,32", help="the peer's batches; empty for no peer")
+    parser.add_argument("--peer-seconds", type=float, default=900.0, help="time limit of the peer, compiling included")
 
 
 def _numbers(text: str) -> list[int]:
@@ -153,13 +156,26 @@ def free_memory() -> None:
 
 
 def peer_rates(options: argparse.Namespace, batches: Sequence[int]) -> dict[int, float]:
-    """transformers' output tokens a second by batch, each after a run that compiled its decode step."""
+    """transformers' output tokens a second by batch, as far as it came in its time."""
+    command = [sys.executable, __file__, "--peer-only", "--peer-batches", ",".join(map(str, batches))]
+    command += ["--layers", str(options.layers), "--prompt", str(options.prompt), "--answer", str(options.answer)]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, timeout=options.peer_seconds, check=True)
+        told = done.stdout
+    except subprocess.TimeoutExpired as error:
+        _say(f"the peer was stopped after {options.peer_seconds:.0f} s")
+        told = error.stdout or b""
+    measured = [json.loads(line) for line in told.decode().splitlines() if line.startswith("[")]
+    return {int(batch): float(rate) for batch, rate in measured}
+
+
+def run_peer(options: argparse.Namespace, batches: Sequence[int]) -> None:
+    """Print batch and rate of each, measured after a run that compiled the decode step."""
     import transformers
 
     config = transformers.LlamaConfig(**{**CONFIG, "num_hidden_layers": options.layers})
     with torch.device("cuda"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    rates = {}
     for batch in batches:
         ids = torch.tensor([item.prompt for item in requests(batch, options, seed=2)], device="cuda")
         for name in ("compiling", "measured"):
@@ -178,9 +194,8 @@ def peer_rates(options: argparse.Namespace, batches: Sequence[int]) -> dict[int,
             torch.cuda.synchronize()
             seconds = time.perf_counter() - started
             assert out.shape[1] == options.prompt + options.answer
-            rates[batch] = batch * options.answer / seconds
-            _say(f"transformers, batch {batch}, {name}: {seconds:.1f} s, {rates[batch]:,.0f} tok/s")
-    return rates
+            _say(f"transformers, batch {batch}, {name}: {seconds:.1f} s")
+        print(json.dumps([batch, batch * options.answer / seconds]), flush=True)
 
 
 def rows(options: argparse.Namespace, bandwidth: float) -> list[Row]:
@@ -230,9 +245,13 @@ def section(options: argparse.Namespace, bandwidth: float) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
+    parser.add_argument("--peer-only", action="store_true", help="run the peer, and print its rates as JSON")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: this machine has no GPU that torch can use; nothing was measured")
+    if options.peer_only:
+        run_peer(options, _numbers(options.peer_batches))
+        return
     from run import Clock, copy_bandwidth
 
     print("\n".join(section(options, copy_bandwidth(Clock()))))
