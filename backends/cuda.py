@@ -100,6 +100,7 @@ class CudaPlatform(AcceleratorPlatform):
 
     device_type = "cuda"
     pci_vendors = frozenset({NVIDIA})
+    _graph_memory: Any = None
 
     @classmethod
     def probe(cls, context: ProbeContext) -> Probe:
@@ -129,7 +130,12 @@ class CudaPlatform(AcceleratorPlatform):
         import torch
 
         graph = torch.cuda.CUDAGraph()
-        return record_graph(graph, torch.cuda.graph(graph), function)
+        # Other threads go on meanwhile: what they ask of the driver neither belongs to the graph nor spoils it. Replays
+        # come one after another, so that all may have their intermediate tensors in the same memory.
+        if self._graph_memory is None:
+            self._graph_memory = torch.cuda.graph_pool_handle()
+        capturing = torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local")
+        return record_graph(graph, capturing, function)
 
     def _module(self) -> Any:
         import torch
