@@ -26,7 +26,7 @@ BOUND_BY_MEMORY = {
     "norms._forward", "norms._backward", "activations._forward", "activations._backward", "rotary._rope",
     "decode._write", "decode._decode", "cross_entropy._losses", "cross_entropy._logit_gradients", "sampling._sample",
 }  # fmt: skip
-OTHERS = {"products._sum_parts", "decode._merge", "flash_backward._row_products"}
+OTHERS = {"products._sum_parts", "decode._list", "flash_backward._row_products"}
 
 
 @pytest.fixture(scope="module")

@@ -67,9 +67,9 @@ def compile_only() -> None:
 
 
 def _modules() -> tuple[Any, ...]:
-    from drivetrain.kernels.triton import norms, products
+    from drivetrain.kernels.triton import decode, norms, products
 
-    return norms, products
+    return decode, norms, products
 
 
 def randn(*shape: int, grad: bool = False) -> torch.Tensor:
