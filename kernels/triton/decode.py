@@ -61,7 +61,7 @@ def _num_keys(
     kv_lengths_ptr: tl.tensor,
     WINDOW: tl.constexpr,
 ) -> tl.tensor:
-    """How many keys each sequence sees with its one new token, none where it has several, and its length."""
+    """How many keys each sequence sees with its one new token, none where it has several; its length; its row."""
     is_in = sequences < num_sequences
     starts = tl.load(query_starts_ptr + sequences, mask=is_in, other=0)
     ends = tl.load(query_starts_ptr + sequences + 1, mask=is_in, other=0)
@@ -188,8 +188,9 @@ def _add_keys(
     if IS_LAST:
         s = tl.where(is_key[None, :], s, float("-inf"))
     better = tl.maximum(best, tl.max(s, axis=1))
-    p = tl.exp2(s - better[:, None])
-    shrink = tl.exp2(best - better)
+    safe = tl.where(better == float("-inf"), 0.0, better)  # no score is a number
+    p = tl.exp2(s - safe[:, None])
+    shrink = tl.exp2(best - safe)
     weight = weight * shrink + tl.sum(p, axis=1)
     if FORMAT > 0:
         p = p * load_scales(v_scales_ptr, places, is_key, FORMAT)[None, :]
@@ -329,8 +330,9 @@ def _merge(
         places = own[:, :, None] * BLOCK_D + dims[None, None, :]
         parts = tl.load(parts_ptr + places, mask=is_in[:, :, None], other=0.0, cache_modifier=".cg")
         better = tl.maximum(best, tl.max(logs, axis=0))
-        shares = tl.exp2(logs - better[None, :])
-        shrink = tl.exp2(best - better)
+        safe = tl.where(better == float("-inf"), 0.0, better)  # no chunk has numbers
+        shares = tl.exp2(logs - safe[None, :])
+        shrink = tl.exp2(best - safe)
         total = total * shrink[:, None] + tl.sum(parts * shares[:, :, None], axis=0)
         weight = weight * shrink + tl.sum(shares, axis=0)
         best = better
@@ -390,19 +392,26 @@ def _write(
 # --- how they are launched -----------------------------------------------------------------------------------------
 
 
+def write_candidates(size: int) -> list[Blocks]:
+    """Rows, each a head of a token, that a program writes; the first one loads 16 bytes a thread."""
+    tried = [(16384, 4)] if INTERPRETED else [(1024, 4), (2048, 4), (2048, 8), (4096, 8), (512, 2)]
+    block = power_of_two(size)
+    return [Blocks.of(num_warps=warps, ROWS=max(1, numbers // block)) for numbers, warps in tried]
+
+
 def write(
     keys: Pages,
     values: Pages,
     k_TGD: torch.Tensor,
     v_TGD: torch.Tensor,
     slots_T: torch.Tensor,
+    blocks: Blocks | None = None,
 ) -> None:
     """Put new keys and values into their slots, as codes and scales where the pages are of that kind."""
     (keys_BNGD, key_scales, form), (values_BNGD, value_scales, _) = parts_of(keys), parts_of(values)
     num_tokens, groups, size = k_TGD.shape
-    block = power_of_two(size)
-    rows = max(1, (16384 if INTERPRETED else 1024) // block)
-    _write[(triton.cdiv(num_tokens * groups, rows),)](
+    blocks = blocks or write_candidates(size)[0]
+    _write[(triton.cdiv(num_tokens * groups, blocks["ROWS"]),)](
         k_TGD,
         v_TGD,
         keys_BNGD,
@@ -419,9 +428,8 @@ def write(
         D=size,
         N=keys_BNGD.shape[1],
         FORMAT=form,
-        BLOCK_D=block,
-        ROWS=rows,
-        **FUSED,
+        BLOCK_D=power_of_two(size),
+        **blocks.launch,
     )
 
 

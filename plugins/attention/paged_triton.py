@@ -37,7 +37,7 @@ from drivetrain.contracts.plugin import Probe, ProbeContext, Tier
 from drivetrain.errors import EngineError
 from drivetrain.kernels.triton import tuner_of
 from drivetrain.kernels.triton.availability import DTYPES, probe
-from drivetrain.kernels.triton.tuning import DEFAULT_FOLDER, Choice
+from drivetrain.kernels.triton.tuning import DEFAULT_FOLDER, Choice, rows_class
 from drivetrain.pages import PagedBackend, PagedConfig, Pages, tensors_of
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ MAX_HEAD_SIZE = 256
 """A tile of queries and its sums lie in the registers of one program."""
 
 _WORTH_TIMING_ROWS = 2048
-"""Query rows (tokens times heads) from which on a step tells something about block sizes."""
+"""Rows (tokens times heads) from which on a step tells something about block sizes."""
 
 _WORTH_TIMING_KEYS = 65536
 """Keys (tokens times key/value heads) from which on a cache tells something about block sizes for decodes."""
@@ -176,9 +176,19 @@ class _Kernels:
         launch(choice((block_size,), candidates, launch, worth_it))
 
     def write(
-        self, keys: Pages, values: Pages, k_TGD: torch.Tensor, v_TGD: torch.Tensor, slots_T: torch.Tensor
+        self,
+        layer: LayerAttention,
+        keys: Pages,
+        values: Pages,
+        k_TGD: torch.Tensor,
+        v_TGD: torch.Tensor,
+        slots_T: torch.Tensor,
     ) -> None:
-        self.decoding.write(keys, values, k_TGD, v_TGD, slots_T)
+        num_rows = k_TGD.shape[0] * layer.num_kv_heads
+        launch = functools.partial(self.decoding.write, keys, values, k_TGD, v_TGD, slots_T)
+        choice = self._choice(_kernel_name("write", _kv_of(keys)), layer, k_TGD.dtype)
+        candidates = functools.partial(self.decoding.write_candidates, layer.head_size)
+        launch(choice((rows_class(num_rows),), candidates, launch, num_rows >= _WORTH_TIMING_ROWS))
 
     def decode(
         self,
@@ -284,7 +294,7 @@ class PagedTritonStep:
         if self._cache is None:
             return _Attention.apply(kernels, attention, plan, q_THD, k_TGD, v_TGD)
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        kernels.write(keys, values, k_TGD, v_TGD, plan.batch.slots[self._group_of[layer]])
+        kernels.write(attention, keys, values, k_TGD, v_TGD, plan.batch.slots[self._group_of[layer]])
         return self.attend_written(layer, q_THD)
 
     def layer_pages(self, layer: int) -> LayerPages | None:
