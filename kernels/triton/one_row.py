@@ -1,8 +1,8 @@
 """Products of one row, as decoding one sequence makes them: bound by the bytes of the weight, read once.
 
 One output a program: its weights come in loads of 16 bytes a thread, are multiplied in float32, and summed at the end.
-With a gate, a program reads its output's rows of both weights, and the products are never stored. Measured on an H100
-with the weights of an 8B Llama, against cuBLAS: 1.09 to 1.3 times as fast.
+With a gate, a program reads its output's rows of both weights, and the products are never stored. docs/log.md has the
+measurement beside cuBLAS.
 
 Shapes: I, O features.
 """
