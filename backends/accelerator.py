@@ -71,8 +71,11 @@ class AcceleratorPlatform(Platform):
         return torch.device(self.device_type, self.config.device)
 
     def memory(self) -> MemoryInfo:
-        free, total = self._module().mem_get_info(self.config.device)
-        return MemoryInfo(total_bytes=total, free_bytes=free)
+        """What torch's allocator holds for tensors to come is free too: it is handed out, or given back, as needed."""
+        module, device = self._module(), self.config.device
+        free, total = module.mem_get_info(device)
+        kept = module.memory_reserved(device) - module.memory_allocated(device)
+        return MemoryInfo(total_bytes=total, free_bytes=free + kept)
 
     def peak_memory_bytes(self) -> int:
         """The most bytes torch's allocator held in tensors; what the driver itself takes is not in it."""

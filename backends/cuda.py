@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from drivetrain.backends.accelerator import AcceleratorPlatform, record_graph, visible_indices
+from drivetrain.backends.accelerator import AcceleratorConfig, AcceleratorPlatform, record_graph, visible_indices
 from drivetrain.backends.nvml import NvidiaDevice, NvidiaDriver, read_driver
 from drivetrain.contracts.platform import PlatformFacts
 from drivetrain.contracts.plugin import Probe, ProbeContext
@@ -99,7 +99,12 @@ class CudaPlatform(AcceleratorPlatform):
     """NVIDIA GPUs through CUDA."""
 
     device_type = "cuda"
+    preferences = {**AcceleratorPlatform.preferences, "attention": ("paged-triton", "sdpa")}
     pci_vendors = frozenset({NVIDIA})
+
+    def __init__(self, config: AcceleratorConfig) -> None:
+        super().__init__(config)
+        self._graph_memory: Any = None
 
     @classmethod
     def probe(cls, context: ProbeContext) -> Probe:
@@ -125,11 +130,18 @@ class CudaPlatform(AcceleratorPlatform):
             )
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Record into a CUDA graph. Run ``function`` once before, so that nothing is left to compile."""
+        """Record into a CUDA graph. Run ``function`` once before, so that nothing is left to compile.
+
+        What is recorded on this platform shares its memory, but for tensors that are still held: it is good until
+        anything recorded is replayed again. Other threads may work on the device meanwhile.
+        """
         import torch
 
+        if self._graph_memory is None:
+            self._graph_memory = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        return record_graph(graph, torch.cuda.graph(graph), function)
+        capturing = torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local")
+        return record_graph(graph, capturing, function)
 
     def _module(self) -> Any:
         import torch

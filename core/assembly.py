@@ -416,6 +416,7 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
         metrics,
         draw=bind_sample(binder, device.type, parts.spec.vocab_size),
     )
+    engine.runner.capture_ahead(progress)
     defaults = {
         name: parts.checkpoint.generation_config[name]
         for name in _SAMPLING_DEFAULTS

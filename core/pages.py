@@ -30,6 +30,7 @@ from drivetrain.contracts.attention import (
     ScaledPages,
 )
 from drivetrain.contracts.plugin import PluginConfig
+from drivetrain.serving.transfer import on_device
 
 LEAST = 2.0**-100
 """What the largest number of a row counts at least, so that neither a scale nor its inverse leaves float32. Rows that
@@ -172,7 +173,8 @@ class PagedBackend(AttentionBackend):
     def copy_blocks(self, cache: AnyPagedCache, group: KVGroup, pairs: Sequence[tuple[int, int]]) -> None:
         if not pairs:
             return
-        source, destination = torch.tensor(pairs, device=tensors_of(cache.keys[group.layers[0]])[0].device).unbind(1)
+        device = tensors_of(cache.keys[group.layers[0]])[0].device
+        source, destination = on_device(np.array(pairs, dtype=np.int64), device).unbind(1)
         for store in _stores(cache, group):
             store.index_copy_(0, destination, store.index_select(0, source))
 

@@ -339,7 +339,6 @@ class Engine:
             and flight.inputs is not None
             and flight.sampling.is_on_device
             and not flight.inputs.prompt_rows
-            and not any(request.is_at_its_last for request in flight.sampling.requests)
         )
 
     def _launch(self, behind: Flight | None = None) -> Flight | None:
@@ -508,6 +507,8 @@ class Engine:
         for grant in grants:
             request = self._running.get(grant.request_id)
             if request is not None:
+                if is_ahead and request.is_at_its_last:
+                    continue  # the token that is still to come ends it
                 num_running = len(self._running)
                 num_tokens = min(grant.num_tokens, request.pending_tokens)
                 assert request.blocks is not None

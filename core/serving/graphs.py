@@ -19,6 +19,7 @@ import torch
 
 from drivetrain.contracts.attention import AttentionBackend, AttentionBatch, AttentionSpec, KVCache
 from drivetrain.contracts.model import CausalLM
+from drivetrain.contracts.source import Progress
 from drivetrain.errors import GraphCaptureError
 from drivetrain.serving.packing import StepInputs
 
@@ -45,15 +46,18 @@ class GraphLimits:
 
 
 def captured_sizes(max_running: int) -> list[int]:
-    """The batch sizes that are captured: 1, 2, 4, 8 and then every eighth, up to the first that holds all."""
+    """The batch sizes that are captured: 1, 2, 4, then every eighth up to 64, and by a quarter of the next lower power
+    of two beyond, up to the first that holds all. So at most a fifth of a large step is computed for nobody."""
     sizes = [1, 2, 4]
     while sizes[-1] < max_running:
-        sizes.append(sizes[-1] + 8 if sizes[-1] >= 8 else 8)
+        last = sizes[-1]
+        step = max(8, 1 << max(0, last.bit_length() - 3))
+        sizes.append(8 if last < 8 else last + step)
     return [size for size, smaller in zip(sizes, [0, *sizes], strict=False) if smaller < max_running]
 
 
 class DecodeGraphs:
-    """The captured decode steps of one model, backend and cache. A size is captured when it is first needed."""
+    """The captured decode steps of one model, backend and cache; a size is captured ahead, or when it first comes."""
 
     def __init__(
         self,
@@ -96,6 +100,14 @@ class DecodeGraphs:
         replay()
         return logits[0][:count]
 
+    def capture_ahead(self, progress: Progress) -> None:
+        """Capture every size now, the largest first: smaller ones then find room in the memory that it took."""
+        for index, size in enumerate(reversed(self._sizes)):
+            progress("capturing decode steps", index, len(self._sizes), "sizes")
+            if size not in self._replays:
+                self._replays[size] = self._record(size)
+        progress("capturing decode steps", len(self._sizes), len(self._sizes), "sizes")
+
     def _record(self, size: int) -> tuple[Callable[[], None], list[torch.Tensor]]:
         started = time.perf_counter()
         logits: list[torch.Tensor] = []
@@ -115,7 +127,7 @@ class DecodeGraphs:
                 where="engine.graphs",
                 hint="Set engine.graphs to off.",
             ) from error
-        _log.info("a decode step of %d sequences was captured in %.2f s", size, time.perf_counter() - started)
+        _log.debug("a decode step of %d sequences was captured in %.2f s", size, time.perf_counter() - started)
         return replay, logits
 
 

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from drivetrain.assembly import ServingStack
 from drivetrain.errors import (
@@ -39,6 +39,9 @@ from drivetrain.serving.swap import (
 )
 from drivetrain.serving.types import Chunk, FinishReason, GenerationRequest, PromptInfo
 from drivetrain.serving.vote import Voter
+
+if TYPE_CHECKING:
+    import torch
 
 _log = logging.getLogger("drivetrain")
 
@@ -263,7 +266,7 @@ class EngineLoop:
         """The new parts, made in a thread of its own: whatever hangs in their code is left behind with it."""
 
         def work() -> PreparedSwap:
-            _take_over_threads()
+            _enter_thread(self.engine.runner.device)
             return prepare(self.stack, requests, dry_run=dry_run)
 
         what = f"preparing {', '.join(requests) or 'nothing'}"
@@ -283,7 +286,7 @@ class EngineLoop:
     # --- the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        _take_over_threads()
+        _enter_thread(self.engine.runner.device)
         try:
             while self._wait_for_work():
                 self._drain_inbox()
@@ -373,11 +376,14 @@ class EngineLoop:
         return self.engine.metrics.snapshot()
 
 
-def _take_over_threads() -> None:
-    """OpenMP keeps the number of threads for each thread: take over what the platform set when it was activated."""
+def _enter_thread(device: torch.device) -> None:
+    """Take over what the platform set when it was activated: OpenMP keeps the number of threads for each thread, and
+    drivers the current device."""
     import torch
 
     torch.set_num_threads(torch.get_num_threads())
+    if device.type != "cpu":
+        torch.get_device_module(device).set_device(device)
 
 
 def _check_limit(seconds: object) -> None:

@@ -67,6 +67,7 @@ class StepBuffers:
 
     To a device of its own, through one pinned buffer and in one copy; both ends are made once and grow only when the
     scheduler's limits do. On a CPU the model reads the arrays themselves: copying them took longer than making them.
+    A step that chooses no token is never waited for, so the copy before may still be reading the host's buffer.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -74,6 +75,7 @@ class StepBuffers:
         self._is_host = device.type == "cpu"
         self._host = torch.empty(0, dtype=torch.uint8)
         self._there = self._host
+        self._was_read: torch.Event | None = None
 
     def reserve(self, num_bytes: int) -> None:
         """Have room for this many bytes at least."""
@@ -89,10 +91,14 @@ class StepBuffers:
         for array in arrays:
             offsets.append(offsets[-1] + -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT)
         self.reserve(offsets[-1])
+        if self._was_read is not None:
+            self._was_read.synchronize()
         host = self._host.numpy()
         for array, offset in zip(arrays, offsets, strict=False):
             host[offset : offset + array.nbytes].view(array.dtype)[:] = array.reshape(-1)
         self._there[: offsets[-1]].copy_(self._host[: offsets[-1]], non_blocking=True)
+        self._was_read = torch.Event(self._device)
+        self._was_read.record()
         return [
             self._there[offset : offset + array.nbytes].view(_TORCH_TYPES[array.dtype.str]).view(array.shape)
             for array, offset in zip(arrays, offsets, strict=False)

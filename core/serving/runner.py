@@ -13,6 +13,7 @@ import torch
 
 from drivetrain.contracts.attention import AttentionBackend, AttentionSpec, KVCache
 from drivetrain.contracts.model import CausalLM
+from drivetrain.contracts.source import Progress
 from drivetrain.errors import GraphCaptureError
 from drivetrain.serving.blocks import KVManager
 from drivetrain.serving.graphs import Capture, DecodeGraphs, GraphLimits, why_no_graphs, with_scratch
@@ -111,14 +112,27 @@ class ModelRunner:
             try:
                 return self._graphs.run(inputs)
             except GraphCaptureError as error:
-                if self._must_capture:
-                    raise
-                _log.warning("%s; decode steps are run without graphs", error)
-                self.on_fallback(1)
-                self._graphs = None
+                self._do_without_graphs(error)
         step = self.attention.begin(self.spec, inputs.attention, self.cache)
         hidden_TE = self.model.forward(inputs.ids_T, inputs.positions_T, step)
         return self.model.logits(hidden_TE.index_select(0, inputs.rows_N))
+
+    def capture_ahead(self, progress: Progress) -> None:
+        """Capture decode steps before the first request, so that none waits for it. Raises GraphCaptureError where
+        they must be captured."""
+        if self._graphs is not None:
+            try:
+                with torch.inference_mode():
+                    self._graphs.capture_ahead(progress)
+            except GraphCaptureError as error:
+                self._do_without_graphs(error)
+
+    def _do_without_graphs(self, error: GraphCaptureError) -> None:
+        if self._must_capture:
+            raise error
+        _log.warning("%s; decode steps are run without graphs", error)
+        self.on_fallback(1)
+        self._graphs = None
 
     def copy_blocks(self, kv: KVManager, copies: Copies | None = None) -> None:
         """Carry out the block copies that the manager decided on: all that are pending, or those taken before."""

@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
 
 from drivetrain.serving.request import Request
+from drivetrain.serving.transfer import HostCopy, on_device
 from drivetrain.serving.types import SamplingParams, TokenLogprob
 
 _MASK64 = (1 << 64) - 1
@@ -66,30 +67,11 @@ class SamplingPlan:
         return not self.is_adjusted and not self.wants_logprobs
 
 
-class HostCopy:
-    """A small tensor on its way to the host, so that reading it waits for nothing that was queued later."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        if tensor.device.type == "cpu":
-            self._host, self._arrived = tensor, None
-        else:
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._host.copy_(tensor, non_blocking=True)
-            self._arrived = torch.Event(tensor.device)
-            self._arrived.record()
-
-    def read(self) -> list[Any]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        values: list[Any] = self._host.tolist()
-        return values
-
-
 @dataclass(frozen=True)
 class Choice:
     """Tokens that are chosen, on the device and on their way to the host.
 
-    scores_SV: the model's own scores, float32.
+    scores_SV: the model's own scores, float32 where anything but the best one is wanted of them.
     best:      each row's best score; not finite where the model gave no number.
     """
 
@@ -125,6 +107,7 @@ class Sampler:
         self._vocab_size = vocab_size
         self._device = device
         self._counts: dict[str, _TokenCounts] = {}
+        self._settings_of: tuple[list[Request], tuple[torch.Tensor, ...]] | None = None
 
     def forget(self, request: Request) -> None:
         """Drop what is kept of a finished sequence."""
@@ -150,7 +133,8 @@ class Sampler:
 
     def choose(self, logits_SV: torch.Tensor, plan: SamplingPlan) -> Choice:
         """One token a request, on the device. ``logits_SV`` are the model's own scores and are not changed."""
-        scores_SV = logits_SV.float()
+        is_best_enough = not plan.drawn and plan.is_on_device and self._device.type != "cpu"
+        scores_SV = logits_SV if is_best_enough else logits_SV.float()
         best_S, token_S = most_likely(scores_SV)
         adjusted_SV = scores_SV
         if plan.is_adjusted:
@@ -161,7 +145,7 @@ class Sampler:
             if len(requests) == len(plan.requests):
                 token_S = self._draw(adjusted_SV, requests, plan.draws)
             else:
-                rows = torch.tensor(plan.drawn, device=self._device)
+                rows = self._integers(plan.drawn)
                 token_S = token_S.index_copy(0, rows, self._draw(adjusted_SV[rows], requests, plan.draws))
         return Choice(scores_SV, token_S, HostCopy(token_S), HostCopy(best_S))
 
@@ -217,31 +201,43 @@ class Sampler:
     def _draw(self, scores_SV: torch.Tensor, requests: Sequence[Request], draws: Sequence[float]) -> torch.Tensor:
         """Draw from each row's distribution, rows with a small top-k from their best tokens only."""
         if self.kernel is not None:
-            return self.kernel(
-                scores_SV, *self._settings([request.params for request in requests]), self._doubles(draws)
-            )
+            return self.kernel(scores_SV, *self._settings(list(requests)), self._doubles(draws))
         widths = [_width(request.params, scores_SV.shape[-1]) for request in requests]
         groups = {width: [row for row, own in enumerate(widths) if own == width] for width in dict.fromkeys(widths)}
         if len(groups) == 1:
             return self._draw_from_best(scores_SV, widths[0], [request.params for request in requests], draws)
         token_S = torch.empty(len(requests), dtype=torch.int64, device=self._device)
         for width, rows in groups.items():
-            index = torch.tensor(rows, device=self._device)
+            index = self._integers(rows)
             params = [requests[row].params for row in rows]
             tokens = self._draw_from_best(scores_SV[index], width, params, [draws[row] for row in rows])
             token_S.index_copy_(0, index, tokens)
         return token_S
 
-    def _settings(self, params: Sequence[SamplingParams]) -> tuple[torch.Tensor, ...]:
-        """Temperature, top-k, top-p and min-p of each row, as the operation ``sample`` takes them."""
-        # A temperature of 0 with draws wanted means 1, as in distributions().
-        floats = [[max(p.temperature or 1.0, _LEAST_TEMPERATURE), p.top_p, p.min_p] for p in params]
-        temperature_S, top_p_S, min_p_S = torch.tensor(floats, dtype=torch.float32, device=self._device).unbind(1)
-        top_k_S = torch.tensor([min(max(p.top_k, 0), self._vocab_size) for p in params], device=self._device)
-        return temperature_S, top_k_S, top_p_S, min_p_S
+    def _settings(self, requests: list[Request]) -> tuple[torch.Tensor, ...]:
+        """Temperature, top-k, top-p and min-p of each row, as the operation ``sample`` takes them.
 
-    def _doubles(self, draws: Sequence[float]) -> torch.Tensor:
-        return torch.tensor(draws, dtype=torch.float64, device=self._device)
+        They stay on the device for as long as the same requests are drawn for.
+        """
+        if self._settings_of is not None and self._settings_of[0] == requests:
+            return self._settings_of[1]
+        params = [request.params for request in requests]
+        # A temperature of 0 with draws wanted means 1, as in distributions().
+        floats = [
+            [max(p.temperature or 1.0, _LEAST_TEMPERATURE) for p in params],
+            [p.top_p for p in params],
+            [p.min_p for p in params],
+        ]
+        temperature_S, top_p_S, min_p_S = on_device(np.array(floats, dtype=np.float32), self._device).unbind()
+        top_k_S = self._integers([min(max(p.top_k, 0), self._vocab_size) for p in params])
+        self._settings_of = requests, (temperature_S, top_k_S, top_p_S, min_p_S)
+        return self._settings_of[1]
+
+    def _integers(self, values: Sequence[int]) -> torch.Tensor:
+        return on_device(np.array(values, dtype=np.int64), self._device)
+
+    def _doubles(self, values: Sequence[float]) -> torch.Tensor:
+        return on_device(np.array(values, dtype=np.float64), self._device)
 
     def _draw_from_best(
         self, scores_SV: torch.Tensor, width: int, params: Sequence[SamplingParams], draws: Sequence[float]

@@ -32,10 +32,11 @@ class PassCost:
 
 
 class _Bytes(TorchDispatchMode):
-    """Follows the storages that operations make, and when they go."""
+    """Follows the storages that operations make on one kind of device, and when they go."""
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str) -> None:
         super().__init__()
+        self._device_type = device_type
         self.alive = self.peak = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -49,7 +50,7 @@ class _Bytes(TorchDispatchMode):
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
                 storage = tensor.untyped_storage()
-                if storage._cdata not in inputs:
+                if storage._cdata not in inputs and storage.device.type == self._device_type:
                     self._follow(storage)
         return result
 
@@ -77,7 +78,7 @@ def measure_pass(
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
         _clear(model)
-        with _Bytes() as bytes_of:
+        with _Bytes(next(model.parameters()).device.type) as bytes_of:
             loss = forward()
             kept = bytes_of.alive
             loss.backward()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from drivetrain.kernels.triton.tuning import Tuner
 
 _DTYPES = ", ".join(DTYPES)
-_ABSENT = {"linear", "linear_int3", "linear_int4_a8", "linear_w8a8", "linear_fp8a8", "linear_gguf", "linear_gguf_a8"}
+_ABSENT = {"linear_int3", "linear_int4_a8", "linear_w8a8", "linear_fp8a8", "linear_gguf", "linear_gguf_a8"}
 _OPERATIONS = frozenset(name for name, it in OPERATIONS.items() if not it.takes_modules) - _ABSENT
 _MAX_FEATURES = 32768
 """A row lies in the registers of one program."""
@@ -116,8 +116,9 @@ class TritonKernels(KernelProvider):
             "add_rms_norm": lambda spec: norms.make_add_rms_norm(spec, tuner),
             "silu_mul": lambda spec: activations.make_gated_activation(spec, tuner),
             "gelu_tanh_mul": lambda spec: activations.make_gated_activation(spec, tuner),
-            "rope": rotary.make_rope,
-            "rope_write": rotary.make_rope_write,
+            "rope": lambda spec: rotary.make_rope(spec, tuner),
+            "rope_write": lambda spec: rotary.make_rope_write(spec, tuner),
+            "linear": products.make_linear,
             "gated_linear": lambda spec: products.make_gated_linear(spec, tuner),
             "linear_cross_entropy": lambda spec: cross_entropy.make_linear_cross_entropy(spec, chunk_bytes),
             "linear_int8": lambda spec: products.make_linear_by_row(spec, tuner),

@@ -1,8 +1,8 @@
 """Rotary embedding, forward and backward, and with the write of keys and values into the paged cache: one launch for
 queries, keys and values.
 
-A program takes ROWS rows, a row being one head of one token; programs are numbered queries first, then keys, then
-values. Memory is the bound: everything is read and written once, the angles a few times from the nearest cache.
+A program takes a tile of some tokens and heads; programs are numbered queries first, then keys, then values. Memory is
+the bound: everything is read and written once, and a token's angles once for all heads of a tile.
 
 Shapes: T tokens; H query heads; G key/value heads; D head size; R rotary dims; B blocks of the cache; N tokens in a
 block.
@@ -19,7 +19,7 @@ import triton.language as tl
 
 from drivetrain.contracts.kernels import KernelSpec
 from drivetrain.kernels.triton.launch import INTERPRETED, dense_last, needs_gradient, power_of_two
-from drivetrain.kernels.triton.tuning import FUSED
+from drivetrain.kernels.triton.tuning import FUSED, Blocks, Choice, Tuner, rows_class
 
 
 @triton.jit
@@ -28,6 +28,7 @@ def _turn(
     out_row: tl.tensor,
     cos_row: tl.tensor,
     sin_row: tl.tensor,
+    is_token: tl.tensor,
     is_row: tl.tensor,
     D: tl.constexpr,
     R: tl.constexpr,
@@ -35,15 +36,17 @@ def _turn(
     BLOCK_REST: tl.constexpr,
     BACK: tl.constexpr,
 ) -> None:
-    """Rotate rows, given by the pointers to their first elements. BACK turns the other way: the gradient."""
-    pair = tl.arange(0, BLOCK_HALF)[None, :]
+    """Rotate the heads of tokens, given by the pointers to their first elements, [tokens, heads, 1]; angles are
+    [tokens, 1, 1]. BACK turns the other way: the gradient."""
+    pair = tl.arange(0, BLOCK_HALF)[None, None, :]
     is_in = is_row & (pair < R // 2)
+    is_angle = is_token & (pair < R // 2)
     first = tl.load(x_row + pair, mask=is_in, other=0.0).to(tl.float32)
     second = tl.load(x_row + pair + R // 2, mask=is_in, other=0.0).to(tl.float32)
-    cos_first = tl.load(cos_row + pair, mask=is_in, other=0.0).to(tl.float32)
-    cos_second = tl.load(cos_row + pair + R // 2, mask=is_in, other=0.0).to(tl.float32)
-    sin_first = tl.load(sin_row + pair, mask=is_in, other=0.0).to(tl.float32)
-    sin_second = tl.load(sin_row + pair + R // 2, mask=is_in, other=0.0).to(tl.float32)
+    cos_first = tl.load(cos_row + pair, mask=is_angle, other=0.0).to(tl.float32)
+    cos_second = tl.load(cos_row + pair + R // 2, mask=is_angle, other=0.0).to(tl.float32)
+    sin_first = tl.load(sin_row + pair, mask=is_angle, other=0.0).to(tl.float32)
+    sin_second = tl.load(sin_row + pair + R // 2, mask=is_angle, other=0.0).to(tl.float32)
     if BACK:
         turned_first = first * cos_first + second * sin_second
         turned_second = second * cos_second - first * sin_first
@@ -59,10 +62,19 @@ def _turn(
 
 @triton.jit
 def _copy(x_row: tl.tensor, out_row: tl.tensor, is_row: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr) -> None:
-    dims = tl.arange(0, BLOCK)[None, :]
+    dims = tl.arange(0, BLOCK)[None, None, :]
     is_in = is_row & (dims < SIZE)
     x = tl.load(x_row + dims, mask=is_in, other=0.0)
     tl.store(out_row + dims, x.to(out_row.dtype.element_ty), mask=is_in)
+
+
+@triton.jit
+def _tile(program: tl.tensor, HEADS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr) -> tl.tensor:
+    """Tokens and heads of a program, [tokens, 1, 1] and [1, heads, 1]: the heads of a token come one after another."""
+    parts: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
+    tokens = (program // parts).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    heads = program % parts * BLOCK_H + tl.arange(0, BLOCK_H)
+    return tokens[:, None, None], heads[None, :, None]
 
 
 @triton.jit
@@ -71,14 +83,14 @@ def _slot_rows(
     slots_ptr: tl.tensor,
     tokens: tl.tensor,
     heads: tl.tensor,
-    is_row: tl.tensor,
+    is_token: tl.tensor,
     by_block: tl.tensor,
     by_token: tl.tensor,
     by_head: tl.tensor,
     N: tl.constexpr,
 ) -> tl.tensor:
     """Pointers to where heads of tokens are kept."""
-    slots = tl.load(slots_ptr + tokens, mask=is_row, other=0)
+    slots = tl.load(slots_ptr + tokens, mask=is_token, other=0)
     return cache_ptr + slots // N * by_block + slots % N * by_token + heads * by_head
 
 
@@ -119,117 +131,133 @@ def _rope(
     BLOCK_REST: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BACK: tl.constexpr,
-    ROWS: tl.constexpr,
+    Q_TOKENS: tl.constexpr,
+    Q_HEADS: tl.constexpr,
+    K_TOKENS: tl.constexpr,
+    K_HEADS: tl.constexpr,
 ) -> None:
     """N is 0 where keys are returned, and the size of a block where keys and values are written to the cache."""
     program = tl.program_id(0)
     if program < q_programs:
-        rows = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-        tokens, heads = rows // H, rows % H
-        is_row = tokens < num_tokens
+        q_tokens, q_heads = _tile(program, H, Q_TOKENS, Q_HEADS)
+        is_query = q_tokens < num_tokens
         _turn(
-            q_ptr + tokens * q_by_token + heads * q_by_head,
-            q_out_ptr + rows * D,
-            cos_ptr + tokens * cos_by_token,
-            sin_ptr + tokens * sin_by_token,
-            is_row, D, R, BLOCK_HALF, BLOCK_REST, BACK,
+            q_ptr + q_tokens * q_by_token + q_heads * q_by_head,
+            q_out_ptr + (q_tokens * H + q_heads) * D,
+            cos_ptr + q_tokens * cos_by_token,
+            sin_ptr + q_tokens * sin_by_token,
+            is_query, is_query & (q_heads < H), D, R, BLOCK_HALF, BLOCK_REST, BACK,
         )  # fmt: skip
     elif program < q_programs + k_programs:
-        rows = (program - q_programs).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-        tokens, heads = rows // G, rows % G
-        is_row = tokens < num_tokens
+        tokens, heads = _tile(program - q_programs, G, K_TOKENS, K_HEADS)
+        is_token = tokens < num_tokens
         if N > 0:
             out_rows = _slot_rows(
-                k_out_ptr, slots_ptr, tokens, heads, is_row, k_out_by_block, k_out_by_token, k_out_by_head, N
+                k_out_ptr, slots_ptr, tokens, heads, is_token, k_out_by_block, k_out_by_token, k_out_by_head, N
             )
         else:
-            out_rows = k_out_ptr + rows * D
+            out_rows = k_out_ptr + (tokens * G + heads) * D
         _turn(
             k_ptr + tokens * k_by_token + heads * k_by_head,
             out_rows,
             cos_ptr + tokens * cos_by_token,
             sin_ptr + tokens * sin_by_token,
-            is_row, D, R, BLOCK_HALF, BLOCK_REST, BACK,
+            is_token, is_token & (heads < G), D, R, BLOCK_HALF, BLOCK_REST, BACK,
         )  # fmt: skip
     elif N > 0:
-        rows = (program - q_programs - k_programs).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-        tokens, heads = rows // G, rows % G
-        is_row = tokens < num_tokens
+        tokens, heads = _tile(program - q_programs - k_programs, G, K_TOKENS, K_HEADS)
+        is_token = tokens < num_tokens
         out_rows = _slot_rows(
-            v_out_ptr, slots_ptr, tokens, heads, is_row, v_out_by_block, v_out_by_token, v_out_by_head, N
+            v_out_ptr, slots_ptr, tokens, heads, is_token, v_out_by_block, v_out_by_token, v_out_by_head, N
         )
-        _copy(v_ptr + tokens * v_by_token + heads * v_by_head, out_rows, is_row, D, BLOCK_D)
+        _copy(v_ptr + tokens * v_by_token + heads * v_by_head, out_rows, is_token & (heads < G), D, BLOCK_D)
 
 
-def _rows_of_a_program(size: int) -> int:
-    """About 2048 elements a program; more in the interpreter, where every program costs the same."""
-    return max(1, (16384 if INTERPRETED else 2048) // power_of_two(size))
+# --- how they are launched -----------------------------------------------------------------------------------------
 
 
-def _launch(
-    q_THD: torch.Tensor,
-    k_TGD: torch.Tensor,
-    v_TGD: torch.Tensor | None,
-    cos_TR: torch.Tensor,
-    sin_TR: torch.Tensor,
-    outs: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
-    slots_T: torch.Tensor | None,
-    back: bool,
-) -> None:
-    q_THD, k_TGD, cos_TR, sin_TR = (dense_last(x) for x in (q_THD, k_TGD, cos_TR, sin_TR))
-    (num_tokens, heads, size), groups, rotary = q_THD.shape, k_TGD.shape[1], cos_TR.shape[1]
-    if num_tokens == 0:
-        return
-    v_TGD = k_TGD if v_TGD is None else dense_last(v_TGD)
-    q_out, k_out, v_out = outs
-    v_out = k_out if v_out is None else v_out
-    is_written = slots_T is not None
-    block_rows = _rows_of_a_program(size)
-    q_programs, k_programs = (triton.cdiv(num_tokens * count, block_rows) for count in (heads, groups))
-    _rope[(q_programs + k_programs * (2 if is_written else 1),)](
-        q_THD,
-        k_TGD,
-        v_TGD,
-        cos_TR,
-        sin_TR,
-        q_out,
-        k_out,
-        v_out,
-        slots_T,
-        num_tokens,
-        q_programs,
-        k_programs,
-        q_THD.stride(0),
-        q_THD.stride(1),
-        k_TGD.stride(0),
-        k_TGD.stride(1),
-        v_TGD.stride(0),
-        v_TGD.stride(1),
-        cos_TR.stride(0),
-        sin_TR.stride(0),
-        *(k_out.stride()[:3] if is_written else (0, 0, 0)),
-        *(v_out.stride()[:3] if is_written else (0, 0, 0)),
-        H=heads,
-        G=groups,
-        D=size,
-        R=rotary,
-        N=k_out.shape[1] if is_written else 0,
-        BLOCK_HALF=power_of_two(rotary // 2),
-        BLOCK_REST=power_of_two(max(1, size - rotary)),
-        BLOCK_D=power_of_two(size),
-        BACK=back,
-        ROWS=block_rows,
-        num_warps=4,
-        **FUSED,
-    )
+def _candidates() -> list[Blocks]:
+    """Pairs of dims that a program turns: from 16 bytes a thread and load on."""
+    if INTERPRETED:
+        return [Blocks.of(PAIRS=8192)]
+    tried = [(2048, 4), (1024, 4), (2048, 8), (4096, 8), (1024, 2), (4096, 4)]
+    return [Blocks.of(num_warps=warps, PAIRS=pairs) for pairs, warps in tried]
 
 
-def _rotated(
-    q_THD: torch.Tensor, k_TGD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, back: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_THD, k_TGD))
-    _launch(q_THD, k_TGD, None, cos_TR, sin_TR, (q_out, k_out, None), None, back)
-    return q_out, k_out
+def _tile_of(pairs: int, heads: int, half: int) -> tuple[int, int]:
+    """Tokens and heads of a program's tile, both powers of two. Heads are not padded where they divide well."""
+    even = heads & -heads
+    block = min(even if even >= 4 else power_of_two(heads), max(1, pairs // half))
+    return max(1, pairs // (block * half)), block
+
+
+class _Rotation:
+    """The launches of one use."""
+
+    def __init__(self, spec: KernelSpec, tuner: Tuner) -> None:
+        self._choice = Choice(tuner, f"{spec.operation}/{spec.dtype}")
+
+    def launch(
+        self,
+        q_THD: torch.Tensor,
+        k_TGD: torch.Tensor,
+        v_TGD: torch.Tensor | None,
+        cos_TR: torch.Tensor,
+        sin_TR: torch.Tensor,
+        outs: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+        slots_T: torch.Tensor | None = None,
+        back: bool = False,
+    ) -> None:
+        """Rotate into ``outs``; with ``slots_T`` keys and values go there in a cache."""
+        inputs = [dense_last(x) for x in (q_THD, k_TGD, k_TGD if v_TGD is None else v_TGD, cos_TR, sin_TR)]
+        (num_tokens, heads, size), groups, rotary = q_THD.shape, k_TGD.shape[1], cos_TR.shape[1]
+        if num_tokens == 0:
+            return
+        is_written, half = slots_T is not None, power_of_two(rotary // 2)
+        outputs = (*outs[:2], outs[1] if outs[2] is None else outs[2])
+        strides = [stride for x in inputs[:3] for stride in x.stride()[:2]]
+        strides += [x.stride(0) for x in inputs[3:]]
+        strides += [stride for x in outputs[1:] for stride in (x.stride()[:3] if is_written else (0, 0, 0))]
+
+        def launch(blocks: Blocks) -> None:
+            q_tile, k_tile = (_tile_of(blocks["PAIRS"], count, half) for count in (heads, groups))
+            q_programs, k_programs = (
+                triton.cdiv(num_tokens, tile[0]) * triton.cdiv(count, tile[1])
+                for tile, count in ((q_tile, heads), (k_tile, groups))
+            )
+            _rope[(q_programs + k_programs * (2 if is_written else 1),)](
+                *inputs,
+                *outputs,
+                slots_T,
+                num_tokens,
+                q_programs,
+                k_programs,
+                *strides,
+                H=heads,
+                G=groups,
+                D=size,
+                R=rotary,
+                N=outputs[1].shape[1] if is_written else 0,
+                BLOCK_HALF=half,
+                BLOCK_REST=power_of_two(max(1, size - rotary)),
+                BLOCK_D=power_of_two(size),
+                BACK=back,
+                Q_TOKENS=q_tile[0],
+                Q_HEADS=q_tile[1],
+                K_TOKENS=k_tile[0],
+                K_HEADS=k_tile[1],
+                num_warps=blocks.num_warps,
+                **FUSED,
+            )
+
+        launch(self._choice((heads, groups, size, rows_class(num_tokens)), _candidates, launch))
+
+    def rotated(
+        self, q_THD: torch.Tensor, k_TGD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, back: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_THD, k_TGD))
+        self.launch(q_THD, k_TGD, None, cos_TR, sin_TR, (q_out, k_out, None), back=back)
+        return q_out, k_out
 
 
 class _Rope(torch.autograd.Function):
@@ -237,29 +265,38 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        context: Any, q_THD: torch.Tensor, k_TGD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor
+        context: Any,
+        rotation: _Rotation,
+        q_THD: torch.Tensor,
+        k_TGD: torch.Tensor,
+        cos_TR: torch.Tensor,
+        sin_TR: torch.Tensor,
     ) -> Any:
+        context.rotation = rotation
         context.save_for_backward(cos_TR, sin_TR)
-        return _rotated(q_THD, k_TGD, cos_TR, sin_TR)
+        return rotation.rotated(q_THD, k_TGD, cos_TR, sin_TR)
 
     @staticmethod
     def backward(context: Any, q_grad: torch.Tensor, k_grad: torch.Tensor) -> Any:
-        cos_TR, sin_TR = context.saved_tensors
-        return *_rotated(q_grad, k_grad, cos_TR, sin_TR, back=True), None, None
+        return None, *context.rotation.rotated(q_grad, k_grad, *context.saved_tensors, back=True), None, None
 
 
-def make_rope(spec: KernelSpec) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def make_rope(spec: KernelSpec, tuner: Tuner) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    rotation = _Rotation(spec, tuner)
+
     def rope(
         q_THD: torch.Tensor, k_TGD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if needs_gradient(q_THD, k_TGD):
-            return _Rope.apply(q_THD, k_TGD, cos_TR, sin_TR)
-        return _rotated(q_THD, k_TGD, cos_TR, sin_TR)
+            return _Rope.apply(rotation, q_THD, k_TGD, cos_TR, sin_TR)
+        return rotation.rotated(q_THD, k_TGD, cos_TR, sin_TR)
 
     return rope
 
 
-def make_rope_write(spec: KernelSpec) -> Callable[..., torch.Tensor]:
+def make_rope_write(spec: KernelSpec, tuner: Tuner) -> Callable[..., torch.Tensor]:
+    rotation = _Rotation(spec, tuner)
+
     @torch.no_grad()
     def rope_write(
         q_THD: torch.Tensor,
@@ -273,7 +310,7 @@ def make_rope_write(spec: KernelSpec) -> Callable[..., torch.Tensor]:
     ) -> torch.Tensor:
         q_out = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
         outs = (q_out, keys_BNGD, values_BNGD)
-        _launch(q_THD, k_TGD, v_TGD, cos_TR, sin_TR, outs, slots_T.contiguous(), back=False)
+        rotation.launch(q_THD, k_TGD, v_TGD, cos_TR, sin_TR, outs, slots_T.contiguous())
         return q_out
 
     return rope_write

@@ -1,8 +1,9 @@
 """Attention in Triton: flash attention for prompts and training, split decode attention, over the plain paged cache.
 
-A step is planned on the host, once for all layers: prompts are cut into tiles of queries, decodes into chunks of keys
-(:mod:`drivetrain.kernels.triton.flash`, :mod:`drivetrain.kernels.triton.decode`). Plans are lists of a few integers a
-tile, so a batch of any lengths is one launch of each kernel.
+A step is planned once for all layers: prompts are cut into tiles of queries by the host, decodes into chunks of keys by
+the device (:mod:`drivetrain.kernels.triton.flash`, :mod:`drivetrain.kernels.triton.decode`). Plans are lists of a few
+integers a tile, so a batch of any lengths is one launch of each kernel, and of a step of decodes the host knows no more
+than how many there are: it may be recorded and replayed with other lengths, blocks and tokens.
 
 Shapes: T query tokens of a step; S sequences; H query heads; G key/value heads; D head size; B blocks of the cache; N
 tokens in a block.
@@ -11,6 +12,7 @@ tokens in a block.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,13 +29,15 @@ from drivetrain.contracts.attention import (
     AttentionSpec,
     AttentionStep,
     LayerAttention,
+    LayerPages,
+    PagedCache,
     ScaledPages,
 )
 from drivetrain.contracts.plugin import Probe, ProbeContext, Tier
 from drivetrain.errors import EngineError
 from drivetrain.kernels.triton import tuner_of
 from drivetrain.kernels.triton.availability import DTYPES, probe
-from drivetrain.kernels.triton.tuning import DEFAULT_FOLDER, Choice
+from drivetrain.kernels.triton.tuning import DEFAULT_FOLDER, Choice, rows_class
 from drivetrain.pages import PagedBackend, PagedConfig, Pages, tensors_of
 
 if TYPE_CHECKING:
@@ -45,10 +49,10 @@ MAX_HEAD_SIZE = 256
 """A tile of queries and its sums lie in the registers of one program."""
 
 _WORTH_TIMING_ROWS = 2048
-"""Query rows (tokens times heads) from which on a step tells something about block sizes."""
+"""Rows (tokens times heads) from which on a step tells something about block sizes."""
 
 _WORTH_TIMING_KEYS = 65536
-"""Keys (tokens times key/value heads) from which on a step tells something about block sizes for decodes."""
+"""Keys (tokens times key/value heads) from which on a cache tells something about block sizes for decodes."""
 
 
 class PagedTritonConfig(PagedConfig):
@@ -68,11 +72,10 @@ class PagedTritonConfig(PagedConfig):
 
 
 class StepPlan:
-    """How one step's queries and keys are cut. Made on the host; each list goes to the device once.
+    """How one step's queries and keys are cut. Tiles of prompts are listed by the host, and go to the device once.
 
-    prefills:        sequences with several new tokens, or all when there is no cache.
-    decodes:         the others.
-    num_decode_keys: tokens that all decodes together see, were there no windows.
+    prefills:    sequences with several new tokens, or all when there is no cache.
+    has_decodes: whether there are others.
     """
 
     def __init__(self, batch: AttentionBatch, has_cache: bool, chunk_size: int | None) -> None:
@@ -80,9 +83,8 @@ class StepPlan:
         self.device = batch.query_starts.device
         self.lengths = np.asarray(batch.query_lengths, dtype=np.int64)
         self.contexts = np.asarray(batch.context_lengths, dtype=np.int64)
-        is_decode = (self.lengths == 1) & has_cache
-        self.prefills, self.decodes = np.flatnonzero(~is_decode), np.flatnonzero(is_decode)
-        self.num_decode_keys = int(self.contexts[is_decode].sum()) + len(self.decodes)
+        self.prefills = np.flatnonzero((self.lengths != 1) | (not has_cache))
+        self.has_decodes = len(self.prefills) < len(self.lengths)
         self._chunk_size = chunk_size
         self._tiles: dict[tuple[int, int], torch.Tensor] = {}
         self._chunks: dict[tuple[int | None, int], Chunks] = {}
@@ -99,33 +101,17 @@ class StepPlan:
             self._tiles[key] = self._on_device(np.stack((sequences[order], first_rows[order]), axis=1))
         return self._tiles[key]
 
-    def chunks(self, window: int | None, num_kv_heads: int) -> Chunks:
-        """The keys of the decodes, cut so that every processor has work."""
-        key = (window, num_kv_heads)
-        if key not in self._chunks:
-            self._chunks[key] = self._cut(window, num_kv_heads)
-        return self._chunks[key]
+    def chunks(self, layer: LayerAttention, longest: int) -> Chunks:
+        """The keys of the decodes, cut so that every processor has work.
 
-    def _cut(self, window: int | None, num_kv_heads: int) -> Chunks:
+        longest: keys that a sequence may have, as far as its table of blocks goes.
+        """
         from drivetrain.kernels.triton import decode
-        from drivetrain.kernels.triton.launch import num_processors
 
-        ends = self.contexts[self.decodes] + 1
-        begins = np.zeros_like(ends) if window is None else np.maximum(0, ends - window)
-        size = self._chunk_size
-        if size is None:
-            size = decode.chunk_size(int((ends - begins).sum()), num_kv_heads, num_processors(self.device))
-        counts = -(-(ends - begins) // size)
-        sequences = np.repeat(np.arange(len(ends)), counts)
-        firsts = begins[sequences] + _within(counts) * size
-        lasts = np.minimum(firsts + size, ends[sequences])
-        starts = np.concatenate(([0], counts.cumsum()))
-        rows = (self.lengths.cumsum() - self.lengths)[self.decodes]
-        # One transfer for all three lists.
-        items = np.stack((self.decodes[sequences], firsts, lasts), axis=1).reshape(-1)
-        packed = self._on_device(np.concatenate((items, starts, rows)))
-        items_C3, starts_s, rows_s = packed.split([len(items), len(starts), len(rows)])
-        return decode.Chunks(items_C3.view(-1, 3), starts_s, rows_s, is_cut=bool((counts > 1).any()))
+        key = (layer.window, layer.num_kv_heads)
+        if key not in self._chunks:
+            self._chunks[key] = decode.cut(self.batch, *key, longest, self._chunk_size)
+        return self._chunks[key]
 
     def _on_device(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
         host = torch.from_numpy(values.astype(np.int32))
@@ -155,14 +141,15 @@ class _Kernels:
     def prepare(self, spec: AttentionSpec, plan: StepPlan, block_size: int) -> None:
         """Make the lists that the step's layers will need, so that no layer waits for one; block_size 0: no cache."""
         dtype: torch.dtype = getattr(torch, spec.dtype)
+        tables = {group.window: plan.batch.block_tables[group.index] for group in spec.groups if block_size}
         for layer in set(spec.layers):
             if len(plan.prefills):
                 candidates = functools.partial(self.flash.forward_candidates, layer, dtype.itemsize)
                 name = "flash" if block_size == 0 else _kernel_name("flash", spec.kv)
                 blocks = self._choice(name, layer, dtype).known((block_size,), candidates)
                 plan.tiles(layer.num_heads // layer.num_kv_heads, blocks["BLOCK_M"])
-            if len(plan.decodes):
-                plan.chunks(layer.window, layer.num_kv_heads)
+            if plan.has_decodes:
+                plan.chunks(layer, tables[layer.window].shape[1] * block_size)
 
     def prefill(
         self,
@@ -188,6 +175,21 @@ class _Kernels:
         candidates = functools.partial(self.flash.forward_candidates, layer, q_THD.dtype.itemsize)
         launch(choice((block_size,), candidates, launch, worth_it))
 
+    def write(
+        self,
+        layer: LayerAttention,
+        keys: Pages,
+        values: Pages,
+        k_TGD: torch.Tensor,
+        v_TGD: torch.Tensor,
+        slots_T: torch.Tensor,
+    ) -> None:
+        num_rows = k_TGD.shape[0] * layer.num_kv_heads
+        launch = functools.partial(self.decoding.write, keys, values, k_TGD, v_TGD, slots_T)
+        choice = self._choice(_kernel_name("write", _kv_of(keys)), layer, k_TGD.dtype)
+        candidates = functools.partial(self.decoding.write_candidates, layer.head_size)
+        launch(choice((rows_class(num_rows),), candidates, launch, num_rows >= _WORTH_TIMING_ROWS))
+
     def decode(
         self,
         layer: LayerAttention,
@@ -198,16 +200,14 @@ class _Kernels:
         table: torch.Tensor,
         plan: StepPlan,
     ) -> None:
-        chunks = plan.chunks(layer.window, layer.num_kv_heads)
-
-        def launch(blocks: Blocks) -> None:
-            starts = plan.batch.query_starts
-            self.decoding.decode(layer, q_THD, keys, values, out_THD, starts, table, chunks, blocks)
-
+        pages = tensors_of(keys)[0]
+        chunks = plan.chunks(layer, table.shape[1] * pages.shape[1])
+        rehearsal = self.decoding.Rehearsal(layer, q_THD, keys, values)
         choice = self._choice(_kernel_name("decode", _kv_of(keys)), layer, q_THD.dtype)
-        worth_it = plan.num_decode_keys * layer.num_kv_heads >= _WORTH_TIMING_KEYS
+        worth_it = math.prod(pages.shape[:3]) >= _WORTH_TIMING_KEYS
         candidates = functools.partial(self.decoding.candidates, layer, q_THD.dtype.itemsize)
-        launch(choice((tensors_of(keys)[0].shape[1],), candidates, launch, worth_it))
+        blocks = choice((pages.shape[1],), candidates, rehearsal, worth_it)
+        self.decoding.decode(layer, q_THD, keys, values, out_THD, table, chunks, blocks)
 
     def backward(
         self, inputs: BackwardInputs, layer: LayerAttention, plan: StepPlan
@@ -294,13 +294,26 @@ class PagedTritonStep:
         if self._cache is None:
             return _Attention.apply(kernels, attention, plan, q_THD, k_TGD, v_TGD)
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        group = self._group_of[layer]
-        table = plan.batch.block_tables[group]
-        kernels.decoding.write(keys, values, k_TGD, v_TGD, plan.batch.slots[group])
+        kernels.write(attention, keys, values, k_TGD, v_TGD, plan.batch.slots[self._group_of[layer]])
+        return self.attend_written(layer, q_THD)
+
+    def layer_pages(self, layer: int) -> LayerPages | None:
+        """Every step with full keys and values: prompts too attend over pages."""
+        if not isinstance(self._cache, PagedCache):
+            return None
+        slots = self._plan.batch.slots[self._group_of[layer]]
+        return LayerPages(self._cache.keys[layer], self._cache.values[layer], slots)
+
+    def attend_written(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:
+        assert self._cache is not None
+        q_THD = q_THD if q_THD.stride(2) == 1 else q_THD.contiguous()
+        attention, plan, kernels = self._layers[layer], self._plan, self._kernels
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        table = plan.batch.block_tables[self._group_of[layer]]
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
         if len(plan.prefills):
             kernels.prefill(attention, q_THD, keys, values, out_THD, None, table, plan)
-        if len(plan.decodes):
+        if plan.has_decodes:
             kernels.decode(attention, q_THD, keys, values, out_THD, table, plan)
         return out_THD
 
@@ -339,7 +352,7 @@ class PagedTritonAttention(PagedBackend):
 
     @classmethod
     def abilities(cls) -> frozenset[str]:
-        return frozenset({"training", "windows", "soft_cap", "kv_int8", "kv_fp8"})
+        return frozenset({"training", "windows", "soft_cap", "graph_safe", "takes_written", "kv_int8", "kv_fp8"})
 
     def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: AnyPagedCache | None) -> AttentionStep:
         if cache is None and any(batch.context_lengths):

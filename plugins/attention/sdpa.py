@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -29,6 +30,7 @@ from drivetrain.contracts.attention import (
 from drivetrain.contracts.plugin import Probe, ProbeContext, Tier
 from drivetrain.errors import EngineError
 from drivetrain.pages import PagedBackend, Pages, read_blocks, write_tokens
+from drivetrain.serving.transfer import on_device
 
 _MASK_BYTES = 64 * 2**20
 """Bound on the masks a step keeps, and on the mask or scores of one slice of queries."""
@@ -184,7 +186,7 @@ class _Planner:
         own = [self.batch.context_lengths[s] for s in sequences]
         first = [0 if window is None else max(0, position - window + 1) // size for position in own]
         widest = max(position // size - start for position, start in zip(own, first, strict=True)) + 1
-        index_sc = torch.tensor([sequences, own, first], device=self.device)
+        index_sc = on_device(np.array([sequences, own, first], dtype=np.int64), self.device)
         sequences_s, own_s1, first_s1 = index_sc[0], index_sc[1, :, None], index_sc[2, :, None]
         table_sM = self.batch.block_tables[group.index].index_select(0, sequences_s)
         if window is None:
@@ -198,7 +200,7 @@ class _Planner:
             hidden_sL |= positions_sL <= own_s1 - window
         mask = torch.zeros(hidden_sL.shape, dtype=self.dtype, device=self.device)
         mask.masked_fill_(hidden_sL, float("-inf"))
-        rows_s = torch.tensor([self.starts[s] for s in sequences], device=self.device)
+        rows_s = on_device(np.array([self.starts[s] for s in sequences], dtype=np.int64), self.device)
         return DecodeBucket(rows_s, blocks_sW.reshape(-1), mask[:, None, None, :])
 
     def _prefills(self, group: KVGroup, sequences: Sequence[int]) -> tuple[PrefillPlan, ...]:

@@ -65,7 +65,8 @@ class LocalSource(Source):
         weights = [
             file for file in files if file.endswith((".safetensors", ".safetensors.index.json", ".gguf", ".bin"))
         ]
-        if weights:
+        # A configuration alone is a model for the loader that makes weights up; without its seed that loader refuses.
+        if weights or "config.json" in files:
             return
         shown = ", ".join(files[:8]) + (", ..." if len(files) > 8 else "")
         raise SourceError(

@@ -15,6 +15,9 @@ else:
     WHY_NOT = None
 
 
+torch.set_num_threads(1)  # what is compared with is computed on the CPU, by several processes at a time
+
+
 @pytest.fixture(autouse=True)
 def gpu() -> torch.device:
     """The device; a fixture, so that a test without a GPU is reported and not merely absent."""

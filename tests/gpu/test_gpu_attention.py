@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from drivetrain.contracts.attention import AttentionBatch, AttentionSpec, LayerAttention, PagedCache
+from drivetrain.backends.cuda import CudaPlatform
+from drivetrain.contracts.attention import (
+    FULL_KV,
+    SCALED_KV,
+    AttentionBatch,
+    AttentionSpec,
+    LayerAttention,
+    PagedCache,
+)
+from drivetrain.kernels.triton import decode
 from drivetrain.plugins.attention.paged_triton import PagedTritonAttention
 from drivetrain.testing.attention_oracle import whole_batch
 from drivetrain.testing.suites.attention import TOLERANCES, AttentionSuite
@@ -97,6 +106,78 @@ def test_decodes_of_many_sequences(count: int) -> None:
 
 def test_a_decode_behind_128_thousand_tokens() -> None:
     expect_as_torch(spec_of((32, 8, 128), "bfloat16"), [1], [131_071])
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=lambda heads: "x".join(map(str, heads)))
+def test_what_many_programs_merge_is_the_same_every_time(heads: tuple[int, int, int]) -> None:
+    """The last of a sequence's programs reads what the others wrote: a difference between two runs would be a race."""
+    torch.manual_seed(2)
+    spec, contexts = spec_of(heads, "bfloat16"), [16_383, 9000, 700, 5, 30_000]
+    cache, table = filled_cache(spec, [context + 1 for context in contexts])
+    step = backend().begin(spec, batch_of([1] * 5, contexts, table), cache)
+    q, k, v = (torch.randn(5, count, heads[2], device="cuda", dtype=torch.bfloat16) for count in (*heads[:2], heads[1]))
+    first = step.attend(0, q, k, v)
+    assert all(torch.equal(step.attend(0, q, k, v), first) for _ in range(300))
+
+
+@pytest.mark.parametrize("kv", [FULL_KV, *SCALED_KV])
+@pytest.mark.parametrize("count", [1, 6, 64])
+def test_a_replayed_step_gives_what_a_plain_one_gives(count: int, kv: str) -> None:
+    """With other lengths, blocks and tokens than those that it was captured with, and a table far wider than needed."""
+    torch.manual_seed(3)
+    layers = tuple(LayerAttention(32, 8, 128, 0.09, window) for window in (None, 1000))
+    spec = AttentionSpec(layers, "bfloat16", kv)
+    attention, width, num_blocks = backend(), 4096, 8192
+    cache = attention.allocate(spec, [num_blocks, num_blocks], torch.device("cuda"))
+    q, k, v = (torch.empty(count, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (32, 8, 8))
+    starts = torch.arange(count + 1, device="cuda", dtype=torch.int32)
+    kv_lengths = torch.ones(count, device="cuda", dtype=torch.int32)
+    tables = torch.zeros(2, count, width, device="cuda", dtype=torch.int32)
+    slots = torch.zeros(2, count, device="cuda", dtype=torch.int64)
+    outs: list[torch.Tensor] = []
+
+    def attend(batch: AttentionBatch) -> list[torch.Tensor]:
+        step = attention.begin(spec, batch, cache)
+        return [step.attend(layer, q, k, v) for layer in range(2)]
+
+    def captured() -> None:
+        longest = [width * BLOCK - 1] * count
+        batch = AttentionBatch([1] * count, longest, starts, kv_lengths, tuple(tables), tuple(slots))
+        outs[:] = attend(batch)
+
+    captured()
+    replay = CudaPlatform(CudaPlatform.Config()).capture(captured)
+    for most in (1, 300, 2000, 60_000):
+        most = min(most, num_blocks * BLOCK // count - BLOCK)
+        lengths = torch.randint(1, most + 1, (count,)).tolist()
+        for x in (q, k, v):
+            x.normal_()
+        for keys, values in zip(cache.keys, cache.values, strict=True):
+            decode.write(keys, values, *torch.randn(2, 65_536, 8, 128, device="cuda").bfloat16(), random_slots())
+        for group in range(2):
+            order = torch.randperm(num_blocks, device="cuda")
+            for s, length in enumerate(lengths):
+                used, order = order[: math.ceil(length / BLOCK)], order[math.ceil(length / BLOCK) :]
+                tables[group, s, : len(used)] = used
+                slots[group, s] = used[-1] * BLOCK + (length - 1) % BLOCK
+        kv_lengths.copy_(torch.tensor(lengths))
+        replay()
+        found = [out.clone() for out in outs]
+        narrow = math.ceil(max(lengths) / BLOCK)
+        plain = AttentionBatch(
+            [1] * count,
+            [length - 1 for length in lengths],
+            starts,
+            kv_lengths,
+            tuple(table[:, :narrow].contiguous() for table in tables),
+            tuple(slots),
+        )
+        for one, other in zip(found, attend(plain), strict=True):
+            assert torch.equal(one, other)
+
+
+def random_slots() -> torch.Tensor:
+    return torch.randperm(8192 * BLOCK, device="cuda")[:65_536]
 
 
 @pytest.mark.parametrize("window", [None, 1000])

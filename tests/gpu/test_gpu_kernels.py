@@ -100,6 +100,19 @@ def test_quantized_products_of_real_sizes(inputs: int, outputs: int, rows: int, 
         check(operation, dtype, one, other)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 256])
+@pytest.mark.parametrize(("inputs", "outputs"), [(4096, 6144), (14_336, 4096), (576, 1537), (33, 128_256)])
+def test_plain_products_of_real_sizes(inputs: int, outputs: int, rows: int, dtype: str) -> None:
+    """One row has a kernel of its own; weights may be rows of a wider matrix."""
+    torch.manual_seed(8)
+    x, bias = randn(rows, inputs, dtype=dtype), randn(outputs, dtype=dtype)
+    wide = randn(outputs, inputs + 16, dtype=dtype) / inputs**0.5
+    for weight in (wide[:, :inputs], wide[:, :inputs].contiguous()):
+        one, other = (kernel(x, weight, bias) for kernel in both("linear", dtype))
+        check("linear", dtype, one, other)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("activation", [0.0, 1.0])
 @pytest.mark.parametrize("rows", ROWS)

@@ -22,10 +22,11 @@ ON_TENSOR_CORES = {
     "flash._forward", "flash_backward._key_gradients", "flash_backward._query_gradients",
 }  # fmt: skip
 BOUND_BY_MEMORY = {
+    "one_row._product",
     "norms._forward", "norms._backward", "activations._forward", "activations._backward", "rotary._rope",
     "decode._write", "decode._decode", "cross_entropy._losses", "cross_entropy._logit_gradients", "sampling._sample",
 }  # fmt: skip
-OTHERS = {"products._sum_parts", "decode._merge", "flash_backward._row_products"}
+OTHERS = {"products._sum_parts", "decode._list", "flash_backward._row_products"}
 
 
 @pytest.fixture(scope="module")

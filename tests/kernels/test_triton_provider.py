@@ -93,7 +93,6 @@ def test_what_it_does_not_cover_is_refused_with_a_code(spec: KernelSpec, code: s
 
 
 LEFT_TO_OTHERS = {
-    "linear",
     "linear_int3",
     "linear_int4_a8",
     "linear_w8a8",
@@ -101,10 +100,10 @@ LEFT_TO_OTHERS = {
     "linear_gguf",
     "linear_gguf_a8",
 }
-"""The plain product is torch's; of the packed ones, those that there is no Triton kernel for."""
+"""Products of packed weights that there is no Triton kernel for."""
 
 
-def test_all_operations_but_the_plain_product_and_some_packed_ones_are_there_on_a_gpu() -> None:
+def test_all_operations_but_some_products_of_packed_weights_are_there_on_a_gpu() -> None:
     assert set(OPERATIONS) >= LEFT_TO_OTHERS
     kernels = TritonKernels(TritonKernels.Config())
     params = {"linear_int4": {"group": 64.0}}

@@ -67,9 +67,9 @@ def compile_only() -> None:
 
 
 def _modules() -> tuple[Any, ...]:
-    from drivetrain.kernels.triton import norms, products
+    from drivetrain.kernels.triton import decode, norms, products
 
-    return norms, products
+    return decode, norms, products
 
 
 def randn(*shape: int, grad: bool = False) -> torch.Tensor:
@@ -110,7 +110,9 @@ def products_() -> None:
         make("linear_int8")(x, int8, torch.ones(256), randn(256))
         make("linear_fp8")(x, fp8, torch.ones(256), None)
         make("linear_int4", group=128)(x, int4, groups, groups, None)
-        make("gated_linear", activation=0)(x, randn(256, 1024), randn(256, 1024))
+        make("linear")(x, randn(256, 1024), randn(256))
+    for rows in (1, 40):
+        make("gated_linear", activation=0)(randn(rows, 1024), randn(256, 1024), randn(256, 1024))
 
 
 def attention() -> None:

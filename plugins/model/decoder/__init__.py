@@ -57,6 +57,16 @@ def _unbound(spec: KernelSpec) -> Callable[..., Any]:
     return refuse
 
 
+def parameter_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter that a ``config.json`` stands for; of those that are tied, one.
+
+    Raises LoaderError and UnknownArchitectureError.
+    """
+    shape = read_config(config)
+    empty = _on_meta(shape, None, Kernels(_unbound, "meta", torch.float32), torch.device("meta"))
+    return {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
+
+
 def _on_meta(
     config: DecoderConfig, spec: ModelSpec | None, kernels: Kernels, device: torch.device
 ) -> DecoderForCausalLM:

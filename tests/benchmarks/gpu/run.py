@@ -1,10 +1,17 @@
-"""The Triton kernels against the ceilings of this GPU, in one run; writes docs/benchmarks/gpu.md.
+"""The Triton kernels against the ceilings of this GPU, and serving beside them; writes docs/benchmarks/gpu.md.
 
     python tests/benchmarks/gpu/run.py [--quick] [--output docs/benchmarks/gpu.md]
 
 Pointwise kernels and decode attention are bound by memory: their bytes a second are shown as a share of what a plain
 copy of 1 GiB reaches here. Prefill attention is compared with the fastest of torch's own backends, forward and back. A
-figure is the median of eleven launches, each after the cache of the device was overwritten.
+figure is the median of eleven launches, each after the cache of the device was overwritten, which takes longer than
+Python takes to launch: what is timed is the device.
+
+Decodes are timed as a server runs them, in a graph that is replayed: several layers one after another, each with keys
+and values of its own, and the figure is for one of them. Where little is read, no kernel comes near the bandwidth:
+beside each figure is that of a copy of as many bytes, in a graph of as many nodes.
+
+Whole models are served by ``serving.py`` beside this file, which has options of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +29,8 @@ import triton
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from drivetrain.contracts.attention import AttentionBatch, AttentionSpec, LayerAttention
+import serving
+from drivetrain.contracts.attention import AttentionBatch, AttentionSpec, LayerAttention, TakesWritten
 from drivetrain.contracts.kernels import KernelSpec
 from drivetrain.kernels.triton import TritonKernels
 from drivetrain.plugins.attention.paged_triton import PagedTritonAttention
@@ -34,6 +42,9 @@ TOKENS, FEATURES, INNER, HEADS, KV_HEADS, SIZE, BLOCK = 8192, 4096, 14_336, 32, 
 """The shape of an 8B Llama."""
 
 REPEATS = 11
+MOST_LAYERS, LAYERS_BYTES = 32, 256 << 20
+"""Decodes are timed over layers whose keys and values together are more than the device's cache holds."""
+
 POINTWISE_TARGET, DECODE_TARGET, PREFILL_TARGET = 0.85, 0.80, 0.9
 
 
@@ -63,7 +74,8 @@ class Clock:
             launch()
         times = []
         for _ in range(REPEATS):
-            self._cache.zero_()
+            for _ in range(2):
+                self._cache.zero_()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             launch()
@@ -71,6 +83,14 @@ class Clock:
             end.synchronize()
             times.append(start.elapsed_time(end))
         return statistics.median(times)
+
+    def replayed(self, launch: Callable[[], object]) -> float:
+        """The same of a graph that ``launch`` is recorded into."""
+        launch()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            launch()
+        return self.milliseconds(graph.replay)
 
 
 def randn(*shape: int, grad: bool = False) -> torch.Tensor:
@@ -115,33 +135,53 @@ def pointwise(clock: Clock, bandwidth: float) -> Iterator[Line]:
 
 
 def decode(clock: Clock, bandwidth: float, quick: bool) -> Iterator[Line]:
-    layer = LayerAttention(HEADS, KV_HEADS, SIZE, SIZE**-0.5)
-    spec, device = AttentionSpec((layer,), "bfloat16"), torch.device("cuda")
-    backend = PagedTritonAttention(PagedTritonAttention.Config(block_size=BLOCK))
     room = torch.cuda.mem_get_info()[0] * 0.6
     for batch in (1, 16, 256) if quick else (1, 4, 16, 64, 256):
         for length in (512, 8192) if quick else (512, 2048, 8192, 32_768, 131_072):
             num_bytes = 2 * batch * length * KV_HEADS * SIZE * DTYPE.itemsize
             if num_bytes > room:
                 continue
-            blocks = length // BLOCK
-            cache = backend.allocate(spec, [batch * blocks], device)
-            table = torch.randperm(batch * blocks, device=device, dtype=torch.int32).view(batch, blocks)
-            slots = table[:, -1].long() * BLOCK + BLOCK - 1
-            plain = whole_batch([1] * batch, device)
-            step = AttentionBatch(
-                [1] * batch,
-                [length - 1] * batch,
-                plain.query_starts,
-                torch.full((batch,), length, dtype=torch.int32, device=device),
-                (table,),
-                (slots,),
-            )
-            q, k, v = randn(batch, HEADS, SIZE), randn(batch, KV_HEADS, SIZE), randn(batch, KV_HEADS, SIZE)
-            attending = backend.begin(spec, step, cache)
-            taken = clock.milliseconds(lambda: attending.attend(0, q, k, v))  # noqa: B023
+            layers = max(1, min(MOST_LAYERS, -(-LAYERS_BYTES // num_bytes)))
+            taken = clock.replayed(decodes(batch, length, layers)) / layers
+            copied = clock.replayed(copies(num_bytes, layers)) / layers
             rate = num_bytes / taken * 1e3
-            yield Line(f"batch {batch}, context {length:,}", taken, rate / 1e9, rate / bandwidth, DECODE_TARGET)
+            name = f"batch {batch}, context {length:,} (copy: {copied:.4f} ms)"
+            yield Line(name, taken, rate / 1e9, rate / bandwidth, DECODE_TARGET)
+
+
+def copies(num_bytes: int, count: int) -> Callable[[], None]:
+    """As many bytes read and written together."""
+    pairs = torch.zeros(count, 2, num_bytes // 2, dtype=torch.uint8, device="cuda")
+
+    def launch() -> None:
+        for source, target in pairs:
+            target.copy_(source)
+
+    return launch
+
+
+def decodes(batch: int, length: int, layers: int) -> Callable[[], None]:
+    """A decode step's attention in some layers, over random pages in shuffled blocks."""
+    spec = AttentionSpec((LayerAttention(HEADS, KV_HEADS, SIZE, SIZE**-0.5),) * layers, "bfloat16")
+    device, blocks = torch.device("cuda"), length // BLOCK
+    backend = PagedTritonAttention(PagedTritonAttention.Config(block_size=BLOCK))
+    cache = backend.allocate(spec, [batch * blocks], device)
+    for pages in (*cache.keys, *cache.values):
+        pages.normal_()
+    table = torch.randperm(batch * blocks, device=device, dtype=torch.int32).view(batch, blocks)
+    slots = table[:, -1].long() * BLOCK + BLOCK - 1
+    lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
+    starts = whole_batch([1] * batch, device).query_starts
+    step = AttentionBatch([1] * batch, [length - 1] * batch, starts, lengths, (table,), (slots,))
+    q = randn(batch, HEADS, SIZE)
+
+    def launch() -> None:
+        attending = backend.begin(spec, step, cache)
+        assert isinstance(attending, TakesWritten)
+        for layer in range(layers):
+            attending.attend_written(layer, q)
+
+    return launch
 
 
 def prefill(clock: Clock, quick: bool) -> Iterator[Line]:
@@ -215,6 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer shapes; prints and writes nothing")
     parser.add_argument("--output", type=Path, default=PAGE, help="the page to write")
+    serving.add_options(parser)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: this machine has no GPU that torch can use; nothing was measured and nothing written")
@@ -239,6 +280,10 @@ def main() -> None:
         ),
     }
     text = page(tables, bandwidth, "make bench-gpu")
+    del clock
+    serving.free_memory()
+    if not options.quick:
+        text += "\n".join(["", *serving.section(options, bandwidth), ""])
     print(text)
     if not options.quick:
         options.output.write_text(text, encoding="utf-8")

@@ -10,6 +10,7 @@ import torch
 
 from drivetrain.config import EngineSettings
 from drivetrain.contracts.attention import AttentionBatch, AttentionSpec, AttentionStep
+from drivetrain.contracts.source import silent
 from drivetrain.errors import GraphCaptureError
 from drivetrain.serving.blocks import KVManager
 from drivetrain.serving.engine import Engine, EngineLimits
@@ -192,9 +193,39 @@ def test_only_a_platform_that_captures_with_a_backend_that_claims_it_takes_part(
     assert recorder.num_captured == 0
 
 
+def test_all_sizes_are_captured_ahead_and_none_later() -> None:
+    recorder = Recorder()
+    engine = make(recorder)
+    told: list[tuple[int, int | None]] = []
+    engine.runner.capture_ahead(lambda what, done, total, unit: told.append((done, total)))
+    assert recorder.num_captured == len(captured_sizes(6)) == 4
+    assert told == [(done, 4) for done in range(5)]
+    assert outputs(engine) == outputs(make(None))
+    assert recorder.num_captured == 4
+
+
+def test_a_capture_that_fails_ahead_is_a_warning_or_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    error = RuntimeError("not permitted")
+    engine = make(Recorder(error))
+    with caplog.at_level(logging.WARNING, "drivetrain"):
+        engine.runner.capture_ahead(silent)
+    assert engine.metrics.snapshot()["fallbacks"] == 1
+    assert outputs(engine) == outputs(make(None))
+    with pytest.raises(GraphCaptureError, match="not permitted"):
+        make(Recorder(error), must_capture=True).runner.capture_ahead(silent)
+
+
 @pytest.mark.parametrize(
     ("max_running", "sizes"),
-    [(1, [1]), (2, [1, 2]), (3, [1, 2, 4]), (8, [1, 2, 4, 8]), (9, [1, 2, 4, 8, 16]), (30, [1, 2, 4, 8, 16, 24, 32])],
+    [
+        (1, [1]),
+        (2, [1, 2]),
+        (3, [1, 2, 4]),
+        (8, [1, 2, 4, 8]),
+        (9, [1, 2, 4, 8, 16]),
+        (30, [1, 2, 4, 8, 16, 24, 32]),
+        (250, [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256]),
+    ],
 )
 def test_sizes_reach_the_most_that_may_run(max_running: int, sizes: list[int]) -> None:
     assert captured_sizes(max_running) == sizes

@@ -221,6 +221,17 @@ def test_in_steady_decode_every_step_is_launched_before_the_last_is_read(lane: s
     assert len(fake_lm(engine).tokens_per_step) == 10  # and none is computed in vain
 
 
+def test_a_sequence_at_its_last_token_holds_up_nobody(lane: str) -> None:
+    """It alone takes no part in the next step, which is launched all the same."""
+    engine = overlapped(lane)
+    for number, prompt in enumerate(prompts(6)):
+        add(engine, f"r{number}", prompt, greedy(2 + number))
+    flags = steps_ahead(engine)
+    first = flags.index(True)
+    assert flags[first:] == [True] * (len(flags) - first - 1) + [False]
+    assert sum(fake_lm(engine).tokens_per_step) == sum(len(p) + 1 + n for n, p in enumerate(prompts(6)))
+
+
 @pytest.mark.parametrize("name", ["repetition", "logprobs", "bias", "prompt logprobs"])
 def test_a_step_whose_scores_the_host_must_see_runs_plain(name: str, lane: str) -> None:
     engine = overlapped(lane)

@@ -144,7 +144,6 @@ def test_gradients_of_views_reach_what_they_are_views_of() -> None:
 
 def test_every_operation_has_its_name_in_the_contract() -> None:
     absent = {
-        "linear",
         "linear_int3",
         "linear_int4_a8",
         "linear_w8a8",

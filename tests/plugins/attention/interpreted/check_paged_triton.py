@@ -115,3 +115,16 @@ def test_every_number_is_written_as_sdpa_writes_it(kv: str) -> None:
     assert torch.equal(stores[0].scales.isfinite(), finite)
     assert torch.equal(stores[0].scales[finite], stores[1].scales[finite])
     assert torch.equal(*(x.codes.view(torch.uint8)[finite] for x in stores))
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("chunk_size", [None, 16])
+def test_what_is_not_finite_is_seen_in_whole_tiles_and_merged_chunks(chunk_size: int | None, bad: float) -> None:
+    spec = spec_of((None,), heads=(2, 1, 8), kv="int8")
+    trial = Trial(backend(block_size=16, chunk_size=chunk_size), spec, CPU)
+    trial.loudness[0] = bad
+    for new_tokens in ({0: 150, 1: 70}, {0: 1, 1: 1}):
+        ill, well = trial.step(new_tokens)
+        assert not torch.isfinite(ill.found).any()
+        assert_as_plain(trial.backend, spec, [well])

@@ -1,0 +1,261 @@
+"""Serving an 8B Llama with made-up weights on this GPU: decodes beside the floor of memory, and many requests beside
+transformers' compiled generation.
+
+    python tests/benchmarks/gpu/serving.py [--layers 4] [--running 64,256] [--peer-batches 128,64,32]
+
+Weights are drawn on the device. One stream is measured as a share of the floor: the bytes of weights that a step reads
+over what a plain copy reaches. Rates of many requests are whole runs, prompts included; the peer's is ``generate`` with
+a static cache, which compiles its decode step, at its best batch, after a run that compiled it. It has a process and a
+time limit of its own: batches that it did not come to are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drivetrain import LLM
+from drivetrain.bench.measure import run_latency, run_throughput
+from drivetrain.bench.workloads import WorkItem
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 128_000,
+    "eos_token_id": 128_001,
+}
+"""The shape of an 8B Llama 3."""
+
+FLOOR_TARGET, PEER_TARGET = 0.80, 3.0
+WAVES = 3
+"""How often as many requests come as run at a time."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. rate: output tokens a second; share: of the floor, or over the peer; None without."""
+
+    name: str
+    rate: float
+    told: str
+    share: str = ""
+    target: str = ""
+
+    def cells(self) -> str:
+        return f"| {self.name} | {self.rate:,.0f} | {self.told} | {self.share} | {self.target} |"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"], help="layers of the model")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
+    parser.add_argument("--answer", type=int, default=128, help="tokens of each answer")
+    parser.add_argument("--running", default="64,256", help="numbers of requests that run at a time")
+    parser.add_argument("--batched-tokens", type=int, default=2048, help="most tokens of a step")
+    parser.add_argument("--iterations", type=int, default=3, help="runs of one stream")
+    parser.add_argument("--peer-batches", default="128,64,32", help="the peer's batches; empty for no peer")
+    parser.add_argument("--peer-seconds", type=float, default=900.0, help="time limit of the peer, compiling included")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def weight_bytes_of_step(layers: int) -> int:
+    """Bytes of bfloat16 weights that every step reads: all but the table of embeddings."""
+    size, inner = CONFIG["hidden_size"], CONFIG["intermediate_size"]
+    heads = CONFIG["num_attention_heads"] + 2 * CONFIG["num_key_value_heads"]
+    layer = size * CONFIG["head_dim"] * heads + size * size + 3 * size * inner + 2 * size
+    return 2 * (layers * layer + size + CONFIG["vocab_size"] * size)
+
+
+@contextmanager
+def model_folder(layers: int) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        written = json.dumps({**CONFIG, "num_hidden_layers": layers})
+        (Path(name) / "config.json").write_text(written, encoding="utf-8")
+        yield Path(name)
+
+
+def opened(folder: Path, running: int, batched_tokens: int, length: int) -> LLM:
+    started = time.perf_counter()
+    llm = LLM(
+        folder,
+        platform="cuda",
+        precision="bf16",
+        loader={"name": "random", "seed": 0, "device": "cuda"},
+        kernels="triton",
+        attention="paged-triton",
+        scheduler={"name": "fcfs", "max_running": running, "max_batched_tokens": batched_tokens},
+        engine={"max_model_len": length},
+    )
+    _say(f"ready for {running} in {time.perf_counter() - started:.1f} s")
+    return llm
+
+
+def requests(count: int, options: argparse.Namespace, seed: int) -> list[WorkItem]:
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(1000, CONFIG["vocab_size"] - 1000, (count, options.prompt), generator=generator).tolist()
+    return [WorkItem(tuple(prompt), options.answer) for prompt in prompts]
+
+
+def one_stream(folder: Path, options: argparse.Namespace, bandwidth: float) -> Row:
+    with opened(folder, 1, options.batched_tokens, options.prompt + options.answer) as llm:
+        lengths = {"prompt_length": options.prompt, "output_length": options.answer}
+        figures = run_latency(llm, **lengths, batch=1, iterations=options.iterations, seed=0)
+    rate = float(figures["decode_tokens_per_second"])
+    num_bytes = weight_bytes_of_step(options.layers)
+    floor = num_bytes / bandwidth
+    _say(json.dumps(figures["step_phase_seconds"]))
+    told = f"{1e3 / rate:.2f} ms a token; floor {floor * 1e3:.2f} ms ({num_bytes / 1e9:.1f} GB)"
+    share = floor * rate
+    verdict = "yes" if share >= FLOOR_TARGET else "no"
+    return Row("decode, one stream", rate, told, f"{share:.0%} of the floor", f"{FLOOR_TARGET:.0%}: {verdict}")
+
+
+def many_streams(folder: Path, options: argparse.Namespace, running: int) -> tuple[float, str]:
+    """Output tokens a second, and where the time went."""
+    with opened(folder, running, options.batched_tokens, options.prompt + options.answer) as llm:
+        run_throughput(llm, requests(running, options, seed=1))  # what is tuned or compiled on first use
+        figures = run_throughput(llm, requests(WAVES * running, options, seed=2))
+    rate, per_token = float(figures["output_tokens_per_second"]), figures["time_per_token_seconds"]["p50"]
+    _say(json.dumps({key: figures[key] for key in ("seconds", "steps", "step_phase_seconds", "peak_memory_bytes")}))
+    return rate, f"{per_token * 1e3:.1f} ms a token in the median; {figures['seconds']:.1f} s"
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def peer_rates(options: argparse.Namespace, batches: Sequence[int]) -> dict[int, float]:
+    """transformers' output tokens a second by batch, as far as it came in its time."""
+    command = [sys.executable, __file__, "--peer-only", "--peer-batches", ",".join(map(str, batches))]
+    command += ["--layers", str(options.layers), "--prompt", str(options.prompt), "--answer", str(options.answer)]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, timeout=options.peer_seconds, check=True)
+        told = done.stdout
+    except subprocess.TimeoutExpired as error:
+        _say(f"the peer was stopped after {options.peer_seconds:.0f} s")
+        told = error.stdout or b""
+    measured = [json.loads(line) for line in told.decode().splitlines() if line.startswith("[")]
+    return {int(batch): float(rate) for batch, rate in measured}
+
+
+def run_peer(options: argparse.Namespace, batches: Sequence[int]) -> None:
+    """Print batch and rate of each, measured after a run that compiled the decode step."""
+    import transformers
+
+    config = transformers.LlamaConfig(**{**CONFIG, "num_hidden_layers": options.layers})
+    with torch.device("cuda"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    for batch in batches:
+        ids = torch.tensor([item.prompt for item in requests(batch, options, seed=2)], device="cuda")
+        for name in ("compiling", "measured"):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            with torch.inference_mode():
+                out = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    min_new_tokens=options.answer,
+                    max_new_tokens=options.answer,
+                    do_sample=False,
+                    pad_token_id=0,
+                    cache_implementation="static",
+                )
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - started
+            assert out.shape[1] == options.prompt + options.answer
+            _say(f"transformers, batch {batch}, {name}: {seconds:.1f} s")
+        print(json.dumps([batch, batch * options.answer / seconds]), flush=True)
+
+
+def rows(options: argparse.Namespace, bandwidth: float) -> list[Row]:
+    found = []
+    with model_folder(options.layers) as folder:
+        found.append(one_stream(folder, options, bandwidth))
+        _say(found[-1].cells())
+        free_memory()
+        ours = {}
+        for running in _numbers(options.running):
+            ours[running] = many_streams(folder, options, running)
+            _say(f"{running} running: {ours[running]}")
+            free_memory()
+    batches = _numbers(options.peer_batches)
+    peer = peer_rates(options, batches) if batches else {}
+    free_memory()
+    best = max(peer, key=lambda batch: peer[batch], default=None)
+    for running, (rate, told) in ours.items():
+        share = target = ""
+        if best is not None:
+            ratio = rate / peer[best]
+            share = f"{ratio:.1f} times the peer"
+            target = f"{PEER_TARGET:g} times: {'yes' if ratio >= PEER_TARGET else 'no'}"
+        found.append(Row(f"{running} running", rate, told, share, target))
+    found += [
+        Row(f"transformers, batch {batch}", rate, "static cache, compiled decode" + ", its best" * (batch == best))
+        for batch, rate in peer.items()
+    ]
+    return found
+
+
+def section(options: argparse.Namespace, bandwidth: float) -> list[str]:
+    """The lines of the page."""
+    return [
+        "## Serving",
+        "",
+        f"An 8B Llama with made-up weights, {options.layers} layers: prompts of {options.prompt} tokens, answers of",
+        f"{options.answer}, greedy; output tokens a second of whole runs with {WAVES} times as many requests as run at",
+        "a time, all there at once. The floor is the time in which a copy moves the weights that a step reads.",
+        "",
+        "| measured | tok/s | details | share | asked |",
+        "|---|---|---|---|---|",
+        *(row.cells() for row in rows(options, bandwidth)),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument("--peer-only", action="store_true", help="run the peer, and print its rates as JSON")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: this machine has no GPU that torch can use; nothing was measured")
+    if options.peer_only:
+        run_peer(options, _numbers(options.peer_batches))
+        return
+    from run import Clock, copy_bandwidth
+
+    print("\n".join(section(options, copy_bandwidth(Clock()))))
+
+
+if __name__ == "__main__":
+    main()
