@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -66,6 +66,11 @@ class PagedTritonConfig(PagedConfig):
     )
     tune: bool = Field(True, description="Time block sizes on a GPU once for each head size and keep the fastest.")
     record: Path = Field(DEFAULT_FOLDER, description="Folder of the files that keep what was fastest.")
+    hopper_kernels: bool = Field(
+        True,
+        description="On Hopper GPUs, take the kernels written for them where they apply; no takes those for all GPUs, "
+        "whose gradients have the same bits in every run.",
+    )
 
 
 # --- the plan of one step ------------------------------------------------------------------------------------------
@@ -87,6 +92,7 @@ class StepPlan:
         self.has_decodes = len(self.prefills) < len(self.lengths)
         self._chunk_size = chunk_size
         self._tiles: dict[tuple[int, int], torch.Tensor] = {}
+        self._hopper_tiles: dict[tuple[str, int, int], torch.Tensor] = {}
         self._chunks: dict[tuple[int | None, int], Chunks] = {}
 
     def tiles(self, rows_of_token: int, rows_of_tile: int) -> torch.Tensor:
@@ -100,6 +106,29 @@ class StepPlan:
             order = np.argsort(-last_key, kind="stable")
             self._tiles[key] = self._on_device(np.stack((sequences[order], first_rows[order]), axis=1))
         return self._tiles[key]
+
+    def hopper_tiles(self, direction: Literal["forward", "backward"], layer: LayerAttention) -> torch.Tensor:
+        """int32 [tiles, 5] of all sequences, for :mod:`drivetrain.kernels.triton.hopper`; no sequence has context."""
+        key = (direction, layer.num_heads, layer.num_kv_heads)
+        if key not in self._hopper_tiles:
+            self._hopper_tiles[key] = self._on_device(self._cut_for_hopper(direction, layer))
+        return self._hopper_tiles[key]
+
+    def _cut_for_hopper(self, direction: str, layer: LayerAttention) -> np.ndarray[Any, Any]:
+        from drivetrain.kernels.triton import hopper
+        from drivetrain.kernels.triton.launch import num_processors
+
+        if direction == "backward":
+            return hopper.backward_tiles(self.lengths, layer.num_kv_heads)
+        processors = num_processors(self.device)
+        return hopper.forward_tiles(self.lengths, layer.num_heads, layer.num_kv_heads, processors)
+
+    @functools.cached_property
+    def hopper_places(self) -> int:
+        """Places for the logarithms of a head's rows."""
+        from drivetrain.kernels.triton import hopper
+
+        return hopper.num_places(self.lengths)
 
     def chunks(self, layer: LayerAttention, longest: int) -> Chunks:
         """The keys of the decodes, cut so that every processor has work.
@@ -132,10 +161,11 @@ def _within(counts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 class _Kernels:
     """The launches of all layers, with their blocks."""
 
-    def __init__(self, tuner: Tuner) -> None:
-        from drivetrain.kernels.triton import decode, flash, flash_backward
+    def __init__(self, tuner: Tuner, hopper_kernels: bool) -> None:
+        from drivetrain.kernels.triton import decode, flash, flash_backward, hopper
 
         self.flash, self.flash_backward, self.decoding, self._tuner = flash, flash_backward, decode, tuner
+        self.hopper, self._hopper_kernels = hopper, hopper_kernels
         self._choices: dict[tuple[str, LayerAttention, torch.dtype], Choice] = {}
 
     def prepare(self, spec: AttentionSpec, plan: StepPlan, block_size: int) -> None:
@@ -143,13 +173,25 @@ class _Kernels:
         dtype: torch.dtype = getattr(torch, spec.dtype)
         tables = {group.window: plan.batch.block_tables[group.index] for group in spec.groups if block_size}
         for layer in set(spec.layers):
-            if len(plan.prefills):
+            if block_size == 0 and self._covers_hopper(layer, dtype, plan.device):
+                plan.hopper_tiles("forward", layer)
+            elif len(plan.prefills):
                 candidates = functools.partial(self.flash.forward_candidates, layer, dtype.itemsize)
                 name = "flash" if block_size == 0 else _kernel_name("flash", spec.kv)
                 blocks = self._choice(name, layer, dtype).known((block_size,), candidates)
                 plan.tiles(layer.num_heads // layer.num_kv_heads, blocks["BLOCK_M"])
             if plan.has_decodes:
                 plan.chunks(layer, tables[layer.window].shape[1] * block_size)
+
+    def _covers_hopper(self, layer: LayerAttention, dtype: torch.dtype, device: torch.device) -> bool:
+        if not self._hopper_kernels or torch.are_deterministic_algorithms_enabled():
+            return False
+        return self.hopper.covers(layer, dtype, device)
+
+    def takes_hopper(self, layer: LayerAttention, *inputs: torch.Tensor) -> bool:
+        """Whether the kernels for Hopper GPUs attend over these queries, keys and values of a step without a cache."""
+        q_THD = inputs[0]
+        return self._covers_hopper(layer, q_THD.dtype, q_THD.device) and all(map(self.hopper.can_be_copied, inputs))
 
     def prefill(
         self,
@@ -266,16 +308,24 @@ class _Attention(torch.autograd.Function):
         v_TGD: torch.Tensor,
     ) -> torch.Tensor:
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-        log_TH = torch.empty(q_THD.shape[:2], dtype=torch.float32, device=q_THD.device)
-        kernels.prefill(layer, q_THD, k_TGD, v_TGD, out_THD, log_TH, None, plan)
+        context.is_hopper = kernels.takes_hopper(layer, q_THD, k_TGD, v_TGD)
+        if context.is_hopper:
+            tiles = plan.hopper_tiles("forward", layer)
+            logs = kernels.hopper.forward(layer, q_THD, k_TGD, v_TGD, out_THD, tiles, plan.hopper_places)
+        else:
+            logs = torch.empty(q_THD.shape[:2], dtype=torch.float32, device=q_THD.device)
+            kernels.prefill(layer, q_THD, k_TGD, v_TGD, out_THD, logs, None, plan)
         context.kernels, context.layer, context.plan = kernels, layer, plan
-        context.save_for_backward(q_THD, k_TGD, v_TGD, out_THD, log_TH)
+        context.save_for_backward(q_THD, k_TGD, v_TGD, out_THD, logs)
         return out_THD
 
     @staticmethod
     def backward(context: Any, grad_THD: torch.Tensor) -> Any:
         kernels, layer, plan = context.kernels, context.layer, context.plan
         saved = context.saved_tensors
+        if context.is_hopper:
+            tiles = plan.hopper_tiles("forward", layer), plan.hopper_tiles("backward", layer)
+            return None, None, None, *kernels.hopper.backward(layer, *saved, grad_THD, *tiles)
         inputs = kernels.flash_backward.BackwardInputs(layer, *saved, grad_THD, plan.batch.query_starts)
         return None, None, None, *kernels.backward(inputs, layer, plan)
 
@@ -368,4 +418,4 @@ class PagedTritonAttention(PagedBackend):
 
     @functools.cached_property
     def _kernels(self) -> _Kernels:
-        return _Kernels(tuner_of(self.config.record, self.config.tune))
+        return _Kernels(tuner_of(self.config.record, self.config.tune), self.config.hopper_kernels)

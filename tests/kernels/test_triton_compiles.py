@@ -20,13 +20,14 @@ SHARED_BYTES_OF_AN_H100 = 232_448
 ON_TENSOR_CORES = {
     "products._by_row", "products._by_group", "products._gated", "decode._decode",
     "flash._forward", "flash_backward._key_gradients", "flash_backward._query_gradients",
+    "hopper_forward.forward", "hopper_backward.backward",
 }  # fmt: skip
 BOUND_BY_MEMORY = {
     "one_row._product",
     "norms._forward", "norms._backward", "activations._forward", "activations._backward", "rotary._rope",
     "decode._write", "decode._decode", "cross_entropy._losses", "cross_entropy._logit_gradients", "sampling._sample",
 }  # fmt: skip
-OTHERS = {"products._sum_parts", "decode._list", "flash_backward._row_products"}
+OTHERS = {"products._sum_parts", "decode._list", "flash_backward._row_products", "hopper._means", "hopper._scale"}
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +64,9 @@ def test_products_are_those_of_the_tensor_cores(compiled: list[dict[str, Any]]) 
 def test_loads_are_as_wide_as_can_be(compiled: list[dict[str, Any]]) -> None:
     for facts in compiled:
         assert facts["wide_loads"] > 0 or facts["kernel"] not in BOUND_BY_MEMORY, facts
+
+
+def test_kernels_of_a_hopper_gpu_have_its_copies(compiled: list[dict[str, Any]]) -> None:
+    for facts in compiled:
+        is_its_own = facts["kernel"] in ("hopper_forward.forward", "hopper_backward.backward")
+        assert (facts["bulk_copies"] > 0) == is_its_own, facts

@@ -56,6 +56,7 @@ def compile_only() -> None:
                 "shared_bytes": kernel.metadata.shared,
                 "tensor_core_products": ptx.count("wgmma.mma_async") + ptx.count("mma.sync"),
                 "wide_loads": ptx.count(".v4.b32"),
+                "bulk_copies": ptx.count("cp.async.bulk.tensor"),
             }
             print(json.dumps(facts), flush=True)
         return kernel
@@ -67,9 +68,9 @@ def compile_only() -> None:
 
 
 def _modules() -> tuple[Any, ...]:
-    from drivetrain.kernels.triton import decode, norms, products
+    from drivetrain.kernels.triton import decode, hopper, norms, products
 
-    return decode, norms, products
+    return decode, hopper, norms, products
 
 
 def randn(*shape: int, grad: bool = False) -> torch.Tensor:
@@ -131,10 +132,22 @@ def attention() -> None:
         backend.begin(spec, whole_batch([70], CPU), None).attend(0, *rows).sum().backward()
 
 
+def attention_without_a_cache() -> None:
+    """The kernels for this GPU alone, forward and back."""
+    from drivetrain.kernels.triton import hopper
+
+    hopper.is_hopper = lambda device: True
+    backend = PagedTritonAttention(PagedTritonAttention.Config(tune=False))
+    for heads, kv_heads, size in ((8, 2, 128), (3, 1, 64)):
+        spec = AttentionSpec((LayerAttention(heads, kv_heads, size, 0.1),), "bfloat16")
+        rows = [randn(70, count, size, grad=True) for count in (heads, kv_heads, kv_heads)]
+        backend.begin(spec, whole_batch([70], CPU), None).attend(0, *rows).sum().backward()
+
+
 if __name__ == "__main__":
     compile_only()
     paged_triton.tuner_of = lambda folder, tune: Tuner()
     tuner_of.cache_clear()
     print(json.dumps({"triton": triton.__version__}))
-    for part in (pointwise, vocabulary, products_, attention):
+    for part in (pointwise, vocabulary, products_, attention, attention_without_a_cache):
         part()

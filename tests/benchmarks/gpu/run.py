@@ -20,6 +20,7 @@ import argparse
 import datetime
 import statistics
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,7 +190,8 @@ def prefill(clock: Clock, quick: bool) -> Iterator[Line]:
     layer = LayerAttention(HEADS, KV_HEADS, SIZE, SIZE**-0.5)
     spec, device = AttentionSpec((layer,), "bfloat16"), torch.device("cuda")
     backend = PagedTritonAttention(PagedTritonAttention.Config())
-    for length in (1024, 4096) if quick else (512, 1024, 4096, 16_384):
+    peers = _peers()
+    for length in (1024, 4096) if quick else (512, 1024, 2048, 4096, 8192, 16_384):
         count = max(1, 16_384 // length)
         heads = (HEADS, KV_HEADS, KV_HEADS)
         own = [randn(count * length, n, SIZE, grad=True) for n in heads]
@@ -198,13 +200,9 @@ def prefill(clock: Clock, quick: bool) -> Iterator[Line]:
         products = 2 * count * HEADS * length * length * SIZE  # two products, half of each hidden
         for name, factor in (("forward", 1.0), ("backward", 2.5)):
             mine = _times(clock, lambda: step.attend(0, *own), own, name)  # noqa: B023
-            best, backend_name = min(
-                (_times(clock, lambda: _torch_attention(theirs), theirs, name), kind.name)  # noqa: B023
-                for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-                for _ in _with_backend(kind, theirs)
-            )
+            best, peer = min((_peer_times(clock, kind, theirs, name), kind.name) for kind in peers)
             rate = products * factor / mine / 1e9
-            told = f"{count} x {length:,}, {name} (torch: {backend_name.lower()}, {best:.3f} ms)"
+            told = f"{count} x {length:,}, {name} (torch: {peer.lower()}, {best:.3f} ms)"
             yield Line(told, mine, rate, best / mine, PREFILL_TARGET)
 
 
@@ -212,15 +210,25 @@ def _torch_attention(inputs: list[torch.Tensor]) -> torch.Tensor:
     return functional.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
 
 
-def _with_backend(kind: SDPBackend, inputs: list[torch.Tensor]) -> Iterator[None]:
-    """Once with this backend alone; not at all where it refuses these inputs."""
+def _peers() -> list[SDPBackend]:
+    """Those of torch's backends that take such heads; what the others say is printed once."""
+    inputs = [randn(1, n, 256, SIZE, grad=True) for n in (HEADS, KV_HEADS, KV_HEADS)]
+    peers = []
+    for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        with sdpa_kernel(kind), warnings.catch_warnings(record=True) as reasons:
+            warnings.simplefilter("always")
+            try:
+                _torch_attention(inputs).sum().backward()
+                peers.append(kind)
+            except RuntimeError:
+                said = " ".join(str(warning.message).splitlines()[0] for warning in reasons)
+                print(f"torch's {kind.name} refuses: {said}", file=sys.stderr)
+    return peers
+
+
+def _peer_times(clock: Clock, kind: SDPBackend, inputs: list[torch.Tensor], name: str) -> float:
     with sdpa_kernel(kind):
-        try:
-            _torch_attention(inputs)
-        except RuntimeError as error:
-            print(f"torch's {kind.name} refuses: {str(error).splitlines()[0]}", file=sys.stderr)
-            return
-        yield
+        return _times(clock, lambda: _torch_attention(inputs), inputs, name)
 
 
 def _times(clock: Clock, attend: Callable[[], torch.Tensor], inputs: list[torch.Tensor], name: str) -> float:
