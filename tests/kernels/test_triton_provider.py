@@ -76,7 +76,7 @@ print("triton" in sys.modules)
 @pytest.mark.parametrize(
     ("spec", "code"),
     [
-        (KernelSpec("linear", "cuda", "float32"), "unknown_operation"),
+        (KernelSpec("linear_int3", "cuda", "float32"), "unknown_operation"),
         (KernelSpec("rms_norm", "cuda", "float64"), "unsupported_dtype"),
         (KernelSpec("rms_norm", "cpu", "float32"), "no_device"),
         (KernelSpec("rms_norm", "cuda", "float32", {"E": 100_000}), "unsupported_shape"),
