@@ -44,6 +44,7 @@ def drill(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
     options = ["--nproc-per-node", str(arguments.ranks), "--max-restarts", str(4 * arguments.kills)]
     run = Launched.start(settings_of(model, chats, folder, arguments), folder, "agent", *options)
     recoveries: list[float] = []
+    hits = 0
     try:
         for number in range(arguments.kills):
             # Any moment: while ranks start, read, train, or save.
@@ -57,6 +58,7 @@ def drill(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
             )
             made, rank = steps_of(folder), generator.randrange(arguments.ranks)
             hit = run.hit(rank, how)
+            hits += 1
             started = time.monotonic()
             wait_for("a rank anew", lambda hit=hit, rank=rank: run.ranks().get(rank, hit) != hit)
             if generator.random() < arguments.settle:  # now and then the next one comes before the run has recovered
@@ -68,7 +70,7 @@ def drill(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
         run.end()
     return {
         "status": status,
-        "hits": number + 1,
+        "hits": hits,
         "starts anew": run.told.count("starting anew"),
         "recovery seconds, median": round(statistics.median(recoveries), 1) if recoveries else None,
         "recovery seconds, longest": round(max(recoveries), 1) if recoveries else None,
@@ -82,7 +84,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--stops", type=int, default=7, help="every so many hits is a SIGSTOP; 0: none")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--settle", type=float, default=0.7, help="share of hits after which the run may make a step")
     parser.add_argument("--pause-seconds", type=float, default=3.0, help="at most, from one hit to the next")
@@ -91,6 +93,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="drivetrain-drill-") as folder:
         result = drill(arguments, Path(folder))
     print(json.dumps(result, indent=2))
+    if result["hits"] < arguments.kills:
+        print(f"error: the run ended before its {arguments.kills} hits; give it more --steps", file=sys.stderr)
+        return 1
     return 0 if result["status"] == 0 and result["equal to the last bit"] else 1
 
 
