@@ -104,10 +104,10 @@ class IntegerGrid:
         if smaller is not None:
             scales, zeros = (t.repeat_interleave(group // smaller, dim=1) for t in (scales, zeros))
             group = smaller
-        scales, mins = _scales_and_mins(scales, zeros)
         layout = _nibbles(self.values_OI) if self.bits == 4 else _three_bits(self.values_OI)
-        tensors = {**layout, "scales": scales, "mins": mins}
-        return PackedWeight(f"linear_int{self.bits}", tensors, rows, inputs, {"group": group}, self.order)
+        tensors = {**layout, "scales": scales.contiguous(), "mins": zeros.contiguous()}
+        params = {"group": group, "zero_points": 1}
+        return PackedWeight(f"linear_int{self.bits}", tensors, rows, inputs, params, self.order)
 
     def _eight_bits(self) -> PackedWeight:
         rows, inputs = self.values_OI.shape
@@ -151,8 +151,9 @@ class IntegerGrid:
                 found=packed.operation,
                 allowed="linear_int3, linear_int4, linear_int8, linear_w8a8, and linear_gguf of type Q8_0",
             )
-        bits = 4 if packed.operation == "linear_int4" else 3
-        return cls(bits, values, tensors["scales"], _zeros(tensors["scales"], tensors["mins"], bits), packed.order)
+        bits, mins = 4 if packed.operation == "linear_int4" else 3, tensors["mins"]
+        zeros = mins if mins.dtype == torch.uint8 else _zeros(tensors["scales"], mins, bits)
+        return cls(bits, values, tensors["scales"], zeros, packed.order)
 
     @classmethod
     def _of_blocks(cls, packed: PackedWeight) -> IntegerGrid:
@@ -168,13 +169,6 @@ _ZERO_ERROR = 0.1
 
 def _fits(values: torch.Tensor, dtype: torch.dtype) -> bool:
     return bool((values.to(dtype).double() == values.double()).all())
-
-
-def _scales_and_mins(scales: torch.Tensor, zeros: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales, and minima of the same dtype, which is float32 where the stored one would round the minima."""
-    exact = -(scales.double() * zeros.double())
-    dtype = scales.dtype if scales.dtype.itemsize < 4 and _fits(exact, scales.dtype) else torch.float32
-    return scales.to(dtype).contiguous(), exact.to(dtype)
 
 
 def _zeros(scales: torch.Tensor, mins: torch.Tensor, bits: int) -> torch.Tensor:
