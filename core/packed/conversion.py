@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +30,8 @@ class Converted:
     full_bytes:  of the weight before.
     num_bytes:   of what the layer keeps of its weight, scales included.
     is_packed:   whether it is another layer now.
+    is_stored:   whether the files hold it packed, so that it never was there in full.
+    repacking_bytes: what handing it over took beside it, at most, where it is stored so.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Converted:
     full_bytes: int
     num_bytes: int
     is_packed: bool
+    is_stored: bool = False
+    repacking_bytes: int = 0
 
 
 class Conversion(Quantizer):
@@ -80,7 +84,11 @@ class Conversion(Quantizer):
         chosen = self.quantizer_for(name)
         assert isinstance(chosen, TakesStored)
         module = chosen.convert_stored(name, stored, bias)
-        self._enter(name, module, stored.out_features * stored.in_features, stored.num_bytes, True)
+        num_weights = stored.out_features * stored.in_features
+        tensors = self._tensors_of(name, (stored.out_features, stored.in_features))
+        repacking = max(map(self._checkpoint.repacking_bytes, tensors), default=0)
+        entry = self._entry(name, module, num_weights, stored.num_bytes, True)
+        self.converted.append(replace(entry, is_stored=True, repacking_bytes=repacking))
         return module
 
     def packs_table(self, name: str) -> bool:
@@ -107,7 +115,7 @@ class Conversion(Quantizer):
         """Note that ``module`` has taken the place of ``linear``, or is it."""
         weight = linear.weight
         full_bytes = weight.numel() * weight.element_size()
-        self._enter(name, module, weight.numel(), full_bytes, module is not linear)
+        self.converted.append(self._entry(name, module, weight.numel(), full_bytes, module is not linear))
 
     def quantizer_for(self, name: str) -> Quantizer:
         """The quantizer of a layer: that of the first rule that matches its name, or the base."""
@@ -181,7 +189,7 @@ class Conversion(Quantizer):
         rule = self._quantizer.rule_for(name) if isinstance(self._quantizer, RuledQuantizer) else None
         return self._label if rule is None else rule.label
 
-    def _enter(self, name: str, module: nn.Module, num_weights: int, full_bytes: int, is_packed: bool) -> None:
+    def _entry(self, name: str, module: nn.Module, num_weights: int, full_bytes: int, is_packed: bool) -> Converted:
         if isinstance(module, PackedLinear):
             num_bytes = module.packed.num_bytes
         elif is_packed:
@@ -190,7 +198,7 @@ class Conversion(Quantizer):
         else:
             num_bytes = full_bytes
         label = self._label_of(name)
-        self.converted.append(Converted(name, label, self._rule(name), num_weights, full_bytes, num_bytes, is_packed))
+        return Converted(name, label, self._rule(name), num_weights, full_bytes, num_bytes, is_packed)
 
 
 def _packs(quantizer: Quantizer) -> bool:

@@ -19,7 +19,7 @@ from drivetrain.errors import ConfigError
 from drivetrain.packed.decode import decode
 
 
-class _Packed(nn.Module):
+class PackedModule(nn.Module):
     """Keeps the tensors of a packed weight as buffers, so that they move and are saved with the model."""
 
     def __init__(self, packed: PackedWeight) -> None:
@@ -60,7 +60,7 @@ def _no_gradient(packed: PackedWeight) -> ConfigError:
     )
 
 
-class PackedLinear(_Packed):
+class PackedLinear(PackedModule):
     """A linear layer over a packed weight: [..., I] -> [..., O] in the dtype of the input.
 
     Until a kernel is bound, the weight is decoded for every call: right, and slow. Its weight has no gradient.
@@ -98,7 +98,7 @@ class PackedLinear(_Packed):
         return functional.linear(x.to(wide), decode(self.packed, wide), bias).to(x.dtype)
 
 
-class PackedEmbedding(_Packed):
+class PackedEmbedding(PackedModule):
     """A table of vectors that is the packed weight of a tied output layer: only the rows looked up are decoded."""
 
     def __init__(self, packed: PackedWeight, dtype: torch.dtype, scale: float = 1.0) -> None:

@@ -187,6 +187,12 @@ class CompressedTensorsFormat:
         packed = PackedWeight(operation or "", tensors, rows, inputs)
         return StoredWeight(lambda: packed, lambda: weight_OI.float() * scales_O.float().unsqueeze(1), reason)
 
+    def form(self, layer: StoredLayer) -> StoredWeight:
+        scheme = self._scheme(layer)
+        # Of 8 bits, zero points and scales decide whether an operation multiplies by them.
+        decides = ("weight_scale", "weight_zero_point") if scheme.packed and scheme.bits == 8 else ()
+        return self.read(layer.without_values(*decides))
+
     def _scheme(self, layer: StoredLayer) -> Scheme:
         """The first group that names the layer, or else the first that names its class."""
         named = [scheme for targets, scheme in self._groups if any(_names(t, layer.name) for t in targets)]
