@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import torch
 from drivetrain.contracts.loader import Checkpoint
 from drivetrain.contracts.quantizer import FULL, Declaration, Quantizer, TakesStored
 from drivetrain.errors import ConfigError, nearest
+from drivetrain.packed.gguf import block_type
 from drivetrain.packed.layers import PackedLinear
 from drivetrain.packed.rules import RuledQuantizer
 
@@ -83,6 +84,7 @@ class Conversion(Quantizer):
     def convert_stored(self, name: str, stored: PackedWeight, bias: torch.Tensor | None) -> nn.Module:
         chosen = self.quantizer_for(name)
         assert isinstance(chosen, TakesStored)
+        check_stored(name, stored)
         module = chosen.convert_stored(name, stored, bias)
         num_weights = stored.out_features * stored.in_features
         tensors = self._tensors_of(name, (stored.out_features, stored.in_features))
@@ -222,6 +224,35 @@ def check_finite(name: str, linear: nn.Linear) -> None:
             where=name,
             hint=f"Fetch the model again; or keep the layer as it is with a rule: quantizer.rules: {{{name}: none}}.",
         )
+
+
+def check_stored(name: str, stored: PackedWeight) -> None:
+    """Raise ConfigError when the numbers that a packed weight is scaled by hold a NaN or an infinity."""
+    wrong = total = 0
+    for numbers in _scales_of(stored):
+        if numbers.device.type == "meta":
+            return
+        wrong += sum(int((~torch.isfinite(rows)).sum()) for rows in numbers.split(4096))
+        total += numbers.numel()
+    if wrong:
+        raise ConfigError(
+            f"{wrong} of the {total} scales and minima that the files hold for its weights are NaN or infinite",
+            where=name,
+            hint="Fetch the model again.",
+        )
+
+
+def _scales_of(stored: PackedWeight) -> Iterator[torch.Tensor]:
+    """Scales, minima and the like, with outputs first; of GGUF blocks the float16 in them. Float8 weights too."""
+    blocks = stored.tensors.get("blocks")
+    if blocks is not None:
+        kind = block_type(stored.params)
+        for at in kind.halves:
+            in_blocks = blocks.unflatten(1, (-1, kind.num_bytes))
+            yield in_blocks[:, :, at : at + 2].contiguous().view(torch.float16)
+    for tensor in stored.tensors.values():
+        if tensor.is_floating_point() and tensor.dim():
+            yield tensor.half() if tensor.element_size() == 1 else tensor
 
 
 def _some(names: Iterable[str], most: int = 6) -> str:

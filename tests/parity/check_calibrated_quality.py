@@ -5,8 +5,8 @@ with minima of any value. These formats hold zero points, whole steps, so that r
 grid again; it is done here by `awq` without factors, cuts and sweeps: the same form, the same bits. The output layer is
 full in all of them. The text of the calibration is another part than the one that is read.
 
-It quantizes the model four times, which takes some ten minutes of two quiet cores: run it by its name, with pytest. With
-`-s` it prints the figures.
+It quantizes the model four times, which takes some ten minutes of two quiet cores: run it by its name, with pytest.
+With `-s` it prints the figures.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from drivetrain.config import load_settings
 from drivetrain.evaluation import Comparison, compare_quantizers
 from support.perplexity import text_of_topics
 
-pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 TOKENS = 2048
 

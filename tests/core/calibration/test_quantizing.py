@@ -233,6 +233,8 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
         ({"context": 512}, GPTQ, out, "--context: the model does not see as many tokens; found 512; allowed: at most"),
         ({}, {"name": "gptq", "group": 64}, out, r"q_proj: rows of 48 weights are no whole number of groups of 64"),
         ({}, {"name": "gptq", "bits": 3, "group": 16}, out, r"q_proj: the inputs of the layer fill no whole words"),
+        ({}, {"name": "gptq", "bits": 5}, out, r"quantizer\.bits: Input should be 3 or 4; found 5"),
+        ({}, {"name": "awq", "group": 24}, out, r"quantizer\.group: Input should be 16, 32, 64 or 128; found 24"),
         ({}, "none", out, "--quantizer: no quantizer is named"),
         ({}, "awk", out, "awk"),
         ({}, "compressed-tensors", out, "packs none"),
