@@ -199,6 +199,8 @@ class CalibratesAwq(_CalibratesGroups):
         for name, weight_OI in weights_OI.items():
             check_range(name, weight_OI, self._rounding)
         config = self.config
+        if config.steps == 1:  # no ratio but that of no factors
+            return None
         if not config.sweeps:
             return awq_factors(weights_OI, statistics, self._rounding, config.steps)
         return compensated_factors(
