@@ -28,7 +28,7 @@ TOKENS = 2048
 PACKED: dict[str, tuple[int, dict[str, Any]]] = {
     "nearest": (512, {"name": "awq", "group": 32, "steps": 1, "clip": False, "sweeps": 0}),
     "gptq": (4096, {"name": "gptq", "group": 32}),
-    "awq": (4096, {"name": "awq", "group": 32, "steps": 10}),
+    "awq": (4096, {"name": "awq", "group": 32}),
     "w8a8": (2048, {"name": "w8a8"}),
 }
 """Folder -> tokens of the calibration, and the quantizer."""

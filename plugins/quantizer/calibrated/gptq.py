@@ -1,7 +1,8 @@
 """GPTQ: weights are rounded column by column, and each column's error is made up for in those that are still to come.
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2022), algorithm 1,
-with groups whose scales are taken from the weights as they are when the group begins.
+with groups whose scales are taken from the weights as they are when the group begins. Beyond the paper, inputs may be
+given factors as AWQ does (:mod:`.awq`), the best for rounding in this way.
 
 Shapes: O output features; I input features; N groups of a row; g weights of a group; B columns of a block.
 """

@@ -49,6 +49,13 @@ class GroupsConfig(QuantizerConfig):
         description="how often every scale and value is chosen again once all are rounded, at most; 0 leaves the "
         "published algorithm; drivetrain quantize",
     )
+    steps: int = Field(
+        10,
+        ge=1,
+        le=100,
+        description="ratios that are tried for an input's factors, which move into the norm or the layer before; 1 for "
+        "no factors; drivetrain quantize",
+    )
     damping: float = Field(
         DAMPING, gt=0, le=1, description="share of the mean second moment that is added to all; drivetrain quantize"
     )
@@ -69,10 +76,6 @@ class GptqConfig(GroupsConfig):
 
 class AwqConfig(GroupsConfig):
     """Options of the quantizer ``awq``."""
-
-    steps: int = Field(
-        20, ge=1, le=100, description="ratios that are tried for an input's factors; drivetrain quantize"
-    )
 
 
 class SmoothConfig(QuantizerConfig):
@@ -144,6 +147,16 @@ class _CalibratesGroups(SavesPacked):
             sweeps=config.sweeps,
         )
 
+    def _compensated_factors(
+        self, weights_OI: Mapping[str, torch.Tensor], statistics: InputStatistics
+    ) -> torch.Tensor | None:
+        config = self.config
+        if config.steps == 1:  # no ratio but that of no factors
+            return None
+        return compensated_factors(
+            weights_OI, statistics, self._rounding, config.steps, clips=config.clip, damping=config.damping
+        )
+
     def _compensating_bytes(self, out_features: int, in_features: int) -> int:
         # The second moments in float64 three times, and once more in order; weights, values and errors, and
         # what values and scales are chosen again by.
@@ -160,6 +173,11 @@ class CalibratesGptq(_CalibratesGroups):
         self._check_words(name, out_features, in_features)
         return self._compensating_bytes(out_features, in_features)
 
+    def input_factors(self, weights_OI: Mapping[str, torch.Tensor], statistics: InputStatistics) -> torch.Tensor | None:
+        for name, weight_OI in weights_OI.items():
+            check_range(name, weight_OI, self._rounding)
+        return self._compensated_factors(weights_OI, statistics)
+
     def _check_words(self, name: str, out_features: int, in_features: int) -> None:
         """Raise ConfigError, before anything is computed, for sizes that files of the format can't hold."""
         multiple = 32 if self.config.bits == 3 else 8
@@ -172,9 +190,6 @@ class CalibratesGptq(_CalibratesGroups):
                     allowed=f"multiples of {multiple}",
                     hint=f"Keep the layer as it is with a rule: quantizer.rules: {{{name}: none}}.",
                 )
-
-    def input_factors(self, weights_OI: Mapping[str, torch.Tensor], statistics: InputStatistics) -> torch.Tensor | None:
-        return None
 
     def pack(self, name: str, weight_OI: torch.Tensor, statistics: InputStatistics) -> PackedWeight:
         check_range(name, weight_OI, self._rounding)
@@ -198,14 +213,9 @@ class CalibratesAwq(_CalibratesGroups):
     def input_factors(self, weights_OI: Mapping[str, torch.Tensor], statistics: InputStatistics) -> torch.Tensor | None:
         for name, weight_OI in weights_OI.items():
             check_range(name, weight_OI, self._rounding)
-        config = self.config
-        if config.steps == 1:  # no ratio but that of no factors
-            return None
-        if not config.sweeps:
-            return awq_factors(weights_OI, statistics, self._rounding, config.steps)
-        return compensated_factors(
-            weights_OI, statistics, self._rounding, config.steps, clips=config.clip, damping=config.damping
-        )
+        if self.config.sweeps or self.config.steps == 1:
+            return self._compensated_factors(weights_OI, statistics)
+        return awq_factors(weights_OI, statistics, self._rounding, self.config.steps)
 
     def pack(self, name: str, weight_OI: torch.Tensor, statistics: InputStatistics) -> PackedWeight:
         check_range(name, weight_OI, self._rounding)
