@@ -346,6 +346,8 @@ def _packed_tensors(name: str, grid: IntegerGrid, zero_points: bool | None) -> t
             hint="Write with zero_points=True.",
         )
     if not is_symmetric:
+        # With zero points the library computes in the dtype of the scales, and float16 would round the weights.
+        tensors["weight_scale"] = tensors["weight_scale"].float()
         tensors["weight_zero_point"] = pack_bits(grid.zeros_ON.T.contiguous(), grid.bits).T.contiguous()
     group = None if grid.group == inputs else grid.group
     return tensors, Scheme(grid.bits, "int", is_symmetric, group, packed=True)
