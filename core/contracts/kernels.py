@@ -135,7 +135,8 @@ _OPERATIONS = (
         "(x: [..., I], weight: uint8 [O, I / 2], scales: [O, I / group], mins: [O, I / group], bias: [O] | None) "
         "-> [..., O]",
         "x @ w.T + bias, where w = nibble * scale + min of its group of inputs; input 2k is in the low nibble of byte "
-        "k, 2k + 1 in the high one; scales and mins are of any floating dtype; spec params: group",
+        "k, 2k + 1 in the high one; scales and mins are of any floating dtype; spec params: group, and zero_points, 1 "
+        "where mins are uint8 zero points, 0 .. 15, and min = -zero * scale; 0 or absent otherwise",
         tolerance=_PRODUCTS,
         constants=("weight", "scales", "mins", "bias"),
     ),
@@ -144,7 +145,7 @@ _OPERATIONS = (
         "(x: [..., I], weight: uint8 [O, I / 2], scales: [O, I / group], mins: [O, I / group], bias: [O] | None) "
         "-> [..., O]",
         "linear_int4 of activations that are rounded as linear_w8a8 rounds them, but with one scale for each 32 inputs "
-        "of a row; I is a multiple of 32; spec params: group",
+        "of a row; I is a multiple of 32; spec params: group, zero_points",
         tolerance=_PRODUCTS,
         constants=("weight", "scales", "mins", "bias"),
         rounds_inputs=True,
@@ -162,7 +163,7 @@ _OPERATIONS = (
         "bias: [O] | None) -> [..., O]",
         "x @ w.T + bias, where w = value * scale + min of its group of inputs; the lower two bits of input 4k + j are "
         "bits 2j and 2j + 1 of byte k of low, the third of input 8k + j is bit j of byte k of high; scales and mins "
-        "are of any floating dtype; spec params: group",
+        "are of any floating dtype; spec params: group, zero_points (0 .. 7)",
         tolerance=_PRODUCTS,
         constants=("low", "high", "scales", "mins", "bias"),
     ),

@@ -87,7 +87,7 @@ _ORDERED = (
         "kernels",
         "drivetrain.contracts.kernels:KernelProvider",
         "the implementation of each logical operation",
-        minor=1,
+        minor=2,
     ),
     Kind(
         "recipe",

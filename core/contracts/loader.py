@@ -101,6 +101,20 @@ class Checkpoint(ABC):
         operation multiplies by; None otherwise. Nothing is decoded; the tensors may be views of the mapped file."""
         return None
 
+    def packed_form(self, name: str) -> PackedWeight | None:
+        """What :meth:`packed` returns, on the meta device: so the core counts bytes without reading weights.
+
+        A checkpoint that does not override it reads them.
+        """
+        import torch
+
+        found = self.packed(name)
+        return None if found is None else found.to(torch.device("meta"))
+
+    def repacking_bytes(self, name: str) -> int:
+        """The most memory that :meth:`packed` takes beside what it returns, where that is not None. Reads nothing."""
+        return 8 * math.prod(self.shape(name))
+
     def stored_bits(self, name: str) -> float | None:
         """Bits that one weight of a tensor takes in the files, scales included, when it is quantized there: in fewer
         than 16. None when it is stored in full. Raises MissingTensorError.

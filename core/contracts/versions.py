@@ -23,6 +23,7 @@ from drivetrain.contracts.kinds import KINDS
 from drivetrain.errors import ContractError
 
 if TYPE_CHECKING:
+    from drivetrain.contracts.kernels import KernelSpec
     from drivetrain.contracts.plugin import Plugin, Probe, ProbeContext
 
 SHARED_VERSION = "1.0"
@@ -168,6 +169,28 @@ def _lifted(plugin: type[Plugin], version: str, **more: Any) -> type[Plugin]:
 def _more_operations(plugin: type[Plugin]) -> type[Plugin]:
     """1.1 brought operations, and more fields of :class:`Operation`."""
     return _as_it_is(plugin, "1.1")
+
+
+@adapter("kernels", from_minor=1)
+def _zero_points(plugin: type[Plugin]) -> type[Plugin]:
+    """1.2 brought zero points in place of minima, which a provider of 1.1 would take for minima: it is not asked for
+    them."""
+    known: Any = plugin
+
+    def supports(self: Any, spec: KernelSpec) -> Probe:
+        from drivetrain.contracts.plugin import Probe
+
+        if spec.params.get("zero_points"):
+            return Probe.no(
+                "older_contract",
+                "was written for version 1.1 of the contract, which knows no zero points",
+                wanted="kernels 1.2",
+                offered="kernels 1.1",
+            )
+        answer: Probe = known.supports(self, spec)
+        return answer
+
+    return _lifted(plugin, "1.2", supports=supports)
 
 
 @adapter("attention", from_minor=0)

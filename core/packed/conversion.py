@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from drivetrain.contracts.loader import Checkpoint
 from drivetrain.contracts.quantizer import FULL, Declaration, Quantizer, TakesStored
 from drivetrain.errors import ConfigError, nearest
+from drivetrain.packed.gguf import block_type
 from drivetrain.packed.layers import PackedLinear
 from drivetrain.packed.rules import RuledQuantizer
 
@@ -30,6 +31,8 @@ class Converted:
     full_bytes:  of the weight before.
     num_bytes:   of what the layer keeps of its weight, scales included.
     is_packed:   whether it is another layer now.
+    is_stored:   whether the files hold it packed, so that it never was there in full.
+    repacking_bytes: what handing it over took beside it, at most, where it is stored so.
     """
 
     name: str
@@ -39,6 +42,8 @@ class Converted:
     full_bytes: int
     num_bytes: int
     is_packed: bool
+    is_stored: bool = False
+    repacking_bytes: int = 0
 
 
 class Conversion(Quantizer):
@@ -79,8 +84,13 @@ class Conversion(Quantizer):
     def convert_stored(self, name: str, stored: PackedWeight, bias: torch.Tensor | None) -> nn.Module:
         chosen = self.quantizer_for(name)
         assert isinstance(chosen, TakesStored)
+        check_stored(name, stored)
         module = chosen.convert_stored(name, stored, bias)
-        self._enter(name, module, stored.out_features * stored.in_features, stored.num_bytes, True)
+        num_weights = stored.out_features * stored.in_features
+        tensors = self._tensors_of(name, (stored.out_features, stored.in_features))
+        repacking = max(map(self._checkpoint.repacking_bytes, tensors), default=0)
+        entry = self._entry(name, module, num_weights, stored.num_bytes, True)
+        self.converted.append(replace(entry, is_stored=True, repacking_bytes=repacking))
         return module
 
     def packs_table(self, name: str) -> bool:
@@ -107,7 +117,7 @@ class Conversion(Quantizer):
         """Note that ``module`` has taken the place of ``linear``, or is it."""
         weight = linear.weight
         full_bytes = weight.numel() * weight.element_size()
-        self._enter(name, module, weight.numel(), full_bytes, module is not linear)
+        self.converted.append(self._entry(name, module, weight.numel(), full_bytes, module is not linear))
 
     def quantizer_for(self, name: str) -> Quantizer:
         """The quantizer of a layer: that of the first rule that matches its name, or the base."""
@@ -181,7 +191,7 @@ class Conversion(Quantizer):
         rule = self._quantizer.rule_for(name) if isinstance(self._quantizer, RuledQuantizer) else None
         return self._label if rule is None else rule.label
 
-    def _enter(self, name: str, module: nn.Module, num_weights: int, full_bytes: int, is_packed: bool) -> None:
+    def _entry(self, name: str, module: nn.Module, num_weights: int, full_bytes: int, is_packed: bool) -> Converted:
         if isinstance(module, PackedLinear):
             num_bytes = module.packed.num_bytes
         elif is_packed:
@@ -190,7 +200,7 @@ class Conversion(Quantizer):
         else:
             num_bytes = full_bytes
         label = self._label_of(name)
-        self.converted.append(Converted(name, label, self._rule(name), num_weights, full_bytes, num_bytes, is_packed))
+        return Converted(name, label, self._rule(name), num_weights, full_bytes, num_bytes, is_packed)
 
 
 def _packs(quantizer: Quantizer) -> bool:
@@ -214,6 +224,35 @@ def check_finite(name: str, linear: nn.Linear) -> None:
             where=name,
             hint=f"Fetch the model again; or keep the layer as it is with a rule: quantizer.rules: {{{name}: none}}.",
         )
+
+
+def check_stored(name: str, stored: PackedWeight) -> None:
+    """Raise ConfigError when the numbers that a packed weight is scaled by hold a NaN or an infinity."""
+    wrong = total = 0
+    for numbers in _scales_of(stored):
+        if numbers.device.type == "meta":
+            return
+        wrong += sum(int((~torch.isfinite(rows)).sum()) for rows in numbers.split(4096))
+        total += numbers.numel()
+    if wrong:
+        raise ConfigError(
+            f"{wrong} of the {total} scales and minima that the files hold for its weights are NaN or infinite",
+            where=name,
+            hint="Fetch the model again.",
+        )
+
+
+def _scales_of(stored: PackedWeight) -> Iterator[torch.Tensor]:
+    """Scales, minima and the like, with outputs first; of GGUF blocks the float16 in them. Float8 weights too."""
+    blocks = stored.tensors.get("blocks")
+    if blocks is not None:
+        kind = block_type(stored.params)
+        for at in kind.halves:
+            in_blocks = blocks.unflatten(1, (-1, kind.num_bytes))
+            yield in_blocks[:, :, at : at + 2].contiguous().view(torch.float16)
+    for tensor in stored.tensors.values():
+        if tensor.is_floating_point() and tensor.dim():
+            yield tensor.half() if tensor.element_size() == 1 else tensor
 
 
 def _some(names: Iterable[str], most: int = 6) -> str:

@@ -61,10 +61,16 @@ def by_three_bits(
     return _by_group(pairs_OI | bits_OI << 2, scales, mins, dtype)
 
 
+def mins_of(scales: torch.Tensor, mins: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What an operation's ``mins`` stand for: themselves, or of zero points (uint8) ``-zero * scale``."""
+    return -(mins.to(dtype) * scales.to(dtype)) if mins.dtype == torch.uint8 else mins.to(dtype)
+
+
 def _by_group(values_OI: torch.Tensor, scales: torch.Tensor, mins: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     group = values_OI.shape[1] // scales.shape[1]
     grouped = values_OI.to(dtype).unflatten(1, (-1, group))
-    return (grouped * scales.to(dtype).unsqueeze(2) + mins.to(dtype).unsqueeze(2)).flatten(1)
+    scales, mins = scales.to(dtype), mins_of(scales, mins, dtype)
+    return (grouped * scales.unsqueeze(2) + mins.unsqueeze(2)).flatten(1)
 
 
 DECODERS: dict[str, Decoder] = {

@@ -6,8 +6,9 @@ Shapes: ``...`` any leading dims; I, O input and output features; V vocabulary; 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import nn
@@ -16,11 +17,17 @@ from torch.nn import functional
 from drivetrain.contracts.kernels import KernelSpec
 from drivetrain.contracts.packed import PackedWeight
 from drivetrain.errors import ConfigError
-from drivetrain.packed.decode import decode
+from drivetrain.packed.decode import DECODERS, decode
 
 
-class _Packed(nn.Module):
-    """Keeps the tensors of a packed weight as buffers, so that they move and are saved with the model."""
+class PackedModule(nn.Module):
+    """Keeps the tensors of a packed weight as buffers, so that they move and are saved with the model.
+
+    replacements: a number that is another one whenever a packed layer, whichever, has got another tensor: who has
+                  described hundreds of tensors to a library looks at this alone to know that they are the same still.
+    """
+
+    replacements: ClassVar[int] = 0
 
     def __init__(self, packed: PackedWeight) -> None:
         super().__init__()
@@ -39,6 +46,25 @@ class _Packed(nn.Module):
         order: torch.Tensor | None = self._buffers["order"]
         return dataclasses.replace(self._form, tensors=tensors, order=order)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if value is None or isinstance(value, torch.Tensor):
+            _note_replacement()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        _note_replacement()
+
+    def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
+        super().register_buffer(name, tensor, persistent)
+        _note_replacement()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        # What ``to``, ``half`` and the like are made of: it puts other tensors in place of the buffers.
+        super()._apply(fn, recurse)
+        _note_replacement()
+        return self
+
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Raise ConfigError where a gradient is asked for: rounded weights have none, their input has one."""
         if requires_grad:
@@ -48,6 +74,13 @@ class _Packed(nn.Module):
     def extra_repr(self) -> str:
         form = self._form
         return f"{form.operation}, in={form.in_features}, out={form.out_features}"
+
+
+_numbers = itertools.count(1)
+
+
+def _note_replacement() -> None:
+    PackedModule.replacements = next(_numbers)
 
 
 def _no_gradient(packed: PackedWeight) -> ConfigError:
@@ -60,7 +93,7 @@ def _no_gradient(packed: PackedWeight) -> ConfigError:
     )
 
 
-class PackedLinear(_Packed):
+class PackedLinear(PackedModule):
     """A linear layer over a packed weight: [..., I] -> [..., O] in the dtype of the input.
 
     Until a kernel is bound, the weight is decoded for every call: right, and slow. Its weight has no gradient.
@@ -98,18 +131,29 @@ class PackedLinear(_Packed):
         return functional.linear(x.to(wide), decode(self.packed, wide), bias).to(x.dtype)
 
 
-class PackedEmbedding(_Packed):
+class PackedEmbedding(PackedModule):
     """A table of vectors that is the packed weight of a tied output layer: only the rows looked up are decoded."""
 
     def __init__(self, packed: PackedWeight, dtype: torch.dtype, scale: float = 1.0) -> None:
         super().__init__(packed)
         self.dtype, self.scale = dtype, scale
+        # Tensors without dims, an order of inputs and small floats need more than a gathering of rows.
+        is_plain = all(t.dim() and (t.element_size() > 1 or not t.is_floating_point()) for t in packed.tensors.values())
+        self._decodes_rows = is_plain and packed.order is None and packed.operation in DECODERS
 
     def forward(self, ids_T: torch.Tensor) -> torch.Tensor:
         """int64 [...] -> [..., E], scaled as the architecture says."""
-        rows_TE = decode(self.packed.at(ids_T.flatten())).to(self.dtype)
+        rows_TE = self._rows(ids_T.flatten()).to(self.dtype)
         rows_TE = rows_TE if self.scale == 1.0 else rows_TE * self.scale
         return rows_TE.unflatten(0, ids_T.shape) if ids_T.dim() != 1 else rows_TE
+
+    def _rows(self, ids_N: torch.Tensor) -> torch.Tensor:
+        if self._decodes_rows:
+            # A few rows at every step: what ``PackedWeight.at`` does, without the objects.
+            tensors = (self._buffers[name].index_select(0, ids_N) for name in self._names)  # type: ignore[union-attr]
+            rows_NE: torch.Tensor = DECODERS[self._form.operation](*tensors, torch.float32, self._form.params)
+            return rows_NE
+        return decode(self.packed.at(ids_N))
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:

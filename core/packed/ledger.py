@@ -17,7 +17,11 @@ from drivetrain.contracts.packed import PackedWeight
 from drivetrain.contracts.quantizer import Quantizer
 from drivetrain.contracts.source import silent
 from drivetrain.packed.conversion import Conversion, Converted
+from drivetrain.packed.layers import PackedModule
 from drivetrain.packed.packing import SCRATCH_BYTES
+
+_WIDE_BYTES = 4
+"""A weight on its way from the files, in float32."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,14 @@ class Ledger:
         total = model_bytes(model)
         # A tied layer that stays as it is lies in the table of embeddings; it is counted as a layer.
         other = total - sum(row.num_bytes for row in rows)
-        sizes = [tensor.numel() * max(4, tensor.element_size()) for tensor in _held(model)]
-        largest = max([*(4 * one.num_weights for one in conversion.converted), *sizes], default=0)
-        beside = (2 if reads_copies else 1) * largest + SCRATCH_BYTES
+        packed = [one for one in conversion.converted if one.is_packed and not one.is_stored]
+        full = [one.num_weights for one in conversion.converted if not one.is_stored]
+        sizes = [tensor.numel() for tensor in _held(model, packed=False)]
+        largest = max([*full, *sizes], default=0)
+        beside = (2 if reads_copies else 1) * _WIDE_BYTES * largest + (SCRATCH_BYTES if packed else 0)
+        beside = max(beside, *(one.repacking_bytes for one in conversion.converted), 0)
         if not is_layerwise:
-            beside += sum(one.full_bytes for one in conversion.converted if one.is_packed)
+            beside += sum(one.full_bytes for one in packed)
         return cls(rows, other, total + beside)
 
 
@@ -133,9 +140,10 @@ def _rows(converted: Sequence[Converted]) -> tuple[LedgerRow, ...]:
     )
 
 
-def _held(model: nn.Module) -> Iterable[torch.Tensor]:
-    """Parameters and buffers, what several modules share once."""
-    tensors = (*model.parameters(), *model.buffers())
+def _held(model: nn.Module, *, packed: bool = True) -> Iterable[torch.Tensor]:
+    """Parameters and buffers, what several modules share once; with ``packed``, packed weights among them."""
+    modules = [module for module in model.modules() if packed or not isinstance(module, PackedModule)]
+    tensors = [t for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
     # Storages on the meta device have no address, but each is an object of its own.
     return {(t.untyped_storage()._cdata, t.storage_offset(), t.numel(), t.dtype): t for t in tensors}.values()
 
@@ -173,7 +181,10 @@ class MetaCheckpoint(Checkpoint):
         return torch.empty(self._files.shape(name), dtype=dtype, device="meta")
 
     def packed(self, name: str) -> PackedWeight | None:
-        return self._files.packed(name)
+        return self._files.packed_form(name)
+
+    def repacking_bytes(self, name: str) -> int:
+        return self._files.repacking_bytes(name)
 
     def tokenizer(self) -> TokenizerData:
         return self._files.tokenizer()

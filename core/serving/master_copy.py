@@ -96,6 +96,12 @@ class MasterCopy(Checkpoint):
     def packed(self, name: str) -> PackedWeight | None:
         return self._files.packed(name)
 
+    def packed_form(self, name: str) -> PackedWeight | None:
+        return self._files.packed_form(name)
+
+    def repacking_bytes(self, name: str) -> int:
+        return self._files.repacking_bytes(name)
+
     def stored_bits(self, name: str) -> float | None:
         return self._files.stored_bits(name)
 

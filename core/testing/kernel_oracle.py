@@ -121,13 +121,18 @@ def _int8_weight(draw: _Draw, values: Values) -> Values:
     }
 
 
-def _int4_weight(draw: _Draw, values: Values) -> Values:
+def _grids(draw: _Draw, values: Values, low: float, high: float, bits: int) -> Values:
+    """Scales with minima, or with zero points where the spec asks for them."""
     groups = cast(torch.Tensor, values["scales"]).shape
-    return {
-        "weight": draw.integers(cast(torch.Tensor, values["weight"]).shape, 0, 256).to(torch.uint8),
-        "scales": draw.scales(groups, 0.02, 0.06),
-        "mins": draw.scales(groups, -0.5, -0.1),
-    }
+    scales = draw.scales(groups, low, high)
+    if draw.case.params.get("zero_points"):
+        return {"scales": scales, "mins": draw.integers(groups, 0, 1 << bits).to(torch.uint8)}
+    return {"scales": scales, "mins": draw.scales(groups, -0.5, -0.1)}
+
+
+def _int4_weight(draw: _Draw, values: Values) -> Values:
+    weight = draw.integers(cast(torch.Tensor, values["weight"]).shape, 0, 256).to(torch.uint8)
+    return {"weight": weight, **_grids(draw, values, 0.02, 0.06, 4)}
 
 
 def _fp8_weight(draw: _Draw, values: Values) -> Values:
@@ -136,13 +141,11 @@ def _fp8_weight(draw: _Draw, values: Values) -> Values:
 
 
 def _int3_weight(draw: _Draw, values: Values) -> Values:
-    groups = cast(torch.Tensor, values["scales"]).shape
     low, high = (cast(torch.Tensor, values[name]).shape for name in ("low", "high"))
     return {
         "low": draw.integers(low, 0, 256).to(torch.uint8),
         "high": draw.integers(high, 0, 256).to(torch.uint8),
-        "scales": draw.scales(groups, 0.04, 0.12),
-        "mins": draw.scales(groups, -0.5, -0.1),
+        **_grids(draw, values, 0.04, 0.12, 3),
     }
 
 
@@ -296,6 +299,10 @@ def _linear_by_row(
     return _linear(params, x, weight * scales[:, None], bias)
 
 
+def _mins(params: Params, scales: torch.Tensor, mins: torch.Tensor) -> torch.Tensor:
+    return -(mins.double() * scales) if params.get("zero_points") else mins
+
+
 def _linear_int4(
     params: Params,
     x: torch.Tensor,
@@ -304,7 +311,7 @@ def _linear_int4(
     mins: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    group = int(params["group"])
+    group, mins = int(params["group"]), _mins(params, scales, mins)
     wide = torch.zeros(weight.shape[0], weight.shape[1] * 2, dtype=torch.float64)
     for i in range(wide.shape[1]):
         nibble = weight[:, i // 2] >> 4 if i % 2 else weight[:, i // 2] & 15
@@ -321,7 +328,7 @@ def _linear_int3(
     mins: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    group = int(params["group"])
+    group, mins = int(params["group"]), _mins(params, scales, mins)
     wide = torch.zeros(low.shape[0], low.shape[1] * 4, dtype=torch.float64)
     for i in range(wide.shape[1]):
         value = low[:, i // 4].int() >> 2 * (i % 4) & 3 | (high[:, i // 8].int() >> i % 8 & 1) << 2
@@ -606,6 +613,9 @@ def _by_group_cases(operation: str, *weights_in_a_byte: int) -> Iterator[Case]:
             weights = [(outer, inner // count) for count in weights_in_a_byte]
             shapes = ((*lead, inner), *weights, groups, groups, bias)
             yield Case(operation, shapes, {"I": inner, "O": outer}, {"group": float(group)})
+            if lead in ((1,), (3,), (17,)):
+                params = {"group": float(group), "zero_points": 1.0}
+                yield Case(operation, shapes, {"I": inner, "O": outer}, params)
 
 
 def _linear_int4_a8_cases() -> Iterator[Case]:
@@ -615,7 +625,8 @@ def _linear_int4_a8_cases() -> Iterator[Case]:
         for inner, outer, group in ((64, 7, 16), (96, 17, 48), (160, 9, 32), (192, 5, 192)):
             groups = (outer, inner // group)
             shapes = ((*lead, inner), (outer, inner // 2), groups, groups, (outer,))
-            yield Case("linear_int4_a8", shapes, {"I": inner, "O": outer}, {"group": float(group)})
+            for params in ({}, {"zero_points": 1.0}):
+                yield Case("linear_int4_a8", shapes, {"I": inner, "O": outer}, {"group": float(group), **params})
 
 
 def _linear_gguf_cases(operation: str) -> Iterator[Case]:

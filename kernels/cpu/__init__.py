@@ -41,7 +41,7 @@ def _makers() -> Mapping[str, Maker]:
 class CpuKernels(KernelProvider):
     """C++ for AMX, AVX-512, AVX2 and NEON, compiled on first use; float32 and bfloat16, whole steps in one call."""
 
-    contract_version = "1.1"
+    contract_version = "1.2"
     tier = Tier.TUNED
 
     class Config(PluginConfig):

@@ -35,6 +35,7 @@ from drivetrain.kernels.cpu.packed import PACKED, Described
 from drivetrain.kernels.reference.decoder import decoder_layers
 from drivetrain.packed import PackedLinear
 from drivetrain.packed.gguf import block_type
+from drivetrain.packed.layers import PackedModule
 from drivetrain.pages import Pages
 
 _NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "q_norm", "k_norm")
@@ -101,6 +102,7 @@ class _Weights:
     """The layers as the library sees them, and every tensor that it points to."""
 
     def __init__(self, parts: Sequence[DecoderLayerParts], view: PagedView, ropes: Sequence[int | None]) -> None:
+        self._replacements = PackedModule.replacements
         self._tensors: list[torch.Tensor] = []
         self._copies: list[torch.Tensor] = []
         # Of packed layers: the dict that a layer keeps its tensors in, the name there, and the tensor that was found.
@@ -161,9 +163,11 @@ class _Weights:
     @property
     def are_where_they_were(self) -> bool:
         """False once a parameter has other memory or a packed layer another tensor: what the library holds is stale."""
-        # Hundreds of tensors, at every step: no loop of Python's own.
-        if not all(map(operator.is_, map(operator.getitem, self._owners, self._names), self._packed)):
-            return False
+        # Hundreds of tensors, at every step: they are only looked at where any packed layer has got another one.
+        if self._replacements != PackedModule.replacements:
+            self._replacements = PackedModule.replacements
+            if not all(map(operator.is_, map(operator.getitem, self._owners, self._names), self._packed)):
+                return False
         return list(map(torch.Tensor.data_ptr, self._tensors)) == self._places
 
 

@@ -32,7 +32,7 @@ class MatrixFields(ctypes.Structure):
         ("cols", ctypes.c_int64),
         ("format", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("scales", "mins", "high", "x_scale")),
-        *((name, ctypes.c_int64) for name in ("stride", "group", "scale_format", "rounding")),
+        *((name, ctypes.c_int64) for name in ("stride", "group", "scale_format", "rounding", "has_zeros")),
     )
 
 

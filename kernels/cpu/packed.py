@@ -156,6 +156,8 @@ class Described:
     def _check_dtype(operation: str, name: str, tensor: Tensor) -> None:
         wanted = _WEIGHT_DTYPES.get(name, {}).get(operation)
         fits = tensor.is_floating_point() if wanted is None else tensor.dtype == wanted
+        if name == "mins" and tensor.dtype == torch.uint8:  # zero points
+            fits = True
         if not fits or tensor.device.type != "cpu":
             allowed = f"{wanted or 'a floating dtype'} on cpu"
             raise _fail(
@@ -164,12 +166,14 @@ class Described:
 
     def _scales(self, named: Mapping[str, Tensor], size: int) -> None:
         scales, mins = named["scales"], named.get("mins")
-        is_read = scales.dtype in _SCALE_FORMATS and (mins is None or mins.dtype == scales.dtype)
+        has_zeros = mins is not None and mins.dtype == torch.uint8
+        is_read = scales.dtype in _SCALE_FORMATS and (mins is None or has_zeros or mins.dtype == scales.dtype)
         dtype = scales.dtype if is_read else torch.float32
         self.fields.scale_format = _SCALE_FORMATS[dtype]
         self.fields.scales = self._copied(scales, dtype).data_ptr()
         if mins is not None:
-            self.fields.mins = self._copied(mins, dtype).data_ptr()
+            self.fields.mins = self._copied(mins, mins.dtype if has_zeros else dtype).data_ptr()
+            self.fields.has_zeros = has_zeros
             self.fields.group = size // scales.shape[1]
 
     def _dense(self, tensor: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ _MAKERS: Mapping[str, Callable[[KernelSpec], Callable[..., Any]]] = {
 class ReferenceKernels(KernelProvider):
     """Plain torch for every operation, on any device and dtype: the meaning all other providers are held to."""
 
-    contract_version = "1.1"
+    contract_version = "1.2"
     tier = Tier.REFERENCE
 
     @classmethod

@@ -74,7 +74,7 @@ def tuner_of(folder: Path, tune: bool) -> Tuner:
 class TritonKernels(KernelProvider):
     """Kernels in Triton for NVIDIA and AMD GPUs, tuned once on each machine."""
 
-    contract_version = "1.1"
+    contract_version = "1.2"
     tier = Tier.TUNED
     Config = TritonConfig
     config: TritonConfig

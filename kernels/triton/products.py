@@ -23,6 +23,7 @@ from drivetrain.kernels.triton import one_row
 from drivetrain.kernels.triton.activations import GELU, SILU, Activation, activated
 from drivetrain.kernels.triton.launch import INTERPRETED, as_rows, dot, needs_gradient, num_processors, power_of_two
 from drivetrain.kernels.triton.tuning import FUSED, Blocks, Choice, Tuner, rows_class
+from drivetrain.packed.decode import mins_of
 
 INT8, FP8 = 1, 2
 
@@ -133,6 +134,7 @@ def _by_group(
     scales_by_output: tl.tensor,
     mins_by_output: tl.tensor,
     GROUP: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WIDE: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -141,6 +143,7 @@ def _by_group(
 ) -> None:
     """int4 with scale s and minimum m for each group: ``sum over groups of s * (x @ nibbles) + m * sum(x)``.
 
+    HAS_ZEROS: minima are zero points z, and m is ``-z * s``.
     Even and odd inputs of a group are multiplied apart, so that the two nibbles of a byte never change places.
     """
     HALF: tl.constexpr = GROUP // 2
@@ -160,7 +163,10 @@ def _by_group(
         odd = tl.load(x_rows + group * GROUP + 1, mask=is_row[:, None], other=0.0)
         bytes_ = tl.load(weight_rows + group * HALF, mask=is_output[None, :], other=0)
         scale = tl.load(scale_rows + group, mask=is_output, other=0.0).to(tl.float32)
-        least = tl.load(min_rows + group, mask=is_output, other=0.0).to(tl.float32)
+        if HAS_ZEROS:
+            least = -tl.load(min_rows + group, mask=is_output, other=0).to(tl.float32) * scale
+        else:
+            least = tl.load(min_rows + group, mask=is_output, other=0.0).to(tl.float32)
         product = dot(even, _widened(bytes_ & 15, even.dtype, 0), WIDE)
         product += dot(odd, _widened(bytes_ >> 4, odd.dtype, 0), WIDE)
         sums = tl.sum(even.to(tl.float32), axis=1) + tl.sum(odd.to(tl.float32), axis=1)
@@ -403,6 +409,7 @@ class _LinearInt4(_Product):
                 scales.stride(0),
                 mins.stride(0),
                 GROUP=self._group,
+                HAS_ZEROS=mins.dtype == torch.uint8,
                 HAS_BIAS=bias is not None,
                 WIDE=INTERPRETED,
                 **options,
@@ -415,7 +422,8 @@ class _LinearInt4(_Product):
     ) -> torch.Tensor:
         """``grad @ w``, with the weight unpacked: training through int4 is rare, and needs no kernel of its own."""
         nibbles = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(1).unflatten(1, (-1, self._group))
-        w_OI = (nibbles * scales.float().unsqueeze(2) + mins.float().unsqueeze(2)).flatten(1)
+        least_ON = mins_of(scales, mins, torch.float32)
+        w_OI = (nibbles * scales.float().unsqueeze(2) + least_ON.unsqueeze(2)).flatten(1)
         return (grad.float() @ w_OI).to(grad.dtype)
 
 

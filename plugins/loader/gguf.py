@@ -96,6 +96,22 @@ class GgufCheckpoint(Checkpoint):
         rows, inputs = stored.shape
         return PackedWeight("linear_gguf", {"blocks": torch.from_numpy(blocks)}, rows, inputs, {"type": kind})
 
+    def packed_form(self, name: str) -> PackedWeight | None:
+        import torch
+
+        from drivetrain.contracts.packed import PackedWeight
+        from drivetrain.packed.gguf import BLOCK_TYPES
+
+        shape, kind = self.shape(name), self._block_type(name)
+        if kind is None:
+            return None
+        rows, inputs = shape
+        blocks = torch.empty(rows, BLOCK_TYPES[kind].row_bytes(inputs), dtype=torch.uint8, device="meta")
+        return PackedWeight("linear_gguf", {"blocks": blocks}, rows, inputs, {"type": kind})
+
+    def repacking_bytes(self, name: str) -> int:
+        return 0
+
     def tokenizer(self) -> TokenizerData:
         return read_tokenizer(self._file.metadata, self.path)
 

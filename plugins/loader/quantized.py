@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from drivetrain.contracts.loader import Checkpoint, TokenizerData
 from drivetrain.errors import LoaderError
 from drivetrain.plugins.loader.safetensors import SafetensorsCheckpoint, StoredTensor
 from drivetrain.plugins.quantizer.formats import StoredLayer, StoredWeight, open_format
+from drivetrain.plugins.quantizer.formats.bits import UNPACKING_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +67,18 @@ class QuantizedCheckpoint(Checkpoint):
         weight = self._weight(name)
         return None if weight.reason else weight.packed()
 
+    def packed_form(self, name: str) -> PackedWeight | None:
+        import torch
+
+        if name not in self._shapes:
+            return None
+        weight = self._format.form(self._layer_of(name))
+        return None if weight.reason else weight.packed().to(torch.device("meta"))
+
+    def repacking_bytes(self, name: str) -> int:
+        # One byte a weight, unpacked, and as many while they are put into order; what is unpacked at a time.
+        return 2 * math.prod(self._shapes[name]) + UNPACKING_BYTES
+
     def stored_bits(self, name: str) -> float | None:
         if name not in self._shapes:
             return self._files.stored_bits(name)
@@ -77,7 +91,10 @@ class QuantizedCheckpoint(Checkpoint):
         return self._files.tokenizer()
 
     def _weight(self, name: str) -> StoredWeight:
-        return self._format.read(self._layers[name.removesuffix(".weight")])
+        return self._format.read(self._layer_of(name))
+
+    def _layer_of(self, name: str) -> StoredLayer:
+        return self._layers[name.removesuffix(".weight")]
 
     def _find_layers(self) -> dict[str, StoredLayer]:
         found: dict[str, dict[str, StoredTensor]] = defaultdict(dict)

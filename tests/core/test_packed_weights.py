@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import gguf
 import numpy as np
 import pytest
@@ -10,8 +13,9 @@ import torch
 from drivetrain.contracts.kernels import OPERATIONS
 from drivetrain.contracts.packed import PackedWeight
 from drivetrain.errors import ConfigError
-from drivetrain.packed import DECODERS, decode
+from drivetrain.packed import DECODERS, PackedEmbedding, PackedLinear, decode
 from drivetrain.packed.gguf import BLOCK_TYPES
+from drivetrain.packed.layers import PackedModule
 from drivetrain.testing.kernel_oracle import cases
 
 KINDS = pytest.mark.parametrize("number", BLOCK_TYPES)
@@ -87,3 +91,34 @@ def test_a_slice_and_a_choice_of_outputs_decode_to_those_rows(operation: str) ->
     assert torch.equal(decode(packed.rows(3, 4)), weight_OI[3:7])
     ids = torch.tensor([5, 0, 5])
     assert torch.equal(decode(packed.at(ids)), weight_OI[ids])
+    table = PackedEmbedding(packed, torch.float32)
+    assert torch.equal(table(ids), weight_OI[ids])
+    assert torch.equal(table(ids.view(1, 3)), weight_OI[ids].unsqueeze(0))
+    if packed.in_features % 2 == 0:
+        turned = replace(packed, order=torch.arange(packed.in_features).flip(0))
+        assert torch.equal(PackedEmbedding(turned, torch.float32)(ids), weight_OI[ids].flip(1))
+
+
+def test_a_packed_layer_that_gets_another_tensor_is_told_by_a_number() -> None:
+    """Whichever way, and not by a call: kernels that have described its tensors look at nothing else."""
+    tensors = {"weight": torch.randint(-8, 8, (4, 16)).to(torch.int8), "scales": torch.rand(4)}
+    layer = PackedLinear(PackedWeight("linear_int8", tensors, 4, 16), torch.zeros(4))
+
+    def number_after(change: Callable[[], object]) -> int:
+        change()
+        return PackedModule.replacements
+
+    now = PackedModule.replacements
+    assert number_after(lambda: layer(torch.ones(1, 16))) == now
+    assert number_after(lambda: layer.bind(lambda x, *packed: x)) == now
+    assert number_after(lambda: layer.load_state_dict(layer.state_dict())) == now, "it writes where they lie"
+    for change in (
+        lambda: setattr(layer, "scales", torch.rand(4)),
+        lambda: setattr(layer, "bias", None),
+        lambda: layer.register_buffer("scales", torch.rand(4)),
+        lambda: layer.to(torch.float64),
+        lambda: layer.load_state_dict(layer.state_dict(), assign=True),
+        lambda: delattr(layer, "scales"),
+    ):
+        before, now = now, number_after(change)
+        assert now > before

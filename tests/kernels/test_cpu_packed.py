@@ -3,6 +3,7 @@ step, with dense layers beside them; what does not fit is refused with its numbe
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -125,6 +126,23 @@ def test_groups_with_half_scales_and_rounded_activations(variant: str, group: in
         spec = case.spec("cpu", "float32")
         wanted = REFERENCE.make(spec)(*inputs)
         torch.testing.assert_close(provider(variant).make(spec)(*inputs), wanted, rtol=1e-5, atol=3e-4)
+
+
+@pytest.mark.parametrize("variant", HERE)
+@pytest.mark.parametrize("operation", ["linear_int4", "linear_int4_a8", "linear_int3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_zero_points_are_minima_in_whole_scales(variant: str, operation: str, dtype: torch.dtype) -> None:
+    """A byte each, whatever the scales are kept in; groups of any size, and rows that end within a vector of them."""
+    for group, inner in ((8, 96), (24, 96), (32, 640), (64, 640), (96, 960), (128, 1280), (640, 1280)):
+        for rows in (1, 3, 26):
+            case = use(operation, 0, rows, inner, 7, group)
+            case = replace(case, params={**case.params, "zero_points": 1.0})
+            named = zip(OPERATIONS[operation].arguments, case.inputs(torch.float32, "cpu"), strict=True)
+            inputs = [value.to(dtype) if name == "scales" and value is not None else value for name, value in named]
+            assert [value.dtype for value in inputs if value is not None].count(torch.uint8) >= 2
+            spec = case.spec("cpu", "float32")
+            found, wanted = (by.make(spec)(*inputs) for by in (provider(variant), REFERENCE))
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=3e-4)
 
 
 @pytest.mark.parametrize("variant", HERE)

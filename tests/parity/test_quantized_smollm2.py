@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 
 from drivetrain import LLM
+from drivetrain.assembly import build_model, resolve_parts, weigh_model
 from drivetrain.config import load_settings
 from drivetrain.serving.swap import prepare
+from drivetrain.testing.measure import Allocations
+from support.allocations import LiveBytes
 from support.perplexity import perplexity
 
 pytestmark = pytest.mark.model
@@ -85,3 +88,15 @@ def _peak() -> int:
 def _status(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+
+def test_blocks_of_the_file_are_foreseen_and_taken_without_a_copy(smollm2: Path) -> None:
+    """They are views of the file: the peak is what the model holds, and norms on their way."""
+    chosen = {"model": str(smollm2), "quantizer": "gguf", "precision": "fp32", "engine": {"fuse": False}}
+    parts = resolve_parts(load_settings(None, chosen), leave_out=("frontend",))
+    with Allocations() as allocations:
+        foreseen = weigh_model(parts, parts.quantizer)
+    assert allocations.largest_bytes < 2**20
+    with LiveBytes() as live:
+        build_model(parts, parts.kernels, parts.quantizer)
+    assert live.most <= foreseen.peak_bytes < 1.1 * foreseen.total_bytes

@@ -25,7 +25,7 @@ struct dt_matrix {
   // one of each row.
   const void *scales, *mins, *high;
   const float* x_scale;
-  int64_t stride, group, scale_format, rounding;
+  int64_t stride, group, scale_format, rounding, has_zeros;
 };
 
 // Norm weights that a layer does not have are null.
@@ -83,7 +83,7 @@ static size_t rounded(size_t count) { return (count + 15) / 16 * 16; }
 static Matrix matrix_of(const dt_matrix& m) {
   const bool is_packed = m.format >= int(Format::kInt8);
   return Matrix{m.weight, m.bias,  int(m.rows), int(m.cols), int(is_packed ? m.stride : m.cols), Format(m.format),
-                m.scales, m.mins, m.high,      int(m.group), int(m.scale_format)};
+                m.scales, m.mins, m.high,      int(m.group), int(m.scale_format), m.has_zeros != 0};
 }
 
 // --- products of rows, whatever is done to the activations first ---------------------------------------------------------

@@ -24,6 +24,7 @@ struct Matrix {
   const void *scales = nullptr, *mins = nullptr;
   const void* high = nullptr;  // kInt3: the third bits
   int group = 0, scale_format = 0;
+  bool has_zeros = false;  // mins are zero points, a byte each: a minimum is its zero point times minus the scale
 
   bool is_packed() const { return format >= Format::kInt8; }
   size_t row_bytes() const { return is_packed() ? stride : size_t(stride) * (format == Format::kFloat32 ? 4 : 2); }

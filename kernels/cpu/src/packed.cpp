@@ -126,17 +126,24 @@ struct Blocks {
   }
 };
 
+// Minima of groups first .. first + count - 1, counted over all rows, whose scales are known.
+static inline void mins_at(const Matrix& m, size_t first, int count, const float* scales, float* out) {
+  if (!m.has_zeros) return scales_at(m.mins, m.scale_format, first, count, out);
+  const uint8_t* zeros = static_cast<const uint8_t*>(m.mins) + first;
+  for (int i = 0; i < count; i++) out[i] = -float(zeros[i]) * scales[i];
+}
+
 static inline void span_scales(Int4, const Matrix& m, int o, const uint8_t*, int first, int count, float* scales, float* mins) {
   const int each = m.group / kAtom, groups = m.cols / m.group;
   if (each == 1) {
     scales_at(m.scales, m.scale_format, size_t(o) * groups + first, count, scales);
-    scales_at(m.mins, m.scale_format, size_t(o) * groups + first, count, mins);
+    mins_at(m, size_t(o) * groups + first, count, scales, mins);
     return;
   }
   float of_groups[2][kSpan + W];
   const int begin = first / each, number = (first + count - 1) / each - begin + 1;
   scales_at(m.scales, m.scale_format, size_t(o) * groups + begin, number, of_groups[0]);
-  scales_at(m.mins, m.scale_format, size_t(o) * groups + begin, number, of_groups[1]);
+  mins_at(m, size_t(o) * groups + begin, number, of_groups[0], of_groups[1]);
   int left = each - first % each, a = 0, g = 0;
 #if defined(__AVX512F__)
   if ((each == 2 || each == 4) && left == each) {
@@ -365,7 +372,10 @@ static void decode_plainly(const Matrix& m, int o, float* out) {
     int value = m.format == Format::kInt4 ? row.values[k / 2] >> k % 2 * 4 & 15
                                           : (row.values[k / 4] >> k % 4 * 2 & 3) | (row.high[k / 8] >> k % 8 & 1) << 2;
     size_t at = groups + k / m.group;
-    out[k] = float(value) * scale_at(m.scales, m.scale_format, at) + scale_at(m.mins, m.scale_format, at);
+    const float scale = scale_at(m.scales, m.scale_format, at);
+    float min;
+    mins_at(m, at, 1, &scale, &min);
+    out[k] = float(value) * scale + min;
   }
 }
 

@@ -369,6 +369,31 @@ static inline void group_scales(const Matrix& m, const void* from, int o, int fi
   for (int a = count; a % W != 0 || a % kAtoms != 0; a++) out[a] = 0;
 }
 
+// The same of minima; scales: of these atoms.
+static inline void group_mins(const Matrix& m, int o, int first, int count, const float* scales, float* out) {
+  if (!m.has_zeros) return group_scales(m, m.mins, o, first, count, out);
+  const int each = m.group / kAtom;
+  const uint8_t* zeros = static_cast<const uint8_t*>(m.mins) + size_t(o) * (m.cols / m.group) + first / each;
+#if defined(__AVX512F__)
+  if (each <= W && (each & (each - 1)) == 0) {
+    const int shift = __builtin_ctz(each), most = W >> shift;
+    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int a = 0; a < count; a += W, zeros += most) {
+      const int left = (count - a) >> shift;
+      const __m512i found = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8((1 << (left < most ? left : most)) - 1, zeros));
+      store(out + a, (vf)_mm512_cvtepi32_ps(_mm512_permutexvar_epi32((__m512i)(lane >> shift), found)) * load(scales + a) * -1.0f);
+    }
+    return;
+  }
+#endif
+  int left = each - first % each;
+  for (int a = 0; a < count; a++) {
+    out[a] = -float(*zeros) * scales[a];
+    if (--left == 0) left = each, zeros++;
+  }
+  for (int a = count; a % W != 0 || a % kAtoms != 0; a++) out[a] = 0;
+}
+
 template <int R, int M>
 static inline void nibble_rows(const Matrix& m, int o, const Rounded& x, int token, float (*out)[kInts], int at) {
   const int atoms = m.cols / kAtom;
@@ -382,7 +407,7 @@ static inline void nibble_rows(const Matrix& m, int o, const Rounded& x, int tok
     alignas(64) float scales[R][kSpan], mins[R][kSpan];
     for (int r = 0; r < R; r++) {
       group_scales(m, m.scales, o + r, first, count, scales[r]);
-      group_scales(m, m.mins, o + r, first, count, mins[r]);
+      group_mins(m, o + r, first, count, scales[r], mins[r]);
     }
     for (int a = 0; a < count; a += kAtoms) {
       const int begin = (first + a) * (kAtom / 2), bytes = m.cols / 2 - begin;

@@ -32,6 +32,24 @@ def best_shares(
     return best_ON
 
 
+def best_shares_apart(
+    weight_OB: torch.Tensor, squares_OB: torch.Tensor, rounding: Rounding, shares: Sequence[float] = SHARES
+) -> torch.Tensor:
+    """The same of one group, [O, 1], with inputs that are taken for having nothing to do with each other.
+
+    squares_OB: mean squares of the inputs; [1, B] for all outputs alike.
+    """
+    best_O1 = torch.full((weight_OB.shape[0], 1), shares[0], device=weight_OB.device)
+    least_O = torch.full_like(best_O1[:, 0], torch.inf)
+    for share in shares:
+        error_OB = rounding.rounded(weight_OB.unsqueeze(1), share).squeeze(1).sub_(weight_OB)
+        loss_O = error_OB.square_().mul_(squares_OB).sum(1)
+        is_less = loss_O < least_O
+        best_O1[is_less] = share
+        least_O = torch.where(is_less, loss_O, least_O)
+    return best_O1
+
+
 def group_losses(error_ONg: torch.Tensor, gram_Ngg: torch.Tensor) -> torch.Tensor:
     """``dw gram dw`` of each group by itself, [O, N]."""
     product_NOg = torch.bmm(error_ONg.transpose(0, 1), gram_Ngg)

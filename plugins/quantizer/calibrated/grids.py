@@ -43,8 +43,8 @@ class Rounding:
 
     @property
     def bits_per_weight(self) -> float:
-        """With a scale and a minimum of float32 for each group, as they are kept in memory."""
-        return self.bits + 64 / self.group
+        """With a scale of float16 and a zero point of a byte for each group, as they are kept in memory."""
+        return self.bits + 24 / self.group
 
     def grids(self, weight_ONg: torch.Tensor, share: float | torch.Tensor = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales and zero points, [O, N], for ``share`` of each group's range.

@@ -14,11 +14,12 @@ from pydantic import Field
 from drivetrain.contracts.packed import PackedWeight
 from drivetrain.contracts.quantizer import InputStatistics, QuantizerConfig
 from drivetrain.errors import ConfigError
-from drivetrain.plugins.quantizer.calibrated.awq import awq_factors, awq_grid
+from drivetrain.plugins.quantizer.calibrated.awq import awq_factors, awq_grid, compensated_factors
 from drivetrain.plugins.quantizer.calibrated.gptq import gptq
 from drivetrain.plugins.quantizer.calibrated.grids import Rounding, check_group, check_range
+from drivetrain.plugins.quantizer.calibrated.refining import DAMPING
 from drivetrain.plugins.quantizer.calibrated.smooth import smoothing_factors
-from drivetrain.plugins.quantizer.formats import write_quantized
+from drivetrain.plugins.quantizer.formats import IntegerGrid, write_quantized
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,6 +49,16 @@ class GroupsConfig(QuantizerConfig):
         description="how often every scale and value is chosen again once all are rounded, at most; 0 leaves the "
         "published algorithm; drivetrain quantize",
     )
+    steps: int = Field(
+        10,
+        ge=1,
+        le=100,
+        description="ratios that are tried for an input's factors, which move into the norm or the layer before; 1 for "
+        "no factors; drivetrain quantize",
+    )
+    damping: float = Field(
+        DAMPING, gt=0, le=1, description="share of the mean second moment that is added to all; drivetrain quantize"
+    )
 
 
 class GptqConfig(GroupsConfig):
@@ -61,17 +72,10 @@ class GptqConfig(GroupsConfig):
         description="round the weights of the largest inputs first: more exact, and the inputs have to be gathered in "
         "that order whenever the layer is used; drivetrain quantize",
     )
-    damping: float = Field(
-        0.01, gt=0, le=1, description="share of the mean second moment that is added to all; drivetrain quantize"
-    )
 
 
 class AwqConfig(GroupsConfig):
     """Options of the quantizer ``awq``."""
-
-    steps: int = Field(
-        20, ge=1, le=100, description="ratios that are tried for an input's factors; drivetrain quantize"
-    )
 
 
 class SmoothConfig(QuantizerConfig):
@@ -128,6 +132,36 @@ class _CalibratesGroups(SavesPacked):
         config = self.config
         return Rounding(config.bits, config.group, getattr(config, "symmetric", False))
 
+    def _compensated(
+        self, name: str, weight_OI: torch.Tensor, statistics: InputStatistics, *, act_order: bool = False
+    ) -> IntegerGrid:
+        config = self.config
+        return gptq(
+            name,
+            weight_OI,
+            statistics,
+            self._rounding,
+            act_order=act_order,
+            damping=config.damping,
+            clips=config.clip,
+            sweeps=config.sweeps,
+        )
+
+    def _compensated_factors(
+        self, weights_OI: Mapping[str, torch.Tensor], statistics: InputStatistics
+    ) -> torch.Tensor | None:
+        config = self.config
+        if config.steps == 1:  # no ratio but that of no factors
+            return None
+        return compensated_factors(
+            weights_OI, statistics, self._rounding, config.steps, clips=config.clip, damping=config.damping
+        )
+
+    def _compensating_bytes(self, out_features: int, in_features: int) -> int:
+        # The second moments in float64 three times, and once more in order; weights, values and errors, and
+        # what values and scales are chosen again by.
+        return (4 * _FLOAT64 + 2 * _FLOAT32) * in_features**2 + 8 * _FLOAT32 * out_features * in_features
+
 
 class CalibratesGptq(_CalibratesGroups):
     """GPTQ over the inputs of each layer, saved in the GPTQ format."""
@@ -137,9 +171,12 @@ class CalibratesGptq(_CalibratesGroups):
     def work_bytes(self, name: str, out_features: int, in_features: int) -> int:
         check_group(name, in_features, self._rounding)
         self._check_words(name, out_features, in_features)
-        # The second moments in float64 three times, and once more in order; weights, values and errors, and
-        # what values and scales are chosen again by.
-        return (4 * _FLOAT64 + 2 * _FLOAT32) * in_features**2 + 8 * _FLOAT32 * out_features * in_features
+        return self._compensating_bytes(out_features, in_features)
+
+    def input_factors(self, weights_OI: Mapping[str, torch.Tensor], statistics: InputStatistics) -> torch.Tensor | None:
+        for name, weight_OI in weights_OI.items():
+            check_range(name, weight_OI, self._rounding)
+        return self._compensated_factors(weights_OI, statistics)
 
     def _check_words(self, name: str, out_features: int, in_features: int) -> None:
         """Raise ConfigError, before anything is computed, for sizes that files of the format can't hold."""
@@ -154,23 +191,9 @@ class CalibratesGptq(_CalibratesGroups):
                     hint=f"Keep the layer as it is with a rule: quantizer.rules: {{{name}: none}}.",
                 )
 
-    def input_factors(self, weights_OI: Mapping[str, torch.Tensor], statistics: InputStatistics) -> torch.Tensor | None:
-        return None
-
     def pack(self, name: str, weight_OI: torch.Tensor, statistics: InputStatistics) -> PackedWeight:
         check_range(name, weight_OI, self._rounding)
-        config = self.config
-        grid = gptq(
-            name,
-            weight_OI,
-            statistics,
-            self._rounding,
-            act_order=config.act_order,
-            damping=config.damping,
-            clips=config.clip,
-            sweeps=config.sweeps,
-        )
-        return grid.packed()
+        return self._compensated(name, weight_OI, statistics, act_order=self.config.act_order).packed()
 
 
 class CalibratesAwq(_CalibratesGroups):
@@ -183,17 +206,19 @@ class CalibratesAwq(_CalibratesGroups):
 
     def work_bytes(self, name: str, out_features: int, in_features: int) -> int:
         check_group(name, in_features, self._rounding)
-        # Weights of several layers that read one input, in float32, beside rounded copies of one; second
-        # moments damped.
-        return 10 * _FLOAT32 * out_features * in_features + 2 * _FLOAT32 * in_features**2
+        # Weights of several layers that read one input, in float32, beside rounded copies of one.
+        nearest = 10 * _FLOAT32 * out_features * in_features
+        return max(nearest, self._compensating_bytes(out_features, in_features)) if self.config.sweeps else nearest
 
     def input_factors(self, weights_OI: Mapping[str, torch.Tensor], statistics: InputStatistics) -> torch.Tensor | None:
         for name, weight_OI in weights_OI.items():
             check_range(name, weight_OI, self._rounding)
-        return awq_factors(weights_OI.values(), statistics, self._rounding, self.config.steps)
+        if self.config.sweeps or self.config.steps == 1:
+            return self._compensated_factors(weights_OI, statistics)
+        return awq_factors(weights_OI, statistics, self._rounding, self.config.steps)
 
     def pack(self, name: str, weight_OI: torch.Tensor, statistics: InputStatistics) -> PackedWeight:
         check_range(name, weight_OI, self._rounding)
-        return awq_grid(
-            weight_OI, statistics, self._rounding, clips=self.config.clip, sweeps=self.config.sweeps
-        ).packed()
+        if not self.config.sweeps:
+            return awq_grid(weight_OI, statistics, self._rounding, clips=self.config.clip).packed()
+        return self._compensated(name, weight_OI, statistics).packed()

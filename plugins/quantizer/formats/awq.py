@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from drivetrain.errors import ConfigError, LoaderError
-from drivetrain.plugins.quantizer.formats.bits import pack_bits, unpack_bits
+from drivetrain.plugins.quantizer.formats.bits import AT_ONCE, pack_bits, unpack_bits
 from drivetrain.plugins.quantizer.formats.gptq import narrow_scales
 from drivetrain.plugins.quantizer.formats.grid import IntegerGrid
 from drivetrain.plugins.quantizer.formats.layer import FLOATS, StoredLayer, StoredWeight, group_size, positive
@@ -59,9 +59,21 @@ class AwqFormat:
 
     def read(self, layer: StoredLayer) -> StoredWeight:
         self.check(layer)
-        values_OI = _unpacked(layer.read("qweight")).T.contiguous()
-        zeros_ON = _unpacked(layer.read("qzeros")).T.contiguous()
+        values_OI, zeros_ON = _by_output(layer.read("qweight")), _by_output(layer.read("qzeros"))
         return StoredWeight.of_grid(IntegerGrid(_BITS, values_OI, layer.read("scales").T.contiguous(), zeros_ON))
+
+    def form(self, layer: StoredLayer) -> StoredWeight:
+        return self.read(layer.without_values())
+
+
+def _by_output(words_RW: torch.Tensor) -> torch.Tensor:
+    """The values of words with eight outputs in each, [O, R]; some rows at a time, as ``unpack_bits`` does."""
+    rows, outputs = words_RW.shape[0], words_RW.shape[1] * _FIELDS
+    values_OR = words_RW.new_empty((outputs, rows), dtype=torch.uint8)
+    step = max(1, AT_ONCE // max(1, outputs))
+    for first in range(0, rows if words_RW.device.type != "meta" else 0, step):
+        values_OR[:, first : first + step] = _unpacked(words_RW[first : first + step]).T
+    return values_OR
 
 
 def _unpacked(words: torch.Tensor) -> torch.Tensor:

@@ -187,6 +187,12 @@ class CompressedTensorsFormat:
         packed = PackedWeight(operation or "", tensors, rows, inputs)
         return StoredWeight(lambda: packed, lambda: weight_OI.float() * scales_O.float().unsqueeze(1), reason)
 
+    def form(self, layer: StoredLayer) -> StoredWeight:
+        scheme = self._scheme(layer)
+        # Of 8 bits, zero points and scales decide whether an operation multiplies by them.
+        decides = ("weight_scale", "weight_zero_point") if scheme.packed and scheme.bits == 8 else ()
+        return self.read(layer.without_values(*decides))
+
     def _scheme(self, layer: StoredLayer) -> Scheme:
         """The first group that names the layer, or else the first that names its class."""
         named = [scheme for targets, scheme in self._groups if any(_names(t, layer.name) for t in targets)]
@@ -340,6 +346,8 @@ def _packed_tensors(name: str, grid: IntegerGrid, zero_points: bool | None) -> t
             hint="Write with zero_points=True.",
         )
     if not is_symmetric:
+        # With zero points the library computes in the dtype of the scales, and float16 would round the weights.
+        tensors["weight_scale"] = tensors["weight_scale"].float()
         tensors["weight_zero_point"] = pack_bits(grid.zeros_ON.T.contiguous(), grid.bits).T.contiguous()
     group = None if grid.group == inputs else grid.group
     return tensors, Scheme(grid.bits, "int", is_symmetric, group, packed=True)

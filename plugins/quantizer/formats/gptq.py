@@ -87,6 +87,11 @@ class GptqFormat:
             IntegerGrid(bits, values_OI, scales_NO.T.contiguous(), zeros_NO.T.contiguous(), order)
         )
 
+    def form(self, layer: StoredLayer) -> StoredWeight:
+        # Of 8 bits, zero points and scales decide whether an operation multiplies by them.
+        decides = ("scales", "qzeros") if self._scheme(layer.name)[0] == 8 else ()
+        return self.read(layer.without_values(*decides))
+
     def _scheme(self, name: str) -> tuple[int, int | None]:
         """Bits and group size of one layer: ``dynamic`` may make exceptions, by regular expressions."""
         for pattern, changes in self._dynamic.items():

@@ -11,6 +11,7 @@ import torch
 
 from drivetrain.contracts.packed import PackedWeight
 from drivetrain.errors import ConfigError
+from drivetrain.packed.packing import WEIGHTS_AT_ONCE
 
 _BLOCK = 32
 _Q8_0 = 8
@@ -63,14 +64,16 @@ class IntegerGrid:
 
     def weights(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """What it stands for, [O, I], with inputs in the layer's own order."""
-        values = self.values_OI.to(dtype).unflatten(1, (-1, self.group))
-        centred = values - self.zeros_ON.to(dtype).unsqueeze(2)
-        weight_OI = (centred * self.scales_ON.to(dtype).unsqueeze(2)).flatten(1)
-        if self.order is None:
-            return weight_OI
-        in_order = torch.empty_like(weight_OI)
-        in_order[:, self.order] = weight_OI
-        return in_order
+        num_rows, inputs = self.values_OI.shape
+        weight_OI = torch.empty(num_rows, inputs, dtype=dtype, device=self.values_OI.device)
+        step = max(1, WEIGHTS_AT_ONCE // max(1, inputs))
+        for first in range(0, num_rows, step):
+            rows = slice(first, first + step)
+            values = self.values_OI[rows].to(dtype).unflatten(1, (-1, self.group))
+            centred = values.sub_(self.zeros_ON[rows].to(dtype).unsqueeze(2))
+            some = centred.mul_(self.scales_ON[rows].to(dtype).unsqueeze(2)).flatten(1)
+            weight_OI[rows, slice(None) if self.order is None else self.order] = some
+        return weight_OI
 
     def why_not_packed(self) -> str | None:
         """Why no operation multiplies by it; None where one does."""
@@ -104,10 +107,10 @@ class IntegerGrid:
         if smaller is not None:
             scales, zeros = (t.repeat_interleave(group // smaller, dim=1) for t in (scales, zeros))
             group = smaller
-        scales, mins = _scales_and_mins(scales, zeros)
         layout = _nibbles(self.values_OI) if self.bits == 4 else _three_bits(self.values_OI)
-        tensors = {**layout, "scales": scales, "mins": mins}
-        return PackedWeight(f"linear_int{self.bits}", tensors, rows, inputs, {"group": group}, self.order)
+        tensors = {**layout, "scales": scales.contiguous(), "mins": zeros.contiguous()}
+        params = {"group": group, "zero_points": 1}
+        return PackedWeight(f"linear_int{self.bits}", tensors, rows, inputs, params, self.order)
 
     def _eight_bits(self) -> PackedWeight:
         rows, inputs = self.values_OI.shape
@@ -115,7 +118,8 @@ class IntegerGrid:
         if self.group == inputs:
             tensors = {"weight": signed_OI, "scales": self.scales_ON[:, 0].contiguous()}
             return PackedWeight("linear_int8", tensors, rows, inputs, order=self.order)
-        scales = self.scales_ON.to(torch.float16).repeat_interleave(self.group // _BLOCK, dim=1)
+        # Scales may be there while values are not, where only the form is wanted.
+        scales = self.scales_ON.to(self.values_OI.device, torch.float16).repeat_interleave(self.group // _BLOCK, dim=1)
         blocks = torch.cat(
             (
                 scales.contiguous().unsqueeze(2).view(torch.uint8),
@@ -151,8 +155,9 @@ class IntegerGrid:
                 found=packed.operation,
                 allowed="linear_int3, linear_int4, linear_int8, linear_w8a8, and linear_gguf of type Q8_0",
             )
-        bits = 4 if packed.operation == "linear_int4" else 3
-        return cls(bits, values, tensors["scales"], _zeros(tensors["scales"], tensors["mins"], bits), packed.order)
+        bits, mins = 4 if packed.operation == "linear_int4" else 3, tensors["mins"]
+        zeros = mins if mins.dtype == torch.uint8 else _zeros(tensors["scales"], mins, bits)
+        return cls(bits, values, tensors["scales"], zeros, packed.order)
 
     @classmethod
     def _of_blocks(cls, packed: PackedWeight) -> IntegerGrid:
@@ -167,14 +172,7 @@ _ZERO_ERROR = 0.1
 
 
 def _fits(values: torch.Tensor, dtype: torch.dtype) -> bool:
-    return bool((values.to(dtype).double() == values.double()).all())
-
-
-def _scales_and_mins(scales: torch.Tensor, zeros: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales, and minima of the same dtype, which is float32 where the stored one would round the minima."""
-    exact = -(scales.double() * zeros.double())
-    dtype = scales.dtype if scales.dtype.itemsize < 4 and _fits(exact, scales.dtype) else torch.float32
-    return scales.to(dtype).contiguous(), exact.to(dtype)
+    return values.dtype == dtype or bool((values.to(dtype).double() == values.double()).all())
 
 
 def _zeros(scales: torch.Tensor, mins: torch.Tensor, bits: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -16,6 +16,21 @@ if TYPE_CHECKING:
 
 FLOATS = ("F32", "F16", "BF16")
 """What scales may be stored in, by the names of safetensors."""
+
+
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+"""What the tensors of a layer may be stored in."""
+
+_TELLING = ("g_idx", "weight_g_idx", "weight_shape")
+"""Small tensors without which the form of a layer is not known."""
 
 
 class Header(Protocol):
@@ -42,6 +57,19 @@ class StoredLayer:
     where: str
     headers: Mapping[str, Header]
     read: Callable[[str], torch.Tensor]
+
+    def without_values(self, *but: str) -> StoredLayer:
+        """The same with tensors on the meta device: their types and shapes say what the layer will take. Those that
+        tell its form are read all the same, and those that are named."""
+        told = {*_TELLING, *but}
+
+        def read(part: str) -> torch.Tensor:
+            header = self.headers[part]
+            if part in told:
+                return self.read(part)
+            return torch.empty(header.shape, dtype=_DTYPES[header.dtype], device="meta")
+
+        return replace(self, read=read)
 
     def need(self, part: str, dtypes: Iterable[str], shape: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """The shape of a tensor that must be there. Raises MissingTensorError, or LoaderError for another type or shape
@@ -122,6 +150,9 @@ class StoredFormat(Protocol):
 
     def read(self, layer: StoredLayer) -> StoredWeight:
         """The layer's weight. Raises LoaderError for values that make no sense."""
+
+    def form(self, layer: StoredLayer) -> StoredWeight:
+        """The same, its packed form without values; of the data, only what decides about that form is read."""
 
 
 def positive(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from drivetrain.plugins.quantizer.int4 import pack_int4
 from drivetrain.plugins.quantizer.int8 import pack_int8
 from drivetrain.serving.swap import prepare
 from drivetrain.testing.measure import Allocations
+from support.allocations import LiveBytes
 from support.tiny_models import save_tiny
 
 INT4 = {"name": "int4", "group": 16}
@@ -87,27 +87,6 @@ def test_the_peak_that_was_foreseen_is_kept(tmp_path: Path, quantizer: Any) -> N
         with LiveBytes() as live:
             prepared = prepare(llm._stack, load_settings(None, {"quantizer": quantizer}).parts)
     assert prepared.extra_memory_bytes < live.most <= plan.peak_memory_bytes
-
-
-class LiveBytes:
-    """The most bytes of tensors that this thread made and held at once, by torch's own profiler of memory."""
-
-    def __enter__(self) -> LiveBytes:
-        from torch.profiler import ProfilerActivity, profile
-
-        gc.collect()
-        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        self._profile.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._profile.__exit__(None, None, None)
-        held = most = 0
-        changes = [e for e in self._profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        for event in sorted(changes, key=lambda event: event.start_ns()):
-            held += event.nbytes()
-            most = max(most, held)
-        self.most = most
 
 
 PACKS = {

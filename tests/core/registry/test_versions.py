@@ -102,7 +102,7 @@ def lift_to_1_1(cls: Any) -> Any:
     return Lifted
 
 
-def test_a_kernel_provider_of_1_0_is_carried_over_to_1_1() -> None:
+def test_an_older_kernel_provider_is_carried_over_and_not_asked_for_zero_points() -> None:
     class Few(KernelProvider):
         """One operation."""
 
@@ -117,10 +117,14 @@ def test_a_kernel_provider_of_1_0_is_carried_over_to_1_1() -> None:
 
     lifted = fit("kernels", Few, where="few")
     assert issubclass(lifted, Few)
-    assert (lifted.contract_version, lifted.__name__, lifted.__doc__) == ("1.1", "Few", "One operation.")
+    assert (lifted.contract_version, lifted.__name__, lifted.__doc__) == ("1.2", "Few", "One operation.")
     made = lifted(lifted.Config())
     assert isinstance(made, KernelProvider)
     assert made.operations() == {"rms_norm"}
+    # It would take zero points for minima.
+    assert made.supports(KernelSpec("linear_int4", "cpu", "float32", {}, {"group": 32})).ok
+    refused = made.supports(KernelSpec("linear_int4", "cpu", "float32", {}, {"group": 32, "zero_points": 1}))
+    assert (refused.ok, refused.code) == (False, "older_contract")
 
 
 @pytest.mark.usefixtures("moved_on")

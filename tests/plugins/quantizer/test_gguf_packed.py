@@ -14,8 +14,9 @@ import torch
 from drivetrain import LLM, SamplingParams
 from drivetrain.assembly import resolve_parts
 from drivetrain.config import load_settings
-from drivetrain.errors import LoaderError, PluginRefusedError
+from drivetrain.errors import ConfigError, LoaderError, PluginRefusedError
 from drivetrain.packed import PackedEmbedding, PackedLinear, decode
+from drivetrain.packed.gguf import BLOCK_TYPES
 from drivetrain.plugins.loader.gguf import GgufCheckpoint, GgufLoader
 from support.gguf_models import KIND, LAYERS, PACKED_KINDS, write_llama
 from support.tiny_models import VOCAB_SIZE, save_tiny
@@ -171,6 +172,22 @@ def test_a_packed_file_cut_short_is_refused_with_the_tensor_and_the_numbers(tmp_
         LoaderError, match=rf"cut short: tensor 'blk\.\d.\w+.weight' ends at byte \d+.*{len(whole) - 1000}"
     ):
         open_file(cut)
+
+
+def test_scales_in_blocks_that_are_no_numbers_are_told_with_their_layer(tmp_path: Path) -> None:
+    """Whatever else is in the blocks; without the quantizer the model is read as it always was."""
+    for kind in (KIND.Q8_0, KIND.Q4_1, KIND.Q6_K):
+        path = write_llama(tmp_path / f"{kind.name}.gguf", always(kind))
+        name = "model.layers.1.mlp.up_proj"
+        stored = open_file(path).packed(f"{name}.weight")
+        assert stored is not None
+        at = BLOCK_TYPES[int(stored.params["type"])].halves[0]
+        place = path.read_bytes().index(stored.tensors["blocks"].numpy().tobytes()) + at
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(np.array([np.nan], dtype=np.float16).tobytes())
+        with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj: 1 of the \d+ scales and minima .* are NaN"):
+            LLM(path, quantizer="gguf", **OPTIONS)
 
 
 def test_the_gguf_package_s_own_blocks_are_used_packed(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from drivetrain.assembly import resolve_parts
 from drivetrain.config import load_settings
 from drivetrain.contracts.loader import Checkpoint
 from drivetrain.contracts.plugin import Purpose
-from drivetrain.errors import LoaderError, MissingTensorError, PluginRefusedError
+from drivetrain.errors import ConfigError, LoaderError, MissingTensorError, PluginRefusedError
 from drivetrain.packed import decode
 from support.quantized_models import PROMPTS, generated, layer_names, open_folder, save_round_sizes
 
@@ -319,3 +319,17 @@ def test_a_quantized_file_cut_short_is_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(LoaderError, match="cut short"):
         open_folder(folder)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_scales_that_are_no_numbers_are_told_with_their_layer(method: str, tmp_path: Path) -> None:
+    folder, _ = make(tmp_path, method)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj"
+    tensors[f"{name}.scales"][0, 5:8] = float("nan")
+    tensors[f"{name}.scales"][1, 9] = float("inf")
+    total = tensors[f"{name}.scales"].numel()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"layers\.1\.mlp\.up_proj: 4 of the {total} scales and minima .* are NaN"):
+        LLM(folder, engine={"max_model_len": 96}, platform={"name": "cpu", "threads": 1})

@@ -165,7 +165,7 @@ def test_what_fails_leaves_nothing_behind(source: Checkpoint, tmp_path: Path) ->
 def test_what_can_not_be_written_is_named(source: Checkpoint, tmp_path: Path) -> None:
     grid = rounded(source.tensor(f"{LAYER}.weight", torch.float32), 4, 32)
     packed = grid.packed()
-    off = dict(packed.tensors) | {"mins": packed.tensors["mins"] + packed.tensors["scales"] * 0.4}
+    off = dict(packed.tensors) | {"mins": (0.4 - packed.tensors["mins"].float()) * packed.tensors["scales"]}
     narrow = {name: tensor[:12] for name, tensor in packed.tensors.items()}
     down = PackedWeight("linear_int4", packed.tensors, 64, 96)
     cases: list[tuple[str, str, PackedWeight, str]] = [
