@@ -100,8 +100,8 @@ def test_the_peak_of_loading_stored_layers_is_kept_and_not_far_off(
         model, _ = build_model(parts, parts.kernels, parts.quantizer)
     assert model_bytes(model) == foreseen.total_bytes  # type: ignore[arg-type]
     assert live.most <= foreseen.peak_bytes
-    # Views of the mapped files take nothing of torch's, and count as held.
-    assert foreseen.peak_bytes <= 1.5 * live.most
+    # Views of the mapped files take nothing of torch's, and count as held: a third of the bytes of some formats.
+    assert foreseen.peak_bytes <= 1.6 * live.most
 
 
 def test_a_checkpoint_of_its_own_needs_no_forms(tmp_path: Path) -> None:
