@@ -166,7 +166,7 @@ def watch():
         time.sleep(0.002)
 
 threading.Thread(target=watch, daemon=True).start()
-quantizer = {"name": "awq", "group": 64, "steps": 2}
+quantizer = {"name": "awq", "group": 64, "steps": 2, "sweeps": 1}
 options = QuantizeOptions(Path(out), Path(text), 4096, 256, memory_bytes=bound)
 quantize_model(settings_of(Path(model), quantizer), options, planned=plans.append)
 print(peak - started, plans[0].memory_bytes)
