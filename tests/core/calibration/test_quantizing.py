@@ -173,6 +173,7 @@ print(peak - started, plans[0].memory_bytes)
 """
 
 
+@pytest.mark.slow
 def test_memory_stays_within_the_bound_for_a_model_that_is_larger(tmp_path: Path) -> None:
     """20 layers of 12 MiB each, with a bound below the size of the model: one layer at a time fits."""
     import transformers
