@@ -10,6 +10,7 @@ medians, and ratios compare turns of one round. The first run installs DeepSpeed
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import socket
@@ -137,7 +138,9 @@ def page(runs: dict[str, list[dict[str, Any]]], shape: dict[str, int], repeats: 
             asked = "" if wanted is None else f"at least {wanted}"
             lines.append(f"| {ours} to {theirs} | {ratio(runs, ours, theirs):.2f} | {asked} |")
     versions = sorted({run["torch"] for found in runs.values() for run in found})
-    lines += ["", f"{repeats} turns, {shape}, torch {', '.join(versions)}, DeepSpeed 0.19.8, {os.cpu_count()} cores."]
+    told = ", ".join(f"{value} {name}" for name, value in shape.items())
+    told = f"{repeats} turns, each of {told}; torch {', '.join(versions)}, DeepSpeed 0.19.8, {os.cpu_count()} cores."
+    lines += ["", f"{datetime.date.today()}, {told}"]
     return "\n".join(lines) + "\n"
 
 

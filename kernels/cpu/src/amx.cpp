@@ -207,6 +207,47 @@ constexpr int kPartsOf = kParts;
 template <>
 constexpr int kPartsOf<bf16> = 1;
 
+// A pair of row tiles in one block of features, whose weights are T.
+template <class T>
+struct Unit {
+  const T* from = nullptr;  // first row, first feature of the block; null where there is none
+  size_t stride = 0;
+  int rows = 0;    // that there are
+  int valid = 0;   // features from the block's first one on
+  int length = 0;  // steps
+  int whole = 0;   // so many of the first ones lack neither rows nor features
+
+  static Unit of(const Source& source, int pair, int begin, int end) {
+    const T* row = static_cast<const T*>(source.rows) + size_t(pair) * kPair * source.stride;
+    int rows = source.count - pair * kPair, valid = source.m->cols - begin * kDeep;
+    return {row + begin * kDeep, source.stride, rows, valid, end - begin, rows < kPair ? 0 : valid / kDeep};
+  }
+
+  // Makes rows kBegin .. kEnd - 1 of a step's tiles. `fetches`: the tiles lie in the second cache, and the next step's behind
+  // them are fetched before they are written.
+  template <int kBegin, int kEnd, bool kFetches>
+  inline __attribute__((always_inline)) void fill(int step, char* to, const Constants& constants) const {
+    if (step >= whole) return fill_edge(step, to, kBegin, kEnd);
+    const T* row = from + step * kDeep;
+#pragma GCC unroll 32
+    for (int r = kBegin; r < kEnd; r++) {
+      if constexpr (kFetches)
+        for (int p = 0; p < kPartsOf<T>; p++) __builtin_prefetch(place(to + kStepBytes, r) + p * 2 * kTileBytes, 1);
+      put_row(row + r * stride, place(to, r), constants);
+    }
+  }
+
+ private:
+  static char* place(char* tiles, int r) { return tiles + r / kTileRows * kTileBytes + r % kTileRows * 64; }
+
+  // Behind the last row it is taken again, for sums that nobody reads.
+  __attribute__((noinline)) void fill_edge(int step, char* to, int begin, int end) const {
+    int left = valid - step * kDeep;
+    for (int r = begin; r < end; r++)
+      put_row(from + step * kDeep + (r < rows ? r : rows - 1) * stride, left < kDeep ? left : kDeep, place(to, r));
+  }
+};
+
 // Makes the tiles of a pair, a few rows at a time between products.
 //
 // Beside that it asks for the weights that come next, in the order of memory and to the second cache: in the order in which
@@ -214,14 +255,11 @@ constexpr int kPartsOf<bf16> = 1;
 template <class T>
 class Filler {
  public:
-  Filler(const Source& source, int pair, char* tiles, const Block& block) : tiles_(tiles), stride_(source.stride), block_(block) {
-    first_ = static_cast<const T*>(source.rows) + size_t(pair) * kPair * source.stride;
-    rows_ = source.count - pair * kPair;
-    cols_ = source.m->cols;
-    int whole = rows_ < kPair ? 0 : cols_ / kDeep;
-    whole_end_ = whole < block.end ? whole : block.end;
-    size_t before = size_t(pair) * steps(cols_) * kPair * kRowBytes;
-    ahead_ = source.ahead ? source.ahead + before : reinterpret_cast<const char*>(first_);
+  Filler(const Source& source, int pair, char* tiles, const Block& block)
+      : unit_(Unit<T>::of(source, pair, block.begin, block.end)), tiles_(tiles), begin_(block.begin) {
+    const void* here = static_cast<const T*>(source.rows) + size_t(pair) * kPair * source.stride;
+    size_t before = size_t(pair) * steps(source.m->cols) * kPair * kRowBytes;
+    ahead_ = source.ahead ? source.ahead + before : static_cast<const char*>(here);
   }
 
   template <int kBegin, int kEnd>
@@ -229,43 +267,22 @@ class Filler {
     const char* ahead = ahead_ + size_t(step) * kPair * kRowBytes;
 #pragma GCC unroll 32
     for (int i = kBegin * kRowBytes; i < kEnd * kRowBytes; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T1);
-    fill<kBegin, kEnd>(step + kLead, constants);
+    fill<kBegin, kEnd>(step - begin_ + kLead, constants);
   }
 
+  // step: of the block.
   template <int kBegin, int kEnd>
   inline __attribute__((always_inline)) void fill(int step, const Constants& constants) const {
-    char* to = tiles_ + size_t(step - block_.begin) * kStepBytes;
-    if (step >= whole_end_) {
-      if (step < block_.end) fill_edge(step, to, kBegin, kEnd);
-      return;
-    }
-    const T* from = first_ + step * kDeep;
-#pragma GCC unroll 32
-    for (int r = kBegin; r < kEnd; r++) {
-      // Tiles that are kept lie in the second cache: the next step's are fetched before they are written.
-      for (int p = 0; p < kPartsOf<T>; p++) __builtin_prefetch(place(to + kStepBytes, r) + p * 2 * kTileBytes, 1);
-      put_row(from + r * stride_, place(to, r), constants);
-    }
+    if (step < unit_.length) unit_.template fill<kBegin, kEnd, true>(step, tiles_ + size_t(step) * kStepBytes, constants);
   }
 
  private:
   static constexpr int kRowBytes = kDeep * sizeof(T);
 
-  static char* place(char* tiles, int r) { return tiles + r / kTileRows * kTileBytes + r % kTileRows * 64; }
-
-  // Behind the last row it is taken again, for sums that nobody reads.
-  __attribute__((noinline)) void fill_edge(int step, char* to, int begin, int end) const {
-    const T* from = first_ + step * kDeep;
-    int valid = cols_ - step * kDeep < kDeep ? cols_ - step * kDeep : kDeep;
-    for (int r = begin; r < end; r++) put_row(from + (r < rows_ ? r : rows_ - 1) * stride_, valid, place(to, r));
-  }
-
-  const T* first_;
+  Unit<T> unit_;
   char* tiles_;
+  int begin_;
   const char* ahead_;
-  size_t stride_;
-  int rows_, cols_, whole_end_;
-  Block block_;
 };
 
 struct Nothing {
@@ -350,7 +367,7 @@ static void multiply_pair(const Source& source, int pair, const char* x, const B
   if (!block.is_first) return multiply_block<kPartsOf<T>, R, N>(tiles, kAll, x, block, out, width, Nothing{});
   Filler<T> filler(source, pair, tiles, block);
   const Constants constants;
-  for (int i = 0; i < kLead; i++) filler.template fill<0, R * kTileRows>(block.begin + i, constants);
+  for (int i = 0; i < kLead; i++) filler.template fill<0, R * kTileRows>(i, constants);
   multiply_block<kPartsOf<T>, R, N>(tiles, kAll, x, block, out, width, filler);
 }
 
@@ -439,23 +456,11 @@ static void mend_if_needed(const Source& source, const Activations& x, int panel
 // the second waits behind them, so tokens are taken kDepth steps at a time, which stay in the first cache for all outputs of a
 // chunk, and so do the tiles of weights. While the steps of one pair are multiplied, those of the next are asked for.
 
-// A pair of row tiles in one block of features.
-template <class T>
-struct Unit {
-  const T* from = nullptr;  // first row, first feature of the block; null behind the last unit
-  size_t stride = 0;
-  int rows = 0;    // that there are
-  int valid = 0;   // features from the block's first one on
-  int length = 0;  // steps
-};
-
 template <class T>
 class Stream {
  public:
   Stream(const Unit<T>& now, const Unit<T>& next, const T* ahead, char* ring, int mask, const Block& block)
       : now_(now), next_(next), ahead_(ahead), ring_(ring), mask_(mask), block_(block) {
-    whole_now_ = whole_steps(now);
-    whole_next_ = whole_steps(next);
     lead_ = now.length < kLead ? now.length : kLead;
   }
 
@@ -464,20 +469,19 @@ class Stream {
     int s = step - block_.begin, to = s + lead_;
     ask<kBegin, kEnd>(s);
     if (to < now_.length)
-      fill<kBegin, kEnd>(now_, whole_now_, to, block_.slot + to, constants);
+      now_.template fill<kBegin, kEnd, false>(to, tiles_of(to), constants);
     else if (next_.from)
-      fill<kBegin, kEnd>(next_, whole_next_, to - now_.length, block_.slot + to, constants);
+      next_.template fill<kBegin, kEnd, false>(to - now_.length, tiles_of(to), constants);
   }
 
   // The steps that have to be there before the first product.
   void begin() const {
     const Constants constants;
-    for (int s = 0; s < lead_; s++) fill<0, kPair>(now_, whole_now_, s, block_.slot + s, constants);
+    for (int s = 0; s < lead_; s++) now_.template fill<0, kPair, false>(s, tiles_of(s), constants);
   }
 
  private:
-  static int whole_steps(const Unit<T>& unit) { return unit.rows < kPair ? 0 : unit.valid / kDeep; }
-  static char* place(char* tiles, int r) { return tiles + r / kTileRows * kTileBytes + r % kTileRows * 64; }
+  char* tiles_of(int step) const { return ring_ + size_t((block_.slot + step) & mask_) * kStepBytes; }
 
   // The weights of the unit that is filled after the next steps.
   template <int kBegin, int kEnd>
@@ -485,29 +489,13 @@ class Stream {
     const char* from = reinterpret_cast<const char*>(ahead_ + s * kDeep);
 #pragma GCC unroll 32
     for (int r = kBegin; r < kEnd; r++)
-      for (size_t i = 0; i < kDeep * sizeof(T); i += 64) _mm_prefetch(from + r * next_.stride * sizeof(T) + i, _MM_HINT_T1);
-  }
-
-  template <int kBegin, int kEnd>
-  inline __attribute__((always_inline)) void fill(const Unit<T>& unit, int whole, int step, int slot, const Constants& constants) const {
-    char* to = ring_ + size_t(slot & mask_) * kStepBytes;
-    if (step >= whole) return fill_edge(unit, step, to, kBegin, kEnd);
-    const T* from = unit.from + step * kDeep;
-#pragma GCC unroll 32
-    for (int r = kBegin; r < kEnd; r++) put_row(from + r * unit.stride, place(to, r), constants);
-  }
-
-  // Behind the last row it is taken again, for sums that nobody reads.
-  __attribute__((noinline)) static void fill_edge(const Unit<T>& unit, int step, char* to, int begin, int end) {
-    const T* from = unit.from + step * kDeep;
-    int left = unit.valid - step * kDeep, valid = left < kDeep ? left : kDeep;
-    for (int r = begin; r < end; r++) put_row(from + (r < unit.rows ? r : unit.rows - 1) * unit.stride, valid, place(to, r));
+      for (size_t i = 0; i < kDeep * sizeof(T); i += 64) _mm_prefetch(from + r * now_.stride * sizeof(T) + i, _MM_HINT_T1);
   }
 
   Unit<T> now_, next_;
   const T* ahead_;
   char* ring_;
-  int mask_, whole_now_, whole_next_, lead_;
+  int mask_, lead_;
   Block block_;
 };
 
@@ -519,23 +507,14 @@ static void few_sums_of(const Activations& x, const Source (&sources)[M], float*
   int mask = ring_steps(num_panels) - 1;
   auto begin_of = [&](int b) { return int(int64_t(all) * b / blocks); };
   auto unit_of = [&](int u) {
-    Unit<T> unit;
-    if (u >= units) return unit;
-    int b = u / per_block, i = u % per_block / pairs, pair = u % pairs;
-    const Source& source = sources[i];
-    unit.stride = source.stride;
-    unit.length = begin_of(b + 1) - begin_of(b);
-    unit.rows = source.count - pair * kPair;
-    unit.valid = source.m->cols - begin_of(b) * kDeep;
-    unit.from = static_cast<const T*>(source.rows) + size_t(pair) * kPair * source.stride + begin_of(b) * kDeep;
-    return unit;
+    int b = u / per_block;
+    return u < units ? Unit<T>::of(sources[u % per_block / pairs], u % pairs, begin_of(b), begin_of(b + 1)) : Unit<T>();
   };
   Unit<T> now = unit_of(0), next = unit_of(1);
   for (int u = 0, slot = 0; u < units; u++, slot += now.length, now = next, next = unit_of(u + 1)) {
     int b = u / per_block, i = u % per_block / pairs, pair = u % pairs;
     Block block{begin_of(b), begin_of(b + 1), b > 0, true, slot};
     const T* ahead = next.from ? next.from : sources[0].ahead ? reinterpret_cast<const T*>(sources[0].ahead) : now.from;
-    if (!next.from) next.stride = now.stride;
     Stream<T> stream(now, next, ahead, sources[0].planes, mask, block);
     if (u == 0) stream.begin();
     for (int p = 0; p < num_panels; p++) {
