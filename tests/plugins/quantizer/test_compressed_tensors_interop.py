@@ -10,14 +10,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from drivetrain import LLM
 from drivetrain.contracts.loader import Checkpoint
 from drivetrain.contracts.packed import PackedWeight
 from drivetrain.contracts.quantizer import Quantizer
+from drivetrain.errors import ConfigError
 from drivetrain.packed import PackedLinear
 from drivetrain.plugins.quantizer.formats import write_quantized
 from drivetrain.plugins.quantizer.fp8 import Fp8Quantizer
+from drivetrain.plugins.quantizer.int8 import Int8Quantizer
 from drivetrain.plugins.quantizer.w8a8 import W8A8Quantizer
 from support.quantized_models import (
     PROMPTS,
@@ -125,6 +129,36 @@ def test_w8a8_made_here_has_its_weights_and_nearly_its_scores_in_transformers(
     first = [continued_once(theirs, prompt) for prompt in PROMPTS]
     assert [tokens[0] for tokens in found] == first
     assert torch.isfinite(rounded).all()
+
+
+def spoiled(folder: Path, part: str) -> None:
+    """Write a NaN over the first two numbers of one layer's ``part``."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = f"model.layers.1.mlp.up_proj.{part}"
+    numbers = tensors[name].float()
+    numbers.view(-1)[:2] = float("nan")
+    tensors[name] = numbers.to(tensors[name].dtype)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "part"),
+    [
+        (Int8Quantizer(Int8Quantizer.Config()), "weight_scale"),
+        (Fp8Quantizer(Fp8Quantizer.Config()), "weight_scale"),
+        (Fp8Quantizer(Fp8Quantizer.Config()), "weight"),
+    ],
+    ids=["int8-scale", "float8-scale", "float8-weight"],
+)
+def test_numbers_that_are_none_are_told_with_their_layer(
+    quantizer: Quantizer, part: str, source: Checkpoint, tmp_path: Path
+) -> None:
+    """A float8 weight can itself be a NaN, an integer can't."""
+    folder = write_quantized(tmp_path / "out", source, converted(source, quantizer), "compressed-tensors")
+    spoiled(folder, part)
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj: 2 of the \d+ scales and minima .* are NaN"):
+        LLM(folder, engine={"max_model_len": 96}, platform={"name": "cpu", "threads": 1})
 
 
 def continued_once(model: Any, prompt: list[int]) -> int:
