@@ -6,7 +6,6 @@ CONTRIBUTING.md tells what each info string means. Commands and Python run in pr
 from __future__ import annotations
 
 import functools
-import json
 import re
 import shlex
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from drivetrain.cli import main
 from drivetrain.config import load_settings
 from drivetrain.contracts.kinds import KINDS
 from drivetrain.contracts.source import silent
@@ -37,7 +37,9 @@ from support.doc_pages import (
     name_of,
     pages,
     paths_named,
+    run_blocks,
 )
+from support.warm import run_warm
 
 MODEL = "smollm2-135m"
 DRIVETRAIN = str(Path(sys.executable).parent / "drivetrain")
@@ -55,13 +57,6 @@ FLAGS = {
     "text": {""},
 }
 """Language -> the words that may follow it."""
-
-RUN_BLOCKS = """
-import json, sys, types
-page = sys.modules["page"] = types.ModuleType("page")
-for path, line, text in json.load(sys.stdin):
-    exec(compile("\\n" * (line - 1) + text, path, "exec"), vars(page))
-"""
 
 
 def flag(block: Block) -> str:
@@ -148,16 +143,8 @@ def test_an_entry_point_is_in_the_group_of_a_kind(block: Block) -> None:
 
 
 def run_python(found: list[tuple[str, int, str]], cwd: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", RUN_BLOCKS],
-        input=json.dumps(found),
-        cwd=cwd,
-        text=True,
-        capture_output=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    status, output = run_warm(functools.partial(run_blocks, found), cwd, SECONDS, strict=True)
+    assert status == 0, output
 
 
 @pytest.mark.parametrize(("page", "own"), python_pages())
@@ -177,17 +164,7 @@ def run_command(text: str, given: tuple[tuple[str, str], ...], folder: Path) -> 
     """Exit status and output of a command, standard error included, with ``given`` files in the current folder."""
     for name, content in given:
         (folder / name).write_text(content, encoding="utf-8")
-    done = subprocess.run(
-        [DRIVETRAIN, *shlex.split(text)[1:]],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        cwd=folder,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    return done.returncode, done.stdout
+    return run_warm(functools.partial(main, shlex.split(text)[1:]), folder, SECONDS)
 
 
 def missing_line(shown: tuple[str, ...], output: str) -> str | None:

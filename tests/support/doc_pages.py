@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,3 +132,10 @@ def paths_named(page: Path) -> set[str]:
         for name in re.findall(r"`([^`\s]+)`", prose(page))
         if re.match(rf"^(?:{top})/", name) and not re.search(r"[*<>]|\.\.\.|KIND|NAME", name)
     }
+
+
+def run_blocks(found: list[tuple[str, int, str]]) -> None:
+    """Run blocks, of these pages and lines, as one module."""
+    page = sys.modules["page"] = types.ModuleType("page")
+    for path, line, text in found:
+        exec(compile("\n" * (line - 1) + text, path, "exec"), vars(page))
