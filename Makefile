@@ -24,10 +24,10 @@ demo: $(VENV)/.base  ## serve a real model: what was chosen and why, an answer, 
 	$(BIN)/drivetrain demo
 
 test: $(VENV)/.dev  ## run every test, in WORKERS processes
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-quick: $(VENV)/.dev  ## run the tests that take seconds
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-gpu: $(VENV)/.dev  ## run the tests that need a GPU; without one each is skipped
 	$(BIN)/pytest tests/gpu

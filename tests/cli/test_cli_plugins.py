@@ -166,6 +166,7 @@ def test_who_asked_is_told(cli: Cli, tmp_path: Path) -> None:
 # --- doctor ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_doctor_looks_at_every_plugin() -> None:
     outcome = run_command("doctor", "--json", timeout=120)
     report = json.loads(outcome.stdout)

@@ -52,6 +52,7 @@ def lengthy_report() -> Report:
     return run_suites(LENGTHY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", QUICK, ids=name_of)
 def test_the_fault_is_caught(quick_report: Report, target: Target) -> None:
     """The named test fails, and it fails on an assertion or an error of its own: not for want of a fixture."""
