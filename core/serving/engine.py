@@ -5,7 +5,8 @@ A step, in the order it reads:
     expire -> launch (plan: the scheduler decides, blocks are given; prepare; run the model)
            -> collect (sample, read the tokens, advance)
 
-``advance`` is where requests change: tokens are appended, text comes out, sequences end.
+``advance`` is where requests change: tokens are appended, text comes out, sequences end. Where each of them is, the
+roster knows; what a step computes, the planner decides with the scheduler.
 
 The plain loop launches a step and collects it. The overlapped loop launches the next step before it collects the one
 that runs, whose tokens it takes on the device: what the next step needs is packed while the model computes. Both give
@@ -14,7 +15,6 @@ the same tokens; where the next step depends on more than the tokens, the overla
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import logging
 import secrets
@@ -25,20 +25,21 @@ from dataclasses import dataclass
 import torch
 
 from drivetrain.config import EngineSettings
-from drivetrain.contracts.scheduler import Candidate, Grant, RequestFacts, Scheduler, StepPlan, View
-from drivetrain.errors import EngineError, InvalidRequestError, PromptTooLongError
+from drivetrain.contracts.scheduler import Scheduler
+from drivetrain.errors import InvalidRequestError, PromptTooLongError
 from drivetrain.observers import Observers
-from drivetrain.serving.blocks import KVManager, SequenceBlocks
+from drivetrain.serving.blocks import KVManager
 from drivetrain.serving.lane import InlineLane, Lane, Outcome, ThreadLane
 from drivetrain.serving.metrics import EngineMetrics
 from drivetrain.serving.packing import Scheduled, StepInputs
+from drivetrain.serving.planner import StepPlanner
 from drivetrain.serving.request import Request, RequestState
+from drivetrain.serving.roster import Roster
 from drivetrain.serving.runner import Copies, ModelRunner
 from drivetrain.serving.sampler import Choice, Sampled, Sampler, SamplingPlan, sequence_seed, token_logprobs
 from drivetrain.serving.text import IncrementalDecoder, TextStream
 from drivetrain.serving.timing import Phase, StepClock
 from drivetrain.serving.types import Chunk, FinishReason, GenerationRequest, PromptInfo, TokenLogprob
-from drivetrain.serving.waiting import WaitingQueue
 
 _log = logging.getLogger("drivetrain")
 
@@ -102,6 +103,7 @@ class Probation:
 class Engine:
     """Continuous batching over one model.
 
+    roster:    where every sequence is.
     epoch:     how often parts were exchanged or put back; every chunk carries the epoch that made it.
     probation: set while freshly exchanged parts are watched.
     """
@@ -120,34 +122,36 @@ class Engine:
         draw: Callable[..., torch.Tensor] | None = None,
     ) -> None:
         self.runner = runner
-        self.kv = kv
-        self.scheduler = scheduler
         self.limits = limits
         self.settings = settings
         self.metrics = metrics or EngineMetrics()
         self._make_decoder = make_decoder
         self._observers = observers or Observers(installed=False)
         self._clock = clock
+        self.roster = Roster(kv, scheduler, self.metrics, self._observers)
+        self._planner = StepPlanner(self.roster, self.metrics, clock)
         self._sampler = Sampler(limits.vocab_size, runner.device, draw)
-        self._waiting = WaitingQueue()
-        self._running: dict[str, Request] = {}
-        self._sequences: dict[str, list[Request]] = {}
-        self._held: dict[str, list[Request]] = {}
-        self._num_held = 0  # counted along: the sum over all requests would grow with the queue
-        self._deadlines: list[tuple[float, str]] = []
         self._numbers = itertools.count()
         self.epoch = 0
         self.probation: Probation | None = None
         self._overlaps = overlaps(settings.overlap, runner.device)
         self._lane: Lane = ThreadLane() if self._overlaps and runner.device.type == "cpu" else InlineLane()
         self._flying: Flight | None = None
-        self._in_order: list[Request] | None = None
         self._step_clock = StepClock()
         self._step_started = clock()
         runner.on_fallback = self.metrics.fell_back
         runner.reserve(kv, scheduler.limits().max_batched_tokens, scheduler.limits().max_running)
-        self._tells_states = self._observers.listens("request_changed_state")
         self._tells_steps = self._observers.listens("step_done")
+
+    @property
+    def kv(self) -> KVManager:
+        """The books of the cache in use."""
+        return self.roster.kv
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The scheduler in use."""
+        return self.roster.scheduler
 
     # --- requests in and out ---------------------------------------------------------------------------------------
 
@@ -196,7 +200,7 @@ class Engine:
         arrival_seconds: when it came, by :meth:`now`, if it had to wait before it got here.
         """
         self.check(request, prompt)
-        if request_id in self._sequences:
+        if request_id in self.roster:
             raise InvalidRequestError("a request with this id is under way", param="request_id", found=request_id)
         now = self._clock() if arrival_seconds is None else arrival_seconds
         timeouts = [t for t in (request.timeout_seconds, self.settings.timeout_seconds) if t is not None]
@@ -206,13 +210,7 @@ class Engine:
         for index in range(request.params.n):
             parent = sequences[0] if sequences else None
             sequences.append(self._sequence(request_id, index, request, prompt, seed, now, deadline, parent))
-        self._waiting.push(sequences[0])
-        if len(sequences) > 1:
-            self._held[request_id] = sequences[1:]
-            self._num_held += len(sequences) - 1
-        self._sequences[request_id] = sequences
-        if deadline is not None:
-            heapq.heappush(self._deadlines, (deadline, request_id))
+        self.roster.add(sequences, deadline)
         self.metrics.request_added(len(prompt))
         return sequences
 
@@ -248,19 +246,8 @@ class Engine:
             parent=parent,
             state=RequestState.WAITING if parent is None else RequestState.HELD,
         )
-        sequence.key = self._key(sequence)
+        sequence.key = self.roster.key(sequence)
         return sequence
-
-    def _key(self, request: Request, scheduler: Scheduler | None = None) -> tuple[object, ...]:
-        return (scheduler or self.scheduler).key(
-            RequestFacts(
-                request.name,
-                request.arrival_seconds,
-                request.sequence_number,
-                request.priority,
-                request.num_prompt_tokens,
-            )
-        )
 
     def cancel(self, request_id: str) -> list[Chunk]:
         """End every sequence of a request that is still under way. Unknown ids are ignored: it may just have ended."""
@@ -268,11 +255,11 @@ class Engine:
 
     def cancel_all(self) -> list[Chunk]:
         """End everything as cancelled, because the loop stops."""
-        return [chunk for request_id in list(self._sequences) for chunk in self.cancel(request_id)]
+        return [chunk for request_id in self.roster.request_ids for chunk in self.cancel(request_id)]
 
     def fail_all(self, message: str) -> list[Chunk]:
         """End everything with an error, after the loop itself has failed."""
-        ids = list(self._sequences)
+        ids = self.roster.request_ids
         return [chunk for request_id in ids for chunk in self._end_all(request_id, FinishReason.ERROR, message)]
 
     def prompt_info(self, sequences: Sequence[Request]) -> PromptInfo:
@@ -287,16 +274,16 @@ class Engine:
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self.roster.running)
 
     @property
     def num_waiting(self) -> int:
         """Sequences without blocks, those that wait for a sibling's prompt included."""
-        return len(self._waiting) + self._num_held
+        return self.roster.num_waiting
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences) or self._flying is not None
+        return bool(self.roster) or self._flying is not None
 
     @property
     def is_settled(self) -> bool:
@@ -347,7 +334,7 @@ class Engine:
         behind: the step that runs, if one does; the tokens that it will choose are counted as if they were there.
         """
         try:
-            scheduled = self._plan(is_ahead=behind is not None)
+            scheduled = self._planner.plan(is_ahead=behind is not None)
         except Exception as error:  # a scheduler's code; fatal unless there is another to go back to
             if self.probation is None:
                 raise
@@ -428,168 +415,8 @@ class Engine:
                 item.request.num_computed = item.begin
 
     def _expire(self, now: float) -> list[Chunk]:
-        chunks: list[Chunk] = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, request_id = heapq.heappop(self._deadlines)
-            deadline = self._sequences[request_id][0].deadline_seconds if request_id in self._sequences else None
-            # The id may have ended and come back: then this deadline was another request's.
-            if deadline is not None and deadline <= now:
-                chunks += self._end_all(request_id, FinishReason.TIMEOUT)
-        return chunks
-
-    def _plan(self, *, is_ahead: bool = False) -> list[Scheduled]:
-        """Ask the scheduler, then give blocks in its order.
-
-        is_ahead: a step still runs. What it frees, and whom it ends, is not known yet, so nobody gives way: where
-                  blocks are short nothing is planned, and the plan is made again once that step is collected.
-        """
-        if not self._running and not self._waiting:
-            return []
-        running = self._running_in_order()
-        view = View([request.candidate() for request in running], self._waiting.peek_in_order(self._newcomer))
-        try:
-            plan = self.scheduler.plan(view)
-            self._check_plan(plan)
-            for name in plan.preempt:
-                self._preempt(self._running[name])
-            scheduled = self._give_blocks(plan.grants, is_ahead)
-        finally:
-            self._waiting.put_back()
-        if not scheduled and not is_ahead and len(self._running) == len(running):
-            # Nothing has changed, so the next plan would be the same, for ever.
-            raise EngineError(
-                f"scheduler {type(self.scheduler).__name__} made a plan that computes nothing: it grants waiting "
-                "requests only, and they find too few blocks",
-                hint="Grant running requests before waiting ones.",
-            )
-        return scheduled
-
-    def _running_in_order(self) -> list[Request]:
-        """What runs, by key; ordered anew only when somebody came or went."""
-        if self._in_order is None:
-            self._in_order = sorted(self._running.values(), key=lambda request: request.key)
-        return self._in_order
-
-    def _newcomer(self, request: Request) -> Candidate:
-        """A waiting request as the scheduler sees it: what the cache holds already costs none of the step's tokens."""
-        return Candidate(request.name, request.key, len(request.tokens) - self._num_reusable(request))
-
-    def _check_plan(self, plan: StepPlan) -> None:
-        limits = self.scheduler.limits()
-        names = [grant.request_id for grant in plan.grants]
-        total = sum(grant.num_tokens for grant in plan.grants)
-        problem = None
-        if len(set(names)) != len(names):
-            problem = "a request is granted twice"
-        elif len({*names, *plan.preempt}) != len(names) + len(plan.preempt):
-            problem = "a request is preempted twice, or preempted and granted at once"
-        elif any(grant.num_tokens < 1 for grant in plan.grants):
-            problem = "a grant of less than one token"
-        elif total > limits.max_batched_tokens:
-            problem = f"{total} tokens are granted, over max_batched_tokens {limits.max_batched_tokens}"
-        elif not plan.grants:
-            problem = "nothing is granted although requests are there"
-        elif any(name not in self._running for name in plan.preempt):
-            problem = "a request is preempted that does not run"
-        elif any(name not in self._running and name not in self._waiting for name in names):
-            problem = "a request is granted that neither runs nor waits"
-        else:
-            newcomers = sum(name in self._waiting for name in names)
-            if len(self._running) - len(plan.preempt) + newcomers > limits.max_running:
-                problem = f"more than max_running {limits.max_running} requests would run"
-        if problem:
-            raise EngineError(f"scheduler {type(self.scheduler).__name__} made an impossible plan: {problem}")
-
-    def _give_blocks(self, grants: Sequence[Grant], is_ahead: bool) -> list[Scheduled]:
-        scheduled: dict[str, Scheduled] = {}
-        was_running = set(self._running)
-        is_admitting = True
-        for grant in grants:
-            request = self._running.get(grant.request_id)
-            if request is not None:
-                if is_ahead and request.is_at_its_last:
-                    continue  # the token that is still to come ends it
-                num_running = len(self._running)
-                num_tokens = min(grant.num_tokens, request.pending_tokens)
-                assert request.blocks is not None
-                if is_ahead and not self.kv.extend(request.blocks, request.num_computed, num_tokens):
-                    return []
-                if self._make_room(request, num_tokens, scheduled):
-                    scheduled[request.name] = Scheduled.of(request, num_tokens)
-                # Blocks that someone gave up are not for a newcomer: it would be the next to give them up.
-                is_admitting = is_admitting and len(self._running) == num_running
-                continue
-            waiting = self._waiting.get(grant.request_id)
-            if waiting is None or grant.request_id in was_running or not is_admitting:
-                continue  # it gave way a moment ago, or one before it found too few blocks
-            tokens = self._admit(waiting, grant.num_tokens)
-            if tokens > 0:
-                scheduled[waiting.name] = Scheduled.of(waiting, tokens)
-            is_admitting = tokens > 0
-        return list(scheduled.values())
-
-    def _make_room(self, request: Request, num_tokens: int, scheduled: dict[str, Scheduled]) -> bool:
-        """Blocks for a running request; the one last in order gives way, be it the request itself."""
-        assert request.blocks is not None
-        while not self.kv.extend(request.blocks, request.num_computed, num_tokens):
-            last = max(self._running.values(), key=lambda other: other.key)
-            scheduled.pop(last.name, None)
-            self._preempt(last)
-            if last is request:
-                return False
-        return True
-
-    def _admit(self, request: Request, num_tokens: int) -> int:
-        """Let a waiting request run if its first tokens find blocks; returns how many tokens it may compute."""
-        blocks = self.kv.open()
-        computed = self._reuse(request, blocks)
-        num_tokens = min(num_tokens, len(request.tokens) - computed)
-        if not self.kv.extend(blocks, computed, num_tokens):
-            self.kv.close(blocks)
-            return 0
-        self._waiting.remove(request)
-        request.blocks = blocks
-        request.num_computed = request.num_landed = computed
-        if request.num_cached_tokens is None:
-            request.num_cached_tokens = min(computed, request.num_prompt_tokens)
-            self.metrics.prompt_looked_up(request.num_prompt_tokens, request.num_cached_tokens)
-            self.metrics.queue_seconds(self._clock() - request.arrival_seconds)
-        self._move(request, RequestState.RUNNING)
-        self._running[request.name] = request
-        self._in_order = None
-        return num_tokens
-
-    def _reuse(self, request: Request, blocks: SequenceBlocks) -> int:
-        """Start from a sibling's blocks or from the prefix cache; returns the tokens that need no computing."""
-        if request.wants_prompt_logprobs:
-            return 0  # every prompt position has to be computed to be scored
-        parent = self._forkable_parent(request)
-        if parent is not None:
-            self.kv.fork(parent, blocks, request.num_prompt_tokens)
-            return request.num_prompt_tokens - 1
-        return self.kv.adopt_prefix(blocks, request.tokens, request.hashes)
-
-    def _num_reusable(self, request: Request) -> int:
-        """What :meth:`_reuse` would return. Changes nothing."""
-        if request.wants_prompt_logprobs:
-            return 0
-        if self._forkable_parent(request) is not None:
-            return request.num_prompt_tokens - 1
-        return self.kv.num_cached(request.tokens, request.hashes)
-
-    def _forkable_parent(self, request: Request) -> SequenceBlocks | None:
-        """The blocks of the first of n sequences, while they still hold the whole prompt that the others start from."""
-        parent, length = request.parent, request.num_prompt_tokens
-        if parent is None or parent.blocks is None or parent.num_landed < length or len(request.tokens) > length:
-            return None
-        return parent.blocks if self.kv.can_fork(parent.blocks, length - 1) else None
-
-    def _preempt(self, request: Request) -> None:
-        """Take a running request's blocks; it waits in its old place and computes again what it lost."""
-        self._release_blocks(request)
-        self._move(request, RequestState.PREEMPTED)
-        self._waiting.push(request)
-        self.metrics.preempted()
+        expired = self.roster.expired(now)
+        return [chunk for request_id in expired for chunk in self._end_all(request_id, FinishReason.TIMEOUT)]
 
     # --- after the model -------------------------------------------------------------------------------------------
 
@@ -623,8 +450,8 @@ class Engine:
                 continue  # a step that was launched before its end was known
             if request.num_prompt_tokens == 1 and request.wants_prompt_logprobs:
                 request.prompt_logprobs.append(None)
-            if request.request_id in self._held:
-                self._release_held(request)
+            if request.request_id in self.roster.held:
+                self.roster.release_held(request)
             if not sampled.is_sound[row]:
                 message = "the model's scores are not finite (NaN or infinity); its weights or a kernel are at fault"
                 chunks.append(self._end(request, FinishReason.ERROR, error=message))
@@ -677,21 +504,16 @@ class Engine:
                 reason, error = FinishReason.ERROR, _decoding_failed(request, fault)
         if reason is FinishReason.ERROR:
             self._scrub(request)
-        self._take_away(request)
-        self._move(request, RequestState.FINISHED)
+        self.roster.end(request)
         request.finish_reason, request.stop_reason = reason, stop_reason
-        self._release_held(request)
         self._sampler.forget(request)
-        siblings = self._sequences[request.request_id]
-        if all(sibling.is_finished for sibling in siblings):
-            del self._sequences[request.request_id]
         self.metrics.request_finished(reason, self._clock() - request.arrival_seconds)
         tokens = () if token is None else (token,)
         return Chunk(request.request_id, request.index, text, tokens, logprobs, reason, stop_reason, error, self.epoch)
 
     def _end_all(self, request_id: str, reason: FinishReason, error: str | None = None) -> list[Chunk]:
         # Held siblings first: ending the parent would otherwise let them go and wait.
-        sequences = reversed(self._sequences.get(request_id, []))
+        sequences = reversed(self.roster.siblings(request_id))
         return [self._end(sequence, reason, error=error) for sequence in list(sequences) if not sequence.is_finished]
 
     def _fail_step(self, flight: Flight, error: Exception) -> list[Chunk]:
@@ -713,22 +535,12 @@ class Engine:
 
         Other books need requests that hold nothing: :meth:`preempt_all` first.
         """
-        sequences = [sequence for siblings in self._sequences.values() for sequence in siblings]
         if scheduler is not self.scheduler:
             kv.make_rows(scheduler.limits().max_running)
             self.runner.reserve(kv, scheduler.limits().max_batched_tokens, scheduler.limits().max_running)
-            keys = [self._key(sequence, scheduler) for sequence in sequences]
-            for sequence, key in zip(sequences, keys, strict=True):
-                sequence.key = key
-            self.scheduler = scheduler
-            self._waiting.rekey(lambda request: request.key)
-            by_key = sorted(self._running.values(), key=lambda request: request.key)
-            for request in by_key[scheduler.limits().max_running :]:
-                self._preempt(request)
+            self.roster.use_scheduler(scheduler)
         if kv is not self.kv:
-            self.kv = kv
-            for sequence in sequences:
-                sequence.hashes = []  # names of blocks of another size or contract
+            self.roster.use_kv(kv)
 
     @property
     def draw(self) -> Callable[..., torch.Tensor] | None:
@@ -745,21 +557,18 @@ class Engine:
 
     def preempt_all(self) -> int:
         """Take the blocks of every running request; returns how many there were."""
-        running = list(self._running.values())
-        for request in running:
-            self._preempt(request)
-        return len(running)
+        return self.roster.preempt_all()
 
     def drop_prefixes(self) -> None:
         """Forget every cached prefix: other weights would give other keys and values. What runs keeps its own."""
         self.kv.forget_prefixes()
-        for request in self._running.values():
+        for request in self.roster.running.values():
             request.has_mixed_cache = True
 
     def recompute_all(self) -> None:
         """Distrust every key and value there is; what runs is computed anew."""
         self.kv.take_copies()
-        for request in self._running.values():
+        for request in self.roster.running.values():
             self._scrub(request)
         self.kv.forget_prefixes()
         self.preempt_all()
@@ -799,43 +608,6 @@ class Engine:
             self._lane.run(lambda: self.runner.clear_blocks(self.kv, own)).wait()
         except Exception as error:  # the backend's code, in a sequence that ends with an error anyway
             _log.error("blocks of %s could not be cleared", request.name, exc_info=error)
-
-    # --- small moves -----------------------------------------------------------------------------------------------
-
-    def _take_away(self, request: Request) -> None:
-        """Take a sequence that ends from wherever it is."""
-        if request.state is RequestState.RUNNING:
-            self._release_blocks(request)
-        elif request.state is RequestState.HELD:
-            self._held[request.request_id].remove(request)
-            self._num_held -= 1
-            if not self._held[request.request_id]:
-                del self._held[request.request_id]
-        else:
-            self._waiting.remove(request)
-
-    def _release_blocks(self, request: Request) -> None:
-        assert request.blocks is not None
-        self.kv.close(request.blocks)
-        request.blocks = None
-        request.num_computed = request.num_landed = 0
-        request.has_mixed_cache = False
-        del self._running[request.name]
-        self._in_order = None
-
-    def _release_held(self, parent: Request) -> None:
-        """The prompt is computed, or never will be: siblings that waited for it join the queue."""
-        if parent.index == 0:
-            for sibling in self._held.pop(parent.request_id, ()):
-                self._num_held -= 1
-                self._move(sibling, RequestState.WAITING)
-                self._waiting.push(sibling)
-
-    def _move(self, request: Request, state: RequestState) -> None:
-        old = request.state
-        request.move(state)
-        if self._tells_states:
-            self._observers.notify("request_changed_state", request=request, old=old, new=state)
 
     def _note_token(self, request: Request, now: float, gaps: dict[float, int]) -> None:
         """gaps: seconds between two tokens -> how many sequences had them; equal for nearly all of a step."""

@@ -284,8 +284,8 @@ def test_the_last_in_order_gives_way() -> None:
     for number, prompt in enumerate(prompts(3, 16)):
         add(engine, f"r{number}", prompt, greedy(40))
     preempted: list[str] = []
-    move = engine._preempt
-    engine._preempt = lambda request: (preempted.append(request.name), move(request))  # type: ignore[assignment]
+    move = engine.roster.preempt
+    engine.roster.preempt = lambda request: (preempted.append(request.name), move(request))  # type: ignore[assignment]
     finish(engine)
     assert preempted[0] == "r2[0]"
     assert "r0[0]" not in preempted
@@ -307,7 +307,7 @@ def test_no_newcomer_takes_the_blocks_that_another_gave_up() -> None:
         run.add(engine.step())
     add(engine, "late", [1, 2], greedy(3))
     run.add(engine.step())
-    assert set(engine._running) == {"r0[0]"}
+    assert set(engine.roster.running) == {"r0[0]"}
     finish(engine, run)
 
 
@@ -336,10 +336,10 @@ def test_a_prompt_may_take_the_blocks_of_a_decode_that_has_its_share_of_the_step
     engine = make_engine(PromptLast([]), num_blocks=16, windows=(None,), prefix_cache=False, max_batched_tokens=64)
     run = Run()
     add(engine, "decode", [3] * 4, greedy(50))
-    while len(engine._running) < 1 or engine._running["decode[0]"].num_output_tokens < 20:
+    while len(engine.roster.running) < 1 or engine.roster.running["decode[0]"].num_output_tokens < 20:
         run.add(engine.step())
     prompt = [9] * 60
-    engine._admit(add(engine, "prompt", prompt, greedy(2))[0], 1)
+    engine._planner.admit(add(engine, "prompt", prompt, greedy(2))[0], 1)
     run = finish(engine, run)
     assert engine.metrics.snapshot()["preemptions"] >= 1
     assert {chunk.finish_reason for chunk in run.last.values()} == {FinishReason.LENGTH}
@@ -389,7 +389,7 @@ def test_a_prompt_interrupted_while_it_is_scored_is_scored_once() -> None:
     sequences = add(engine, "a", LONG, greedy(4, prompt_logprobs=0))
     engine.step()
     engine.step()
-    engine._preempt(sequences[0])
+    engine.roster.preempt(sequences[0])
     finish(engine)
     logprobs = engine.prompt_info(sequences).logprobs
     assert logprobs is not None

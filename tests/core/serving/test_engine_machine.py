@@ -141,7 +141,7 @@ class EngineMachine(RuleBasedStateMachine):
     def a_step_breaks(self) -> None:
         lm = fake_lm(self.engine)
         lm.faults.error = RuntimeError("injected")
-        waiting = {id(r) for r in self.engine._waiting}
+        waiting = {id(r) for r in self.engine.roster.waiting}
         chunks = self.engine.step()
         was_reached, lm.faults.error = lm.faults.error is None, None
         self.receive(chunks)
@@ -149,7 +149,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert was_reached == bool(ended)
         assert all("RuntimeError: injected" in (chunk.error or "") for chunk in ended)
         # At least the first that waited and was not admitted waits on; whoever still waits kept its tokens.
-        assert all(r.state is not RequestState.FINISHED for r in self.engine._waiting if id(r) in waiting)
+        assert all(r.state is not RequestState.FINISHED for r in self.engine.roster.waiting if id(r) in waiting)
 
     @rule(row=st.integers(0, 7))
     def a_row_is_nan(self, row: int) -> None:
@@ -218,21 +218,21 @@ def check_books(engine: Engine) -> None:
     """Every place that knows of a sequence or a block agrees with every other."""
     kv = engine.kv
     kv.check()
-    live = {s.name: s for sequences in engine._sequences.values() for s in sequences if not s.is_finished}
-    held = {s.name for sequences in engine._held.values() for s in sequences}
-    waiting = {s.name: s for s in engine._waiting}
-    assert engine._running.keys() | waiting.keys() | held == live.keys()
-    assert len(engine._running) + len(waiting) + len(held) == len(live)
+    live = {s.name: s for s in engine.roster if not s.is_finished}
+    held = {s.name for sequences in engine.roster.held.values() for s in sequences}
+    waiting = {s.name: s for s in engine.roster.waiting}
+    assert engine.roster.running.keys() | waiting.keys() | held == live.keys()
+    assert len(engine.roster.running) + len(waiting) + len(held) == len(live)
     assert engine.num_waiting == len(waiting) + len(held)
-    assert {s.state for s in engine._running.values()} <= {RequestState.RUNNING}
+    assert {s.state for s in engine.roster.running.values()} <= {RequestState.RUNNING}
     assert {s.state for s in waiting.values()} <= {RequestState.WAITING, RequestState.PREEMPTED}
     assert all(live[name].state is RequestState.HELD for name in held)
-    assert all(s.blocks is None and s.num_computed == 0 for s in live.values() if s.name not in engine._running)
-    rows = [s.blocks.row for s in engine._running.values() if s.blocks]
+    assert all(s.blocks is None and s.num_computed == 0 for s in live.values() if s.name not in engine.roster.running)
+    rows = [s.blocks.row for s in engine.roster.running.values() if s.blocks]
     assert sorted([*rows, *kv._rows]) == list(range(len(kv.tables[0])))
     for index, pool in enumerate(kv.pools):
         listed: Counter[int] = Counter()
-        for sequence in engine._running.values():
+        for sequence in engine.roster.running.values():
             assert sequence.blocks is not None
             blocks = sequence.blocks.blocks[index]
             listed.update(block for block in blocks if block != GONE)

@@ -274,7 +274,7 @@ def test_a_step_that_raises_ends_what_it_worked_on_and_nothing_else() -> None:
         add(engine, f"r{number}", prompt, greedy(6))
     run = Run()
     run.add(engine.step())
-    running = {name[:2] for name in engine._running}
+    running = {name[:2] for name in engine.roster.running}
     fake_lm(engine).faults.error = RuntimeError("the device is on fire")
     run.add(engine.step())
     assert {key[0] for key, chunk in run.last.items()} == running
@@ -467,7 +467,7 @@ def test_cancelled_requests_do_not_pile_up_behind_one_that_waits() -> None:
     for number in range(5000):
         add(engine, f"r{number}", [1], greedy(1))
         engine.cancel(f"r{number}")
-    assert len(engine._waiting._heap) < 200
+    assert len(engine.roster.waiting._heap) < 200
     run = finish(engine)
     assert run.tokens["waits", 0] == TOKENS
 

@@ -16,12 +16,12 @@ PROMPT = [5, 9, 12, 3, 3, 44, 60, 1, 17, 30]
 
 
 def _swap_two_blocks(engine: Engine) -> None:
-    table = engine.kv.tables[0][next(iter(engine._running.values())).blocks.row]
+    table = engine.kv.tables[0][next(iter(engine.roster.running.values())).blocks.row]
     table[[0, 1]] = table[[1, 0]]
 
 
 def _forget_a_value(engine: Engine) -> None:
-    engine.runner.cache[0][engine.kv.tables[0][next(iter(engine._running.values())).blocks.row, 0], 2] = 0.0
+    engine.runner.cache[0][engine.kv.tables[0][next(iter(engine.roster.running.values())).blocks.row, 0], 2] = 0.0
 
 
 def _never_write_a_slot(engine: Engine) -> None:
@@ -29,7 +29,7 @@ def _never_write_a_slot(engine: Engine) -> None:
 
 
 def _shift_the_position(engine: Engine) -> None:
-    request = next(iter(engine._running.values()))
+    request = next(iter(engine.roster.running.values()))
     request.tokens.insert(0, 0)
     request.num_computed += 1
 

@@ -87,7 +87,7 @@ class OverlappedMachine(EngineMachine):
         """With a step under way, the fault may hit the step behind it, whose end is told one step later."""
         lm = fake_lm(self.engine)
         lm.faults.error = RuntimeError("injected")
-        live = {s.name for sequences in self.engine._sequences.values() for s in sequences if not s.is_finished}
+        live = {s.name for s in self.engine.roster if not s.is_finished}
         chunks = self.engine.step() + self.engine.settle()
         was_reached, lm.faults.error = lm.faults.error is None, None
         self.receive(chunks)
@@ -96,7 +96,7 @@ class OverlappedMachine(EngineMachine):
         if not was_reached:
             assert not ended
         names = {f"{chunk.request_id}[{chunk.index}]" for chunk in ended}
-        others = {s.name for sequences in self.engine._sequences.values() for s in sequences if not s.is_finished}
+        others = {s.name for s in self.engine.roster if not s.is_finished}
         finished = {f"{c.request_id}[{c.index}]" for c in chunks if c.finish_reason is not None}
         assert others == live - finished
         assert names <= live

@@ -202,7 +202,7 @@ def test_an_urgent_request_takes_the_place_of_the_least_urgent_one() -> None:
         engine_run.add(engine.step())
     add(engine, "urgent", urgent, greedy(20), priority=-3)
     engine_run.add(engine.step())
-    assert set(engine._running) == {"normal[0]", "urgent[0]"}
+    assert set(engine.roster.running) == {"normal[0]", "urgent[0]"}
     run = finish(engine, engine_run)
     assert list(run.last) == [("normal", 0), ("urgent", 0), ("patient", 0)]
     for name, prompt in zip(("patient", "normal", "urgent"), (patient, normal, urgent), strict=True):
@@ -251,3 +251,16 @@ def test_nobody_is_displaced_while_a_place_is_free() -> None:
     plan = plan_of(aging(1.0), [(5.0, 1)], [(1.0, 4)])
     assert not plan.preempt
     assert [grant.request_id for grant in plan.grants] == ["run0", "wait0"]
+
+
+def test_what_runs_is_ordered_anew_by_another_scheduler() -> None:
+    engine = make_engine("fcfs", max_running=2)
+    patient, urgent = prompts(2)
+    add(engine, "patient", patient, greedy(20), priority=3)
+    add(engine, "urgent", urgent, greedy(20), priority=-3)
+    engine.step()
+    assert [request.request_id for request in engine.roster.running_in_order()] == ["patient", "urgent"]
+    engine.exchange(make_scheduler("priority", 64, 2), engine.kv)
+    assert [request.request_id for request in engine.roster.running_in_order()] == ["urgent", "patient"]
+    run = finish(engine)
+    assert len(run.last) == 2
