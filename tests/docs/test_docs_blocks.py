@@ -47,6 +47,8 @@ PORT = "127.0.0.1:8000"
 SECONDS = 120
 
 REAL_MODEL = (pytest.mark.model, pytest.mark.slow)
+LENGTHY = "drivetrain doctor"
+"""It starts a process for every plugin."""
 
 FLAGS = {
     "console": {"", "fails", "model", "long", "server", "other"},
@@ -66,10 +68,16 @@ def flag(block: Block) -> str:
 def console_blocks(*flags: str) -> list[object]:
     """Console blocks with one of these flags, as parameters named by their place."""
     return [
-        pytest.param(block, id=block.place, marks=REAL_MODEL if flag(block) == "model" else ())
+        pytest.param(block, id=block.place, marks=marks_of(block))
         for block in all_blocks("console")
         if flag(block) in flags
     ]
+
+
+def marks_of(block: Block) -> tuple[pytest.MarkDecorator, ...]:
+    if flag(block) == "model":
+        return REAL_MODEL
+    return (pytest.mark.slow,) if LENGTHY in block.text else ()
 
 
 def python_pages() -> list[object]:

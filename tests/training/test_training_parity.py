@@ -92,6 +92,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(model: Path, chats: Path, tmp_pa
     assert steps == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_state_of_two_ranks_is_loaded_by_one(model: Path, chats: Path, tmp_path: Path, wanted: list[float]) -> None:
     """Samples are counted in samples, so that another number of ranks goes on with the next one."""
     settings = run_settings(model, chats, tmp_path, steps=3, micro_batch=1, batch=4)
@@ -151,6 +152,7 @@ def test_settings_are_the_files_of_a_run(model: Path, chats: Path, tmp_path: Pat
     assert load_settings(None, settings).trainer.steps == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
 def test_a_stage_trains_saves_goes_on_and_exports(
     model: Path, chats: Path, tmp_path: Path, wanted: list[float], stage: str
