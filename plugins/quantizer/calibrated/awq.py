@@ -28,6 +28,12 @@ _LEAST_FACTOR = 1e-4
 _MOST_ROWS = 128
 """Outputs of a weight that are rounded column by column for each ratio: enough to tell ratios apart."""
 
+AT_ONCE_BYTES = 32 << 20
+"""As many ratios are tried at a time as this holds, one at least."""
+
+_COPIES = 9
+"""Of the rows of a ratio: weights, factors, values and errors, by outputs and by inputs."""
+
 
 def awq_factors(
     weights_OI: Mapping[str, torch.Tensor], statistics: InputStatistics, rounding: Rounding, steps: int
@@ -75,15 +81,25 @@ def compensated_factors(
         ]
     )
 
-    def loss(factors_I: torch.Tensor) -> float:
+    def losses(factors_RI: torch.Tensor) -> list[float]:
+        """Of several ratios at a time: short columns would cost more calls than work."""
+        count = factors_RI.shape[0]
         values_OI, scales_ON, zeros_ON = rounded_columns(
-            rows_OI, upper_II, gram_II.diagonal(), rounding, clips=clips, factors_OI=factors_I.unsqueeze(0)
+            rows_OI.repeat(count, 1),
+            upper_II,
+            gram_II.diagonal(),
+            rounding,
+            clips=clips,
+            factors_OI=factors_RI.repeat_interleave(rows_OI.shape[0], 0),
         )
         centred_ONg = values_OI.unflatten(1, (-1, rounding.group)) - zeros_ON.unsqueeze(2)
-        error_OI = ((centred_ONg * scales_ON.unsqueeze(2)).flatten(1) / factors_I).sub_(rows_OI)
-        return float(((error_OI @ damped_II) * error_OI).sum(1) @ shares_O)
+        rounded_ROI = (centred_ONg * scales_ON.unsqueeze(2)).flatten(1).unflatten(0, (count, -1))
+        errors_ROI = rounded_ROI.div_(factors_RI.unsqueeze(1)).sub_(rows_OI)
+        return [float(((error_OI @ damped_II) * error_OI).sum(1) @ shares_O) for error_OI in errors_ROI]
 
-    return _least((loss(factors_I), factors_I) for factors_I in _ratios(statistics, steps))
+    ratios_RI = torch.stack(list(_ratios(statistics, steps)))
+    at_once = max(1, AT_ONCE_BYTES // (_COPIES * rows_OI.numel() * rows_OI.element_size()))
+    return _least(pair for some_RI in ratios_RI.split(at_once) for pair in zip(losses(some_RI), some_RI, strict=True))
 
 
 def _ratios(statistics: InputStatistics, steps: int) -> Iterator[torch.Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from drivetrain.plugins.quantizer.calibrated.grids import Rounding
+from drivetrain.plugins.quantizer.calibrated.grids import Rounding, ranges
 
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
@@ -39,15 +39,19 @@ def best_shares_apart(
 
     squares_OB: mean squares of the inputs; [1, B] for all outputs alike.
     """
-    best_O1 = torch.full((weight_OB.shape[0], 1), shares[0], device=weight_OB.device)
-    least_O = torch.full_like(best_O1[:, 0], torch.inf)
+    low_O, high_O = ranges(weight_OB)
+    best_O = torch.full_like(low_O, shares[0])
+    least_O = torch.full_like(low_O, torch.inf)
+    error_OB = torch.empty_like(weight_OB)
     for share in shares:
-        error_OB = rounding.rounded(weight_OB.unsqueeze(1), share).squeeze(1).sub_(weight_OB)
+        scales_O1, zeros_O1 = (part.unsqueeze(1) for part in rounding.grids_of(low_O * share, high_O * share))
+        torch.div(weight_OB, scales_O1, out=error_OB).add_(zeros_O1).round_().clamp_(0, rounding.highest)
+        error_OB.sub_(zeros_O1).mul_(scales_O1).sub_(weight_OB)
         loss_O = error_OB.square_().mul_(squares_OB).sum(1)
         is_less = loss_O < least_O
-        best_O1[is_less] = share
+        best_O[is_less] = share
         least_O = torch.where(is_less, loss_O, least_O)
-    return best_O1
+    return best_O.unsqueeze(1)
 
 
 def group_losses(error_ONg: torch.Tensor, gram_Ngg: torch.Tensor) -> torch.Tensor:

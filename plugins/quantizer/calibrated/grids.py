@@ -47,11 +47,15 @@ class Rounding:
         return self.bits + 24 / self.group
 
     def grids(self, weight_ONg: torch.Tensor, share: float | torch.Tensor = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scales and zero points, [O, N], for ``share`` of each group's range.
+        """Scales and zero points, [O, N], for ``share`` of each group's range."""
+        low_ON, high_ON = ranges(weight_ONg)
+        return self.grids_of(low_ON * share, high_ON * share)
+
+    def grids_of(self, low_ON: torch.Tensor, high_ON: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales and zero points for groups from ``low``, at most 0, to ``high``, at least 0.
 
         Zero points are 1 or more: the first version of the GPTQ format stores them less one.
         """
-        low_ON, high_ON = weight_ONg.amin(-1).clamp_max(0) * share, weight_ONg.amax(-1).clamp_min(0) * share
         if self.symmetric:
             scales_ON = torch.maximum(high_ON / (self.highest - self.middle), -low_ON / self.middle)
             scales_ON = storable(scales_ON)
@@ -90,6 +94,11 @@ class Rounding:
         return IntegerGrid(
             self.bits, values_OI.to(torch.uint8), scales_ON.to(torch.float16), zeros_ON.to(torch.uint8), order
         )
+
+
+def ranges(weight_ONg: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least and the largest weight of each group, [O, N], and 0 where that is beyond."""
+    return weight_ONg.amin(-1).clamp_max(0), weight_ONg.amax(-1).clamp_min(0)
 
 
 def storable(scales_ON: torch.Tensor) -> torch.Tensor:

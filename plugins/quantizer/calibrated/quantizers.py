@@ -14,7 +14,7 @@ from pydantic import Field
 from drivetrain.contracts.packed import PackedWeight
 from drivetrain.contracts.quantizer import InputStatistics, QuantizerConfig
 from drivetrain.errors import ConfigError
-from drivetrain.plugins.quantizer.calibrated.awq import awq_factors, awq_grid, compensated_factors
+from drivetrain.plugins.quantizer.calibrated.awq import AT_ONCE_BYTES, awq_factors, awq_grid, compensated_factors
 from drivetrain.plugins.quantizer.calibrated.gptq import gptq
 from drivetrain.plugins.quantizer.calibrated.grids import Rounding, check_group, check_range
 from drivetrain.plugins.quantizer.calibrated.refining import DAMPING
@@ -158,9 +158,10 @@ class _CalibratesGroups(SavesPacked):
         )
 
     def _compensating_bytes(self, out_features: int, in_features: int) -> int:
-        # The second moments in float64 three times, and once more in order; weights, values and errors, and
-        # what values and scales are chosen again by.
-        return (4 * _FLOAT64 + 2 * _FLOAT32) * in_features**2 + 8 * _FLOAT32 * out_features * in_features
+        # The second moments in float64 three times, and once more in order; beside them first the ratios that are tried
+        # at a time, then weights, values and errors, and what values and scales are chosen again by.
+        moments = (4 * _FLOAT64 + 2 * _FLOAT32) * in_features**2
+        return moments + max(AT_ONCE_BYTES, 8 * _FLOAT32 * out_features * in_features)
 
 
 class CalibratesGptq(_CalibratesGroups):
