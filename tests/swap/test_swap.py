@@ -57,15 +57,26 @@ def overlapping(folder: Path) -> Iterator[LLM]:
 
 
 class Traffic:
-    """Requests in flight, in a thread of their own, and what must come of them."""
+    """Requests in flight, in threads of their own, and what must come of them.
 
-    def __init__(self, llm: LLM, params: SamplingParams = GREEDY) -> None:
+    rounds: whether the same requests come again and again, from two threads that are half a round apart: the engine
+            always has some until the block ends.
+    """
+
+    def __init__(self, llm: LLM, params: SamplingParams = GREEDY, *, rounds: bool = False) -> None:
         self._llm, self._params = llm, params
+        before = self._num_steps()
         self.expected = self._run()
+        self._half_a_round = (self._num_steps() - before) // 2
         self.results: list[Any] = []
         self._failure: BaseException | None = None
-        self._started = threading.Event()
-        self._thread = threading.Thread(target=self._record)
+        self._rounds = rounds
+        self._ended = threading.Event()
+        self._threads = [threading.Thread(target=self._record) for _ in range(1 + rounds)]
+
+    def _num_steps(self) -> int:
+        steps: int = self._llm._loop.engine.metrics.snapshot()["steps"]
+        return steps
 
     def _run(self) -> list[Any]:
         results = self._llm.generate(PROMPTS, self._params)
@@ -73,23 +84,27 @@ class Traffic:
 
     def _record(self) -> None:
         try:
-            self.results = self._run()
+            self.results.append(self._run())
+            while self._rounds and not self._ended.is_set():
+                self.results.append(self._run())
         except BaseException as error:
             self._failure = error
 
     def __enter__(self) -> Traffic:
-        engine = self._llm._loop.engine
-        before = engine.metrics.snapshot()["steps"]
-        self._thread.start()
-        while engine.metrics.snapshot()["steps"] < before + 2:
-            pass
+        for thread in self._threads:
+            before = self._num_steps()
+            thread.start()
+            while self._num_steps() < before + (self._half_a_round if self._rounds else 2):
+                time.sleep(0)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.join()
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
         if self._failure is not None:
             raise self._failure
-        assert self.results == self.expected
+        assert all(result == self.expected for result in self.results)
 
 
 def assert_whole(llm: LLM) -> None:
@@ -213,7 +228,7 @@ def test_a_fault_before_the_commit_ends_changes_nothing(llm: LLM, parts: Any, me
 def test_a_fault_on_probation_is_rolled_back(llm: LLM, parts: Any) -> None:
     """The failing step is run again by the old parts: no token is lost, doubled or changed."""
     digest = llm.selection_dict()["plan_digest"]
-    with Traffic(llm) as traffic:
+    with Traffic(llm, rounds=True) as traffic:
         report = llm.swap(probation_steps=1000, **parts)
         assert report.outcome is SwapOutcome.ROLLED_BACK
         assert "told to fail" in (report.reason or "") or "finite" in (report.reason or "")

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from drivetrain.errors import InvalidRequestError
@@ -188,6 +188,7 @@ _any = st.recursive(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine takes seconds for the first
 @given(st.dictionaries(st.sampled_from([f.name for f in dataclasses.fields(SamplingParams)]), _any, max_size=4))
 def test_any_values_give_parameters_or_one_kind_of_error(values: dict[str, Any]) -> None:
     try:
