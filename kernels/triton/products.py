@@ -21,6 +21,7 @@ from torch.nn import functional
 from drivetrain.contracts.kernels import KernelSpec
 from drivetrain.kernels.triton import one_row
 from drivetrain.kernels.triton.activations import GELU, SILU, Activation, activated
+from drivetrain.kernels.triton.float8 import from_fp8
 from drivetrain.kernels.triton.launch import INTERPRETED, as_rows, dot, needs_gradient, num_processors, power_of_two
 from drivetrain.kernels.triton.tuning import FUSED, Blocks, Choice, Tuner, rows_class
 from drivetrain.packed.decode import mins_of
@@ -30,14 +31,6 @@ INT8, FP8 = 1, 2
 _FEW_ROWS = 64
 """Up to so many rows the gated product in one launch is faster than two products by torch's library and an activation:
 86 us against 92 for 64 rows of an 8B Llama on an H100."""
-
-
-@triton.jit
-def from_fp8(bits: tl.tensor) -> tl.tensor:
-    """float8_e4m3fn, as uint8, to float16, exactly and on any hardware: the exponent's bias is 8 less."""
-    wide = bits.to(tl.uint16)
-    value = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
-    return tl.where((wide & 0x7F) == 0x7F, float("nan"), value)
 
 
 @triton.jit

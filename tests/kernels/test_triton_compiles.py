@@ -26,6 +26,7 @@ BOUND_BY_MEMORY = {
     "one_row._product",
     "norms._forward", "norms._backward", "activations._forward", "activations._backward", "rotary._rope",
     "decode._write", "decode._decode", "cross_entropy._losses", "cross_entropy._logit_gradients", "sampling._sample",
+    "rounding._round_row", "rounding._round_blocks",
 }  # fmt: skip
 OTHERS = {"products._sum_parts", "decode._list", "flash_backward._row_products", "hopper._means", "hopper._scale"}
 

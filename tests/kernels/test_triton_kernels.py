@@ -46,5 +46,6 @@ def test_every_operation_is_compared(report: Report) -> None:
     }  # fmt: skip
 
 
-def test_what_the_suite_does_not_ask() -> None:
-    run_in_interpreter(Path(__file__).parent / "interpreted" / "check_kernels.py")
+@pytest.mark.parametrize("file", ["check_kernels.py", "check_rounding.py"])
+def test_what_the_suite_does_not_ask(file: str) -> None:
+    run_in_interpreter(Path(__file__).parent / "interpreted" / file)

@@ -103,6 +103,18 @@ def vocabulary() -> None:
     make("sample")(randn(4, 32_768), one, torch.ones(4, dtype=torch.int64), one, one, one.double() / 2)
 
 
+def rounded() -> None:
+    from drivetrain.kernels.triton import rounding
+
+    x = randn(3, 1024)
+    rounding.to_int8_rows(x)
+    rounding.to_int8_rows(randn(3, 20_000))
+    rounding.to_int8_blocks(x)
+    rounding.to_int8_blocks(x, even_first=True)
+    for dtype in (torch.float8_e4m3fn, torch.float16):
+        rounding.to_float8_rows(x, torch.zeros(()), dtype)
+
+
 def products_() -> None:
     int8, fp8 = torch.zeros(256, 1024, dtype=torch.int8), torch.zeros(256, 1024).to(torch.float8_e4m3fn)
     int4, groups = torch.zeros(256, 512, dtype=torch.uint8), torch.ones(256, 8)
@@ -149,5 +161,5 @@ if __name__ == "__main__":
     paged_triton.tuner_of = lambda folder, tune: Tuner()
     tuner_of.cache_clear()
     print(json.dumps({"triton": triton.__version__}))
-    for part in (pointwise, vocabulary, products_, attention, attention_without_a_cache):
+    for part in (pointwise, vocabulary, rounded, products_, attention, attention_without_a_cache):
         part()
