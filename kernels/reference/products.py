@@ -107,16 +107,25 @@ def _quotients(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale == 0, torch.zeros_like(x), x / scale)
 
 
+def _own_scale(x: torch.Tensor, largest_code: int) -> torch.Tensor:
+    """``max(|x|) / largest_code`` of the last dim.
+
+    The divisor is a tensor: for a plain number a GPU multiplies by its inverse, and the last bit may be another.
+    """
+    if not x.numel():
+        return x
+    return x.abs().amax(dim=-1, keepdim=True) / torch.full((), largest_code, dtype=x.dtype, device=x.device)
+
+
 def _as_int8(x: torch.Tensor) -> torch.Tensor:
     """What is left of x when the last dim is kept in int8 with one scale."""
-    scale = x.abs().amax(dim=-1, keepdim=True) / _LARGEST_INT8 if x.numel() else x
+    scale = _own_scale(x, _LARGEST_INT8)
     return _quotients(x, scale).round() * scale
 
 
 def _as_float8(x: torch.Tensor, x_scale: torch.Tensor) -> torch.Tensor:
     """What is left of x when it is kept in float8_e4m3fn with a given scale, or with one for each row."""
-    own = x.abs().amax(dim=-1, keepdim=True) / _LARGEST_FLOAT8 if x.numel() else x
-    scale = torch.where(x_scale == 0, own, x_scale)
+    scale = torch.where(x_scale == 0, _own_scale(x, _LARGEST_FLOAT8), x_scale)
     quotients = _quotients(x, scale).clamp(-_LARGEST_FLOAT8, _LARGEST_FLOAT8)
     return quotients.to(torch.float8_e4m3fn).to(x.dtype) * scale
 

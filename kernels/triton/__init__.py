@@ -19,13 +19,19 @@ if TYPE_CHECKING:
     from drivetrain.kernels.triton.tuning import Tuner
 
 _DTYPES = ", ".join(DTYPES)
-_ABSENT = {"linear_int3", "linear_int4_a8", "linear_w8a8", "linear_fp8a8", "linear_gguf", "linear_gguf_a8"}
+_ABSENT = {"linear_gguf", "linear_gguf_a8"}
 _OPERATIONS = frozenset(name for name, it in OPERATIONS.items() if not it.takes_modules) - _ABSENT
 _MAX_FEATURES = 32768
 """A row lies in the registers of one program."""
 
 _GROUP_SIZES = (32, 64, 128, 256)
-"""Inputs that may share a scale in int4: a group is one step of the sum, and a product takes at least 16 inputs."""
+"""Inputs that may share a scale in int4 and int3: a group is one step of the sum, and a product takes 16 at least."""
+
+_ROUNDED_BLOCK = 32
+"""Inputs that activations of int4_a8 are rounded together, and so the least that may share a scale of the weights."""
+
+_MAX_INTEGER_INPUTS = (2**31 - 1) // (127 * 128)
+"""Products of int8 that an int32 can always sum."""
 
 
 class TritonConfig(PluginConfig):
@@ -49,9 +55,16 @@ def _refused_shape(spec: KernelSpec) -> Probe | None:
         reason = f"a row of more than {_MAX_FEATURES} features does not fit into one program"
         wanted, offered = str(spec.sizes["E"]), str(_MAX_FEATURES)
         return Probe.no("unsupported_shape", reason, wanted=wanted, offered=offered)
-    if spec.operation == "linear_int4" and spec.params.get("group") not in _GROUP_SIZES:
-        wanted, offered = f"{spec.params.get('group', 0):g}", ", ".join(map(str, _GROUP_SIZES))
-        return Probe.no("unsupported_shape", "takes groups of a few sizes only", wanted=wanted, offered=offered)
+    group = spec.params.get("group", 0.0)
+    if spec.operation in ("linear_int4", "linear_int3") and group not in _GROUP_SIZES:
+        offered = ", ".join(map(str, _GROUP_SIZES))
+        return Probe.no("unsupported_shape", "takes groups of a few sizes only", wanted=f"{group:g}", offered=offered)
+    if spec.operation == "linear_int4_a8" and (group < _ROUNDED_BLOCK or group % _ROUNDED_BLOCK):
+        reason, offered = "takes groups of whole blocks of activations", f"multiples of {_ROUNDED_BLOCK}"
+        return Probe.no("unsupported_shape", reason, wanted=f"{group:g}", offered=offered)
+    if spec.operation == "linear_w8a8" and spec.sizes.get("I", 0) > _MAX_INTEGER_INPUTS:
+        reason, wanted = "sums of so many products may not fit into 32 bits", str(spec.sizes["I"])
+        return Probe.no("unsupported_shape", reason, wanted=wanted, offered=str(_MAX_INTEGER_INPUTS))
     if spec.operation == "gated_linear" and spec.params.get("activation", 0.0) not in (0, 1):
         wanted = f"{spec.params['activation']:g}"
         return Probe.no("unknown_activation", "has silu and gelu only", wanted=wanted, offered="0, 1")
@@ -107,7 +120,15 @@ class TritonKernels(KernelProvider):
         return self._makers()[spec.operation](spec)
 
     def _makers(self) -> Mapping[str, Callable[[KernelSpec], Callable[..., Any]]]:
-        from drivetrain.kernels.triton import activations, cross_entropy, norms, products, rotary, sampling
+        from drivetrain.kernels.triton import (
+            activations,
+            cross_entropy,
+            norms,
+            products,
+            rotary,
+            rounded_products,
+            sampling,
+        )
 
         tuner = tuner_of(self.config.record, self.config.tune)
         chunk_bytes = self.config.loss_chunk_mib << 20
@@ -122,7 +143,11 @@ class TritonKernels(KernelProvider):
             "gated_linear": lambda spec: products.make_gated_linear(spec, tuner),
             "linear_cross_entropy": lambda spec: cross_entropy.make_linear_cross_entropy(spec, chunk_bytes),
             "linear_int8": lambda spec: products.make_linear_by_row(spec, tuner),
-            "linear_int4": lambda spec: products.make_linear_int4(spec, tuner),
+            "linear_int4": lambda spec: products.make_linear_by_group(spec, tuner),
+            "linear_int4_a8": lambda spec: rounded_products.make_rounded(spec, tuner),
             "linear_fp8": lambda spec: products.make_linear_by_row(spec, tuner),
+            "linear_int3": lambda spec: products.make_linear_by_group(spec, tuner),
+            "linear_w8a8": lambda spec: rounded_products.make_rounded(spec, tuner),
+            "linear_fp8a8": lambda spec: rounded_products.make_rounded(spec, tuner),
             "sample": sampling.make_sample,
         }

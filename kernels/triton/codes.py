@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from drivetrain.contracts.attention import ScaledPages
+from drivetrain.kernels.triton.float8 import fp8_bits
 
 PLAIN, INT8, FP8 = 0, 1, 2
 """What the kernels are compiled for: keys and values as they are, or codes."""
@@ -56,13 +57,7 @@ def to_codes(rows: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
         # The addition rounds to the nearest integer, ties to even, and leaves it in the lowest bits.
         codes = (x + 12582912.0).to(tl.int32, bitcast=True)
     else:
-        bits = x.to(tl.int32, bitcast=True)
-        sign = (bits >> 24) & 0x80
-        bits = bits & 0x7FFFFFFF
-        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
-        # Below 2^-6, multiples of 2^-9, which the addition of 2^14 rounds to.
-        small = (bits.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-        codes = sign | tl.where(bits >= 0x3C800000, normal, small)
+        codes = fp8_bits(x)
     return codes & 0xFF, scales
 
 

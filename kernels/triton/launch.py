@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -55,6 +57,12 @@ def num_processors(device: torch.device) -> int:
     if INTERPRETED:
         return 2
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def multiplies_float8(device: torch.device) -> bool:
+    """Whether the device has products of float8_e4m3fn of its own: NVIDIA's from Ada on."""
+    return not INTERPRETED and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:

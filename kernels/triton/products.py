@@ -1,9 +1,7 @@
 """Matrix products: with quantized weights, and of gate and up projections with their activation.
 
-Few rows are bound by the bytes of the weight: they are read once, in the stored format, and where the outputs make
-fewer programs than the device has processors, the inputs are split too (SPLITS) and the parts summed afterwards, in a
-fixed order. Sums are float32 throughout; int8, nibbles and float8 are exact in every dtype they are multiplied in, and
-scales are applied to sums, so that no weight is ever rounded.
+Weights are read once, in the stored format; int8, fields of three and four bits and float8 are exact in every dtype
+they are multiplied in, and scales are applied to sums, so that no weight is ever rounded.
 
 Shapes: M rows, all leading dims together; I, O features.
 """
@@ -21,23 +19,18 @@ from torch.nn import functional
 from drivetrain.contracts.kernels import KernelSpec
 from drivetrain.kernels.triton import one_row
 from drivetrain.kernels.triton.activations import GELU, SILU, Activation, activated
-from drivetrain.kernels.triton.launch import INTERPRETED, as_rows, dot, needs_gradient, num_processors, power_of_two
-from drivetrain.kernels.triton.tuning import FUSED, Blocks, Choice, Tuner, rows_class
-from drivetrain.packed.decode import mins_of
+from drivetrain.kernels.triton.float8 import from_fp8
+from drivetrain.kernels.triton.launch import INTERPRETED, as_rows, dot, needs_gradient
+from drivetrain.kernels.triton.product_tiles import Product, quantized, store_tile, tile_of
+from drivetrain.kernels.triton.tuning import Tuner
+from drivetrain.packed import DECODERS
 
-INT8, FP8 = 1, 2
+INT8, FP8, INT8_BY_INT8, FP8_BY_FP8 = 1, 2, 3, 4
+"""What the weights of a product by row are, and in the last two the activations too."""
 
 _FEW_ROWS = 64
 """Up to so many rows the gated product in one launch is faster than two products by torch's library and an activation:
 86 us against 92 for 64 rows of an 8B Llama on an H100."""
-
-
-@triton.jit
-def from_fp8(bits: tl.tensor) -> tl.tensor:
-    """float8_e4m3fn, as uint8, to float16, exactly and on any hardware: the exponent's bias is 8 less."""
-    wide = bits.to(tl.uint16)
-    value = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
-    return tl.where((wide & 0x7F) == 0x7F, float("nan"), value)
 
 
 @triton.jit
@@ -50,20 +43,25 @@ def _widened(w: tl.tensor, to: tl.constexpr, FORMAT: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _tile(
-    program: tl.tensor, num_rows: tl.tensor, num_outputs: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr
-) -> tl.tensor:
-    """Row and column of the program's tile; programs beside each other share tiles of the weight in the cache."""
-    tiles_m, tiles_o = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_outputs, BLOCK_O)
-    per_group = 8 * tiles_o
-    first = program // per_group * 8
-    height = tl.minimum(tiles_m - first, 8)
-    return first + program % per_group % height, program % per_group // height
+def _add_product(total: tl.tensor, x: tl.tensor, w: tl.tensor, FORMAT: tl.constexpr, WIDE: tl.constexpr) -> tl.tensor:
+    """``total + x @ w``, in int32 where both are int8.
+
+    Hopper sums products of float8 in fewer than 24 bits: there each sum of 128 is added up in float32.
+    """
+    if FORMAT == 3:
+        total = tl.dot(x, w, total, out_dtype=tl.int32)
+    elif FORMAT == 4:
+        x, w = x.to(tl.float8e4nv, bitcast=True), w.to(tl.float8e4nv, bitcast=True)
+        total = tl.dot(x, w, total, max_num_imprecise_acc=128 if w.shape[0] > 128 else w.shape[0])
+    else:
+        total += dot(x, _widened(w, x.dtype, FORMAT), WIDE)
+    return total
 
 
 @triton.jit
 def _by_row(
     x_ptr: tl.tensor,
+    x_scales_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     scales_ptr: tl.tensor,
     bias_ptr: tl.tensor,
@@ -76,6 +74,7 @@ def _by_row(
     weight_by_output: tl.tensor,
     weight_by_input: tl.tensor,
     FORMAT: tl.constexpr,
+    HAS_X_SCALES: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_I: tl.constexpr,
@@ -85,42 +84,91 @@ def _by_row(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ) -> None:
-    """``x @ (weight * scales).T + bias`` with weights of int8 or float8 and a scale for each output."""
-    tile_m, tile_o = _tile(tl.program_id(0), num_rows, num_outputs, BLOCK_M, BLOCK_O)
+    """``x @ (weight * scales).T + bias`` with weights of int8 or float8 and a scale for each output; x may have a scale
+    for each row."""
+    tile_m, tile_o = tile_of(tl.program_id(0), num_rows, num_outputs, BLOCK_M, BLOCK_O)
     split = tl.program_id(1)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     outputs = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
     is_row, is_output = rows < num_rows, outputs < num_outputs
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * x_stride
     weight_rows = weight_ptr + outputs.to(tl.int64)[None, :] * weight_by_output
-    total = tl.zeros([BLOCK_M, BLOCK_O], dtype=tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_O], dtype=tl.int32 if FORMAT == 3 else tl.float32)
     for start in range(split * BLOCK_I, num_inputs, BLOCK_I * SPLITS):
         inputs = start + tl.arange(0, BLOCK_I)
         if EVEN_I:
-            x = tl.load(x_rows + inputs[None, :], mask=is_row[:, None], other=0.0)
+            x = tl.load(x_rows + inputs[None, :], mask=is_row[:, None], other=0)
             w = tl.load(weight_rows + inputs[:, None] * weight_by_input, mask=is_output[None, :], other=0)
         else:
             is_input = inputs < num_inputs
-            x = tl.load(x_rows + inputs[None, :], mask=is_row[:, None] & is_input[None, :], other=0.0)
+            x = tl.load(x_rows + inputs[None, :], mask=is_row[:, None] & is_input[None, :], other=0)
             is_weight = is_input[:, None] & is_output[None, :]
             w = tl.load(weight_rows + inputs[:, None] * weight_by_input, mask=is_weight, other=0)
-        total += dot(x, _widened(w, x.dtype, FORMAT), WIDE)
+        total = _add_product(total, x, w, FORMAT, WIDE)
+    scaled = total.to(tl.float32)
+    if HAS_X_SCALES:
+        scaled *= tl.load(x_scales_ptr + rows, mask=is_row, other=0.0)[:, None]
     if HAS_SCALES:
-        total *= tl.load(scales_ptr + outputs, mask=is_output, other=0.0).to(tl.float32)[None, :]
-    where = rows.to(tl.int64)[:, None] * num_outputs + outputs[None, :]
-    is_in = is_row[:, None] & is_output[None, :]
-    if SPLITS > 1:
-        tl.store(parts_ptr + split.to(tl.int64) * num_rows * num_outputs + where, total, mask=is_in)
-    else:
-        if HAS_BIAS:
-            total += tl.load(bias_ptr + outputs, mask=is_output, other=0.0).to(tl.float32)[None, :]
-        tl.store(out_ptr + where, total.to(out_ptr.dtype.element_ty), mask=is_in)
+        scaled *= tl.load(scales_ptr + outputs, mask=is_output, other=0.0).to(tl.float32)[None, :]
+    store_tile(scaled, rows, outputs, split, bias_ptr, out_ptr, parts_ptr, num_rows, num_outputs, HAS_BIAS, SPLITS)
+
+
+@triton.jit
+def _four_bits(
+    x_rows: tl.tensor,
+    weight_rows: tl.tensor,
+    group: tl.tensor,
+    is_row: tl.tensor,
+    is_output: tl.tensor,
+    GROUP: tl.constexpr,
+    WIDE: tl.constexpr,
+) -> tl.tensor:
+    """A group's inputs: multiplied by its nibbles, and their sums.
+
+    Even and odd inputs are multiplied apart, so that the two nibbles of a byte never change places.
+    """
+    halves = tl.arange(0, GROUP // 2)
+    x_places = x_rows[:, None] + 2 * halves[None, :] + group * GROUP
+    even = tl.load(x_places, mask=is_row[:, None], other=0.0)
+    odd = tl.load(x_places + 1, mask=is_row[:, None], other=0.0)
+    w_places = weight_rows[None, :] + halves[:, None] + group * (GROUP // 2)
+    bytes_ = tl.load(w_places, mask=is_output[None, :], other=0)
+    product = dot(even, _widened(bytes_ & 15, even.dtype, 0), WIDE)
+    product += dot(odd, _widened(bytes_ >> 4, odd.dtype, 0), WIDE)
+    return product, tl.sum(even.to(tl.float32), axis=1) + tl.sum(odd.to(tl.float32), axis=1)
+
+
+@triton.jit
+def _three_bits(
+    x_rows: tl.tensor,
+    low_rows: tl.tensor,
+    high_rows: tl.tensor,
+    group: tl.tensor,
+    is_row: tl.tensor,
+    is_output: tl.tensor,
+    GROUP: tl.constexpr,
+    WIDE: tl.constexpr,
+) -> tl.tensor:
+    """The same with values of three bits; they are put side by side in the order of the inputs, first the third bits of
+    the four values that share a byte of low."""
+    fours, eights = tl.arange(0, GROUP // 4), tl.arange(0, GROUP // 8)
+    x = tl.load(x_rows[:, None] + tl.arange(0, GROUP)[None, :] + group * GROUP, mask=is_row[:, None], other=0.0)
+    low_places = low_rows[:, None] + fours[None, :] + group * (GROUP // 4)
+    low = tl.load(low_places, mask=is_output[:, None], other=0)
+    high_places = high_rows[:, None] + eights[None, :] + group * (GROUP // 8)
+    high = tl.load(high_places, mask=is_output[:, None], other=0)
+    thirds = tl.interleave(high & 15, high >> 4)
+    first, second = (low & 3) | ((thirds & 1) << 2), ((low >> 2) & 3) | ((thirds & 2) << 1)
+    third, fourth = ((low >> 4) & 3) | (thirds & 4), (low >> 6) | ((thirds & 8) >> 1)
+    values = tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))
+    return dot(x, _widened(tl.trans(values), x.dtype, 0), WIDE), tl.sum(x.to(tl.float32), axis=1)
 
 
 @triton.jit
 def _by_group(
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,
+    high_ptr: tl.tensor,
     scales_ptr: tl.tensor,
     mins_ptr: tl.tensor,
     bias_ptr: tl.tensor,
@@ -131,8 +179,10 @@ def _by_group(
     num_inputs: tl.tensor,
     x_stride: tl.tensor,
     weight_by_output: tl.tensor,
+    high_by_output: tl.tensor,
     scales_by_output: tl.tensor,
     mins_by_output: tl.tensor,
+    BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -141,44 +191,33 @@ def _by_group(
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ) -> None:
-    """int4 with scale s and minimum m for each group: ``sum over groups of s * (x @ nibbles) + m * sum(x)``.
+    """int4 or int3 with scale s and minimum m for each group: ``sum over groups of s * (x @ values) + m * sum(x)``.
 
     HAS_ZEROS: minima are zero points z, and m is ``-z * s``.
-    Even and odd inputs of a group are multiplied apart, so that the two nibbles of a byte never change places.
     """
-    HALF: tl.constexpr = GROUP // 2
-    tile_m, tile_o = _tile(tl.program_id(0), num_rows, num_outputs, BLOCK_M, BLOCK_O)
+    tile_m, tile_o = tile_of(tl.program_id(0), num_rows, num_outputs, BLOCK_M, BLOCK_O)
     split = tl.program_id(1)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     outputs = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
     is_row, is_output = rows < num_rows, outputs < num_outputs
-    halves = tl.arange(0, HALF)
-    x_rows = x_ptr + rows.to(tl.int64)[:, None] * x_stride + 2 * halves[None, :]
-    weight_rows = weight_ptr + outputs.to(tl.int64)[None, :] * weight_by_output + halves[:, None]
+    x_rows = x_ptr + rows.to(tl.int64) * x_stride
+    weight_rows = weight_ptr + outputs.to(tl.int64) * weight_by_output
     scale_rows = scales_ptr + outputs.to(tl.int64) * scales_by_output
     min_rows = mins_ptr + outputs.to(tl.int64) * mins_by_output
     total = tl.zeros([BLOCK_M, BLOCK_O], dtype=tl.float32)
     for group in range(split, num_inputs // GROUP, SPLITS):
-        even = tl.load(x_rows + group * GROUP, mask=is_row[:, None], other=0.0)
-        odd = tl.load(x_rows + group * GROUP + 1, mask=is_row[:, None], other=0.0)
-        bytes_ = tl.load(weight_rows + group * HALF, mask=is_output[None, :], other=0)
+        if BITS == 3:
+            high_rows = high_ptr + outputs.to(tl.int64) * high_by_output
+            product, sums = _three_bits(x_rows, weight_rows, high_rows, group, is_row, is_output, GROUP, WIDE)
+        else:
+            product, sums = _four_bits(x_rows, weight_rows, group, is_row, is_output, GROUP, WIDE)
         scale = tl.load(scale_rows + group, mask=is_output, other=0.0).to(tl.float32)
         if HAS_ZEROS:
             least = -tl.load(min_rows + group, mask=is_output, other=0).to(tl.float32) * scale
         else:
             least = tl.load(min_rows + group, mask=is_output, other=0.0).to(tl.float32)
-        product = dot(even, _widened(bytes_ & 15, even.dtype, 0), WIDE)
-        product += dot(odd, _widened(bytes_ >> 4, odd.dtype, 0), WIDE)
-        sums = tl.sum(even.to(tl.float32), axis=1) + tl.sum(odd.to(tl.float32), axis=1)
         total += product * scale[None, :] + sums[:, None] * least[None, :]
-    where = rows.to(tl.int64)[:, None] * num_outputs + outputs[None, :]
-    is_in = is_row[:, None] & is_output[None, :]
-    if SPLITS > 1:
-        tl.store(parts_ptr + split.to(tl.int64) * num_rows * num_outputs + where, total, mask=is_in)
-    else:
-        if HAS_BIAS:
-            total += tl.load(bias_ptr + outputs, mask=is_output, other=0.0).to(tl.float32)[None, :]
-        tl.store(out_ptr + where, total.to(out_ptr.dtype.element_ty), mask=is_in)
+    store_tile(total, rows, outputs, split, bias_ptr, out_ptr, parts_ptr, num_rows, num_outputs, HAS_BIAS, SPLITS)
 
 
 @triton.jit
@@ -201,7 +240,7 @@ def _gated(
     BLOCK_I: tl.constexpr,
 ) -> None:
     """``act(x @ gate.T) * (x @ up.T)``: x is read once for both, and the products are never stored."""
-    tile_m, tile_o = _tile(tl.program_id(0), num_rows, num_outputs, BLOCK_M, BLOCK_O)
+    tile_m, tile_o = tile_of(tl.program_id(0), num_rows, num_outputs, BLOCK_M, BLOCK_O)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     outputs = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
     is_row, is_output = rows < num_rows, outputs < num_outputs
@@ -229,111 +268,10 @@ def _gated(
     tl.store(out_ptr + where, out.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & is_output[None, :])
 
 
-@triton.jit
-def _sum_parts(
-    parts_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    size: tl.tensor,
-    num_outputs: tl.tensor,
-    HAS_BIAS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    where = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    is_in = where < size
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(parts_ptr + split * size + where, mask=is_in, other=0.0)
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + where % num_outputs, mask=is_in, other=0.0).to(tl.float32)
-    tl.store(out_ptr + where, total.to(out_ptr.dtype.element_ty), mask=is_in)
-
-
 # --- how they are launched -----------------------------------------------------------------------------------------
 
 
-def _candidates(rows: int, outputs: int, inputs: int, processors: int, itemsize: int) -> list[Blocks]:
-    """Tiles for a product; the first is safe everywhere. Few rows: many bytes in flight, and splits until every
-    processor has work."""
-    if INTERPRETED:
-        return [Blocks.of(SPLITS=2 if inputs >= 96 else 1, BLOCK_M=16, BLOCK_O=16, BLOCK_I=64)]
-    if rows <= 64:
-        height = max(16, power_of_two(rows))
-        found = []
-        for width, depth, warps, stages in ((32, 256, 4, 4), (64, 128, 4, 4), (32, 128, 4, 5), (128, 64, 4, 4)):
-            programs = triton.cdiv(outputs, width) * triton.cdiv(rows, height)
-            splits = 1
-            while splits < 8 and programs * splits < processors and inputs >= depth * splits * 4:
-                splits *= 2
-            depth = min(depth, 512 // itemsize // 2)
-            found.append(Blocks.of(warps, stages, SPLITS=splits, BLOCK_M=height, BLOCK_O=width, BLOCK_I=depth))
-        return list(dict.fromkeys(found))
-    depth = 64 if itemsize == 2 else 32
-    return [
-        Blocks.of(4, 2, SPLITS=1, BLOCK_M=64, BLOCK_O=64, BLOCK_I=depth),
-        Blocks.of(8, 3, SPLITS=1, BLOCK_M=128, BLOCK_O=128, BLOCK_I=depth),
-        Blocks.of(8, 3, SPLITS=1, BLOCK_M=128, BLOCK_O=256, BLOCK_I=depth),
-        Blocks.of(4, 4, SPLITS=1, BLOCK_M=64, BLOCK_O=128, BLOCK_I=depth),
-        Blocks.of(4, 3, SPLITS=1, BLOCK_M=128, BLOCK_O=64, BLOCK_I=depth),
-    ]
-
-
-class _Product:
-    """What the launches of one use have in common."""
-
-    def __init__(self, spec: KernelSpec, tuner: Tuner) -> None:
-        self._choice = Choice(tuner, f"{spec.operation}/{spec.dtype}/{spec.params.get('group', 0):g}")
-
-    def run(
-        self,
-        x: torch.Tensor,
-        num_outputs: int,
-        bias: torch.Tensor | None,
-        launch_on: Callable[..., None],
-        unused: tuple[str, ...] = (),
-    ) -> torch.Tensor:
-        """Allocate, choose blocks, launch, and sum parts where the inputs were split.
-
-        launch_on: called with rows, output, parts, grid and the keyword arguments of the launch.
-        """
-        x_MI = as_rows(x)
-        num_rows, num_inputs = x_MI.shape
-        out_MO = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
-        if num_rows == 0:
-            return out_MO.view(*x.shape[:-1], num_outputs)
-
-        def launch(blocks: Blocks) -> None:
-            splits = 1 if "SPLITS" in unused else blocks["SPLITS"]
-            shape = (splits, num_rows, num_outputs)
-            parts = torch.empty(shape, dtype=torch.float32, device=x.device) if splits > 1 else None
-            tiles = triton.cdiv(num_rows, blocks["BLOCK_M"]) * triton.cdiv(num_outputs, blocks["BLOCK_O"])
-            options = {name: value for name, value in blocks.launch.items() if name not in unused}
-            launch_on(x_MI, out_MO, parts, (tiles, splits), options)
-            if parts is not None:
-                size = out_MO.numel()
-                _sum_parts[(triton.cdiv(size, 1024),)](
-                    parts,
-                    bias,
-                    out_MO,
-                    size,
-                    num_outputs,
-                    HAS_BIAS=bias is not None,
-                    SPLITS=splits,
-                    BLOCK=1024,
-                    **FUSED,
-                )
-
-        rows = rows_class(num_rows)
-
-        def candidates() -> list[Blocks]:
-            return _candidates(rows, num_outputs, num_inputs, num_processors(x.device), x.dtype.itemsize)
-
-        launch(self._choice((num_outputs, num_inputs, rows), candidates, launch))
-        return out_MO.view(*x.shape[:-1], num_outputs)
-
-
-class _LinearByRow(_Product):
+class LinearByRow(Product):
     """``linear_int8`` and ``linear_fp8``."""
 
     def __init__(self, spec: KernelSpec, tuner: Tuner) -> None:
@@ -341,61 +279,78 @@ class _LinearByRow(_Product):
         self._format = INT8 if spec.operation == "linear_int8" else FP8
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: Any) -> torch.Tensor:
-        return self._multiply(x, weight, scales, bias)
+        return multiply_by_row(self, self._format, x, weight, scales, bias)
 
     def transposed(self, grad: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """``grad @ (weight * scales)``: the scales of what is summed over go to the other factor."""
-        return self._multiply((grad.float() * scales.float()).to(grad.dtype), weight.T, None, None)
-
-    def _multiply(
-        self, x: torch.Tensor, weight_OI: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        stored = weight_OI.view(torch.uint8) if self._format == FP8 else weight_OI
-        bias = None if bias is None else bias.contiguous()
-        scales = None if scales is None else scales.contiguous()
-
-        def launch_on(x_MI: Any, out: Any, parts: Any, grid: tuple[int, int], options: dict[str, int]) -> None:
-            _by_row[grid](
-                x_MI,
-                stored,
-                scales,
-                bias,
-                out,
-                parts,
-                x_MI.shape[0],
-                out.shape[1],
-                x_MI.shape[1],
-                x_MI.stride(0),
-                stored.stride(0),
-                stored.stride(1),
-                FORMAT=self._format,
-                HAS_SCALES=scales is not None,
-                HAS_BIAS=bias is not None,
-                EVEN_I=x_MI.shape[1] % options["BLOCK_I"] == 0,
-                WIDE=INTERPRETED,
-                **options,
-            )
-
-        return self.run(x, weight_OI.shape[0], bias, launch_on)
+        scaled = (grad.float() * scales.float()).to(grad.dtype)
+        return multiply_by_row(self, self._format, scaled, weight.T, None, None)
 
 
-class _LinearInt4(_Product):
-    """``linear_int4``."""
+def multiply_by_row(
+    product: Product,
+    form: int,
+    x: torch.Tensor,
+    weight_OI: torch.Tensor,
+    scales_O: torch.Tensor | None,
+    bias_O: torch.Tensor | None,
+    rounded: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Launch a product with weights of int8 or float8.
+
+    rounded: codes [M, I], each row dense, and scales [M] that are multiplied in place of x.
+    """
+    weight_OI = weight_OI.view(torch.uint8) if weight_OI.dtype == torch.float8_e4m3fn else weight_OI
+    bias_O = None if bias_O is None else bias_O.contiguous()
+    scales_O = None if scales_O is None else scales_O.contiguous()
+    codes, x_scales_M = (None, None) if rounded is None else rounded
+
+    def launch_on(x_MI: Any, out: Any, parts: Any, grid: tuple[int, int], options: dict[str, int]) -> None:
+        factors_MI = x_MI if codes is None else codes
+        _by_row[grid](
+            factors_MI,
+            x_scales_M,
+            weight_OI,
+            scales_O,
+            bias_O,
+            out,
+            parts,
+            x_MI.shape[0],
+            out.shape[1],
+            x_MI.shape[1],
+            factors_MI.stride(0),
+            weight_OI.stride(0),
+            weight_OI.stride(1),
+            FORMAT=form,
+            HAS_X_SCALES=x_scales_M is not None,
+            HAS_SCALES=scales_O is not None,
+            HAS_BIAS=bias_O is not None,
+            EVEN_I=x_MI.shape[1] % options["BLOCK_I"] == 0,
+            WIDE=INTERPRETED,
+            **options,
+        )
+
+    itemsize = None if codes is None else codes.dtype.itemsize
+    return product.run(x, weight_OI.shape[0], bias_O, launch_on, itemsize=itemsize)
+
+
+class LinearByGroup(Product):
+    """``linear_int4`` and ``linear_int3``."""
 
     def __init__(self, spec: KernelSpec, tuner: Tuner) -> None:
         super().__init__(spec, tuner)
-        self._group = int(spec.params["group"])
+        self._operation, self._group = spec.operation, int(spec.params["group"])
 
-    def __call__(
-        self, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, mins: torch.Tensor, bias: Any
-    ) -> torch.Tensor:
-        weight, scales, mins = weight.contiguous(), scales.contiguous(), mins.contiguous()
-        bias = None if bias is None else bias.contiguous()
+    def __call__(self, x: torch.Tensor, *packed: Any) -> torch.Tensor:
+        *values, scales, mins = (tensor.contiguous() for tensor in packed[:-1])
+        low, high = values[0], values[-1]
+        bias = None if packed[-1] is None else packed[-1].contiguous()
 
         def launch_on(x_MI: Any, out: Any, parts: Any, grid: tuple[int, int], options: dict[str, int]) -> None:
             _by_group[grid](
                 x_MI,
-                weight,
+                low,
+                high,
                 scales,
                 mins,
                 bias,
@@ -405,9 +360,11 @@ class _LinearInt4(_Product):
                 out.shape[1],
                 x_MI.shape[1],
                 x_MI.stride(0),
-                weight.stride(0),
+                low.stride(0),
+                high.stride(0),
                 scales.stride(0),
                 mins.stride(0),
+                BITS=4 if self._operation == "linear_int4" else 3,
                 GROUP=self._group,
                 HAS_ZEROS=mins.dtype == torch.uint8,
                 HAS_BIAS=bias is not None,
@@ -415,31 +372,22 @@ class _LinearInt4(_Product):
                 **options,
             )
 
-        return self.run(x, weight.shape[0], bias, launch_on, unused=("BLOCK_I",))
+        return self.run(x, low.shape[0], bias, launch_on, unused=("BLOCK_I",))
 
-    def transposed(
-        self, grad: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, mins: torch.Tensor
-    ) -> torch.Tensor:
-        """``grad @ w``, with the weight unpacked: training through int4 is rare, and needs no kernel of its own."""
-        nibbles = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(1).unflatten(1, (-1, self._group))
-        least_ON = mins_of(scales, mins, torch.float32)
-        w_OI = (nibbles * scales.float().unsqueeze(2) + least_ON.unsqueeze(2)).flatten(1)
+    def transposed(self, grad: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
+        """``grad @ w``, with the weight unpacked: training through few bits is rare, and needs no kernel of its own."""
+        w_OI = DECODERS[self._operation](*packed, torch.float32, {})
         return (grad.float() @ w_OI).to(grad.dtype)
 
 
-class _Quantized(torch.autograd.Function):
-    """Differentiable in its input only."""
+def make_linear_by_row(spec: KernelSpec, tuner: Tuner) -> Callable[..., torch.Tensor]:
+    """``linear_int8`` or ``linear_fp8``."""
+    return quantized(spec, LinearByRow(spec, tuner))
 
-    @staticmethod
-    def forward(context: Any, product: Any, x: torch.Tensor, bias: Any, *weights: torch.Tensor) -> torch.Tensor:
-        context.product = product
-        context.save_for_backward(*weights)
-        return product(x, *weights, bias)
 
-    @staticmethod
-    def backward(context: Any, grad: torch.Tensor) -> Any:
-        weights = context.saved_tensors
-        return None, context.product.transposed(grad, *weights), None, *(None for _ in weights)
+def make_linear_by_group(spec: KernelSpec, tuner: Tuner) -> Callable[..., torch.Tensor]:
+    """``linear_int4`` or ``linear_int3``."""
+    return quantized(spec, LinearByGroup(spec, tuner))
 
 
 def _is_one_row(x: torch.Tensor, weight_OI: torch.Tensor) -> bool:
@@ -457,38 +405,7 @@ def make_linear(spec: KernelSpec) -> Callable[..., torch.Tensor]:
     return linear
 
 
-def make_linear_by_row(spec: KernelSpec, tuner: Tuner) -> Callable[..., torch.Tensor]:
-    """``linear_int8`` or ``linear_fp8``."""
-    product = _LinearByRow(spec, tuner)
-
-    def linear_by_row(
-        x: torch.Tensor, weight_OI: torch.Tensor, scales_O: torch.Tensor, bias_O: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        if needs_gradient(x):
-            return _Quantized.apply(product, x, bias_O, weight_OI, scales_O)
-        return product(x, weight_OI, scales_O, bias_O)
-
-    return linear_by_row
-
-
-def make_linear_int4(spec: KernelSpec, tuner: Tuner) -> Callable[..., torch.Tensor]:
-    product = _LinearInt4(spec, tuner)
-
-    def linear_int4(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        scales: torch.Tensor,
-        mins: torch.Tensor,
-        bias_O: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if needs_gradient(x):
-            return _Quantized.apply(product, x, bias_O, weight, scales, mins)
-        return product(x, weight, scales, mins, bias_O)
-
-    return linear_int4
-
-
-class _GatedProduct(_Product):
+class _GatedProduct(Product):
     """``gated_linear``."""
 
     def __init__(self, spec: KernelSpec, tuner: Tuner) -> None:

@@ -242,9 +242,10 @@ def test_decode_steps_are_captured_where_they_must_be(folder: Path, expected: li
 QUANTIZERS: dict[str, tuple[dict[str, Any], str, str]] = {
     "int8": ({"name": "int8"}, "linear_int8", "triton"),
     "int4": ({"name": "int4"}, "linear_int4", "triton"),
-    "int4-a8": ({"name": "int4", "activations": "int8"}, "linear_int4_a8", "reference"),
-    "w8a8": ({"name": "w8a8"}, "linear_w8a8", "reference"),
+    "int4-a8": ({"name": "int4", "activations": "int8"}, "linear_int4_a8", "triton"),
+    "w8a8": ({"name": "w8a8"}, "linear_w8a8", "triton"),
     "fp8": ({"name": "fp8"}, "linear_fp8", "triton"),
+    "fp8-a8": ({"name": "fp8", "activations": "dynamic"}, "linear_fp8a8", "triton"),
 }
 """Options, operation, and the provider that has it."""
 

@@ -9,7 +9,7 @@ import torch
 
 from drivetrain.contracts.kernels import OPERATIONS, KernelSpec
 from drivetrain.kernels.reference import ReferenceKernels
-from drivetrain.kernels.triton import TritonKernels
+from drivetrain.kernels.triton import TritonKernels, rounding
 from drivetrain.testing.suites.kernels import KernelsSuite
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -93,11 +93,53 @@ def test_quantized_products_of_real_sizes(inputs: int, outputs: int, rows: int, 
     int4 = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device="cuda")
     parts = torch.rand(2, outputs, inputs // 64, device="cuda")
     groups = [parts[0] * 0.05, -parts[1]]
+    zeros = torch.randint(0, 8, parts[0].shape, dtype=torch.uint8, device="cuda")
     fp8 = torch.randn(outputs, inputs, device="cuda").to(torch.float8_e4m3fn)
-    uses = {"linear_int8": (int8, scales), "linear_int4": (int4, *groups), "linear_fp8": (fp8, scales * 50)}
-    for operation, weights in uses.items():
+    own, given = torch.tensor([0.0, 0.005], device="cuda")
+    uses: list[tuple[str, tuple[torch.Tensor, ...]]] = [
+        ("linear_int8", (int8, scales)),
+        ("linear_int4", (int4, *groups)),
+        ("linear_fp8", (fp8, scales * 50)),
+        ("linear_int3", (int4[:, ::2], int4[:, 1::4], groups[0], zeros)),
+        ("linear_w8a8", (int8, scales)),
+        ("linear_fp8a8", (fp8, scales * 50, own)),
+        ("linear_fp8a8", (fp8, scales * 50, given)),
+        ("linear_int4_a8", (int4, *groups)),
+        ("linear_int4_a8", (int4, groups[0], zeros)),
+    ]
+    for operation, weights in uses:
         one, other = (kernel(x, *weights, bias) for kernel in both(operation, dtype, group=64))
         check(operation, dtype, one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [576, 14_336, 28_672])
+def test_activations_are_rounded_as_on_the_cpu(columns: int, dtype: str) -> None:
+    """Bit by bit: rows of all sizes, ties, zeros, and numbers that are none."""
+    torch.manual_seed(9)
+    x = (torch.randn(64, columns) * 10 ** torch.linspace(-4, 4, 64)[:, None]).to(getattr(torch, dtype))
+    x[1] = torch.arange(columns).remainder(250) - 124.5
+    x[2], x[3, 7], x[4, 8] = 0.0, float("nan"), float("inf")
+    blocks = x.float().unflatten(1, (-1, 32))
+
+    def check_codes(wide: torch.Tensor, largest: float, codes: torch.Tensor, found: torch.Tensor) -> None:
+        scales = wide.abs().amax(-1) / largest
+        is_number = scales.isfinite()
+        assert torch.equal(found.cpu()[is_number], scales[is_number])
+        assert found.cpu()[~is_number].isnan().all()
+        quotients = torch.where(scales[..., None] == 0, 0.0, wide / scales[..., None])
+        kept = quotients.round() if largest == 127 else quotients.to(torch.float8_e4m3fn).float()
+        assert torch.equal(codes.cpu().float()[is_number], kept[is_number])
+
+    check_codes(x.float(), 127, *rounding.to_int8_rows(x.cuda()))
+    none = torch.zeros((), device="cuda")
+    for kind in (torch.float8_e4m3fn, torch.float16):
+        check_codes(x.float(), 448, *rounding.to_float8_rows(x.cuda(), none, kind))
+    codes, scales, sums = rounding.to_int8_blocks(x.cuda())
+    check_codes(blocks, 127, codes.unflatten(1, (-1, 32)), scales)
+    torch.testing.assert_close(sums, codes.unflatten(1, (-1, 32)).sum(-1) * scales, equal_nan=True)
+    swapped, *_ = rounding.to_int8_blocks(x.cuda(), even_first=True)
+    assert torch.equal(swapped.unflatten(1, (-1, 2, 16)).transpose(2, 3).flatten(1), codes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -169,19 +211,20 @@ def test_tokens_over_a_real_vocabulary(vocab: int) -> None:
     assert torch.equal(ours[::4], logits.argmax(-1)[::4])
 
 
-@pytest.mark.parametrize("operation", ["rms_norm", "silu_mul", "linear_int8"])
+@pytest.mark.parametrize("operation", ["rms_norm", "silu_mul", "linear_int8", "linear_w8a8", "linear_fp8a8"])
 def test_a_graph_replays_what_was_recorded(operation: str) -> None:
     torch.manual_seed(7)
     kernel, _ = both(operation, "bfloat16", eps=1e-5)
     x = randn(8, 4096, dtype="bfloat16")
+    int8 = torch.randint(-128, 128, (512, 4096), dtype=torch.int8, device="cuda")
+    fp8 = torch.randn(512, 4096, device="cuda").to(torch.float8_e4m3fn)
+    scales = torch.rand(512, device="cuda")
     others: dict[str, tuple[torch.Tensor | None, ...]] = {
         "rms_norm": (randn(4096, dtype="bfloat16"),),
         "silu_mul": (randn(8, 4096, dtype="bfloat16"),),
-        "linear_int8": (
-            torch.randint(-128, 128, (512, 4096), dtype=torch.int8, device="cuda"),
-            torch.rand(512, device="cuda"),
-            None,
-        ),
+        "linear_int8": (int8, scales, None),
+        "linear_w8a8": (int8, scales, None),
+        "linear_fp8a8": (fp8, scales, torch.zeros((), device="cuda"), None),
     }
     with torch.no_grad():
         kernel(x, *others[operation])

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, has_triton]
 
 SHARED_BYTES_OF_AN_H100 = 232_448
 ON_TENSOR_CORES = {
-    "products._by_row", "products._by_group", "products._gated", "decode._decode",
+    "products._by_row", "products._by_group", "products._gated", "rounded_products._by_block", "decode._decode",
     "flash._forward", "flash_backward._key_gradients", "flash_backward._query_gradients",
     "hopper_forward.forward", "hopper_backward.backward",
 }  # fmt: skip
@@ -26,8 +26,9 @@ BOUND_BY_MEMORY = {
     "one_row._product",
     "norms._forward", "norms._backward", "activations._forward", "activations._backward", "rotary._rope",
     "decode._write", "decode._decode", "cross_entropy._losses", "cross_entropy._logit_gradients", "sampling._sample",
+    "rounding._round_row", "rounding._round_blocks",
 }  # fmt: skip
-OTHERS = {"products._sum_parts", "decode._list", "flash_backward._row_products", "hopper._means", "hopper._scale"}
+OTHERS = {"product_tiles._sum_parts", "decode._list", "flash_backward._row_products", "hopper._means", "hopper._scale"}
 
 
 @pytest.fixture(scope="module")

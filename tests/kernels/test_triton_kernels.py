@@ -42,9 +42,11 @@ def test_every_operation_is_compared(report: Report) -> None:
     operations = {test.partition("[")[2].rstrip("]") for test in passed if test.startswith("test_parity")}
     assert operations == {
         "rms_norm", "add_rms_norm", "rope", "rope_write", "silu_mul", "gelu_tanh_mul", "gated_linear", "linear",
-        "linear_cross_entropy", "sample", "linear_int8", "linear_int4", "linear_fp8",
+        "linear_cross_entropy", "sample", "linear_int8", "linear_int4", "linear_int4_a8", "linear_fp8", "linear_int3",
+        "linear_w8a8", "linear_fp8a8",
     }  # fmt: skip
 
 
-def test_what_the_suite_does_not_ask() -> None:
-    run_in_interpreter(Path(__file__).parent / "interpreted" / "check_kernels.py")
+@pytest.mark.parametrize("file", ["check_kernels.py", "check_rounding.py"])
+def test_what_the_suite_does_not_ask(file: str) -> None:
+    run_in_interpreter(Path(__file__).parent / "interpreted" / file)

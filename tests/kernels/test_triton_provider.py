@@ -76,12 +76,16 @@ print("triton" in sys.modules)
 @pytest.mark.parametrize(
     ("spec", "code"),
     [
-        (KernelSpec("linear_int3", "cuda", "float32"), "unknown_operation"),
+        (KernelSpec("linear_gguf", "cuda", "float32"), "unknown_operation"),
         (KernelSpec("rms_norm", "cuda", "float64"), "unsupported_dtype"),
         (KernelSpec("rms_norm", "cpu", "float32"), "no_device"),
         (KernelSpec("rms_norm", "cuda", "float32", {"E": 100_000}), "unsupported_shape"),
         (KernelSpec("linear_int4", "cuda", "float32", params={"group": 16.0}), "unsupported_shape"),
         (KernelSpec("linear_int4", "cuda", "float32", params={"group": 48.0}), "unsupported_shape"),
+        (KernelSpec("linear_int3", "cuda", "float32", params={"group": 16.0}), "unsupported_shape"),
+        (KernelSpec("linear_int4_a8", "cuda", "float32", params={"group": 48.0}), "unsupported_shape"),
+        (KernelSpec("linear_int4_a8", "cuda", "float32"), "unsupported_shape"),
+        (KernelSpec("linear_w8a8", "cuda", "float32", {"I": 140_000}), "unsupported_shape"),
         (KernelSpec("gated_linear", "cuda", "float32", params={"activation": 2.0}), "unknown_activation"),
     ],
 )
@@ -92,21 +96,14 @@ def test_what_it_does_not_cover_is_refused_with_a_code(spec: KernelSpec, code: s
     assert probe.offered
 
 
-LEFT_TO_OTHERS = {
-    "linear_int3",
-    "linear_int4_a8",
-    "linear_w8a8",
-    "linear_fp8a8",
-    "linear_gguf",
-    "linear_gguf_a8",
-}
+LEFT_TO_OTHERS = {"linear_gguf", "linear_gguf_a8"}
 """Products of packed weights that there is no Triton kernel for."""
 
 
 def test_all_operations_but_some_products_of_packed_weights_are_there_on_a_gpu() -> None:
     assert set(OPERATIONS) >= LEFT_TO_OTHERS
     kernels = TritonKernels(TritonKernels.Config())
-    params = {"linear_int4": {"group": 64.0}}
+    params = {"linear_int4": {"group": 64.0}, "linear_int3": {"group": 128.0}, "linear_int4_a8": {"group": 192.0}}
     for name in (name for name, operation in OPERATIONS.items() if not operation.takes_modules):
         spec = KernelSpec(name, "cuda", "bfloat16", {}, params.get(name, {}))
         assert kernels.supports(spec).ok == (name not in LEFT_TO_OTHERS), name

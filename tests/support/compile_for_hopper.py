@@ -68,9 +68,9 @@ def compile_only() -> None:
 
 
 def _modules() -> tuple[Any, ...]:
-    from drivetrain.kernels.triton import decode, hopper, norms, products
+    from drivetrain.kernels.triton import decode, hopper, norms, product_tiles
 
-    return decode, hopper, norms, products
+    return decode, hopper, norms, product_tiles
 
 
 def randn(*shape: int, grad: bool = False) -> torch.Tensor:
@@ -103,14 +103,35 @@ def vocabulary() -> None:
     make("sample")(randn(4, 32_768), one, torch.ones(4, dtype=torch.int64), one, one, one.double() / 2)
 
 
+def rounded() -> None:
+    from drivetrain.kernels.triton import rounding
+
+    x = randn(3, 1024)
+    rounding.to_int8_rows(x)
+    rounding.to_int8_rows(randn(3, 20_000))
+    rounding.to_int8_blocks(x)
+    rounding.to_int8_blocks(x, even_first=True)
+    for dtype in (torch.float8_e4m3fn, torch.float16):
+        rounding.to_float8_rows(x, torch.zeros(()), dtype)
+
+
 def products_() -> None:
+    from drivetrain.kernels.triton import rounded_products
+
     int8, fp8 = torch.zeros(256, 1024, dtype=torch.int8), torch.zeros(256, 1024).to(torch.float8_e4m3fn)
     int4, groups = torch.zeros(256, 512, dtype=torch.uint8), torch.ones(256, 8)
+    low, high, zeros = torch.zeros(256, 256).byte(), torch.zeros(256, 128).byte(), torch.ones(256, 8).byte()
     for rows in (1, 300):
         x = randn(rows, 1024)
         make("linear_int8")(x, int8, torch.ones(256), randn(256))
         make("linear_fp8")(x, fp8, torch.ones(256), None)
         make("linear_int4", group=128)(x, int4, groups, groups, None)
+        make("linear_int3", group=128)(x, low, high, groups, zeros, None)
+        make("linear_w8a8")(x, int8, torch.ones(256), randn(256))
+        make("linear_int4_a8", group=128)(x, int4, groups, zeros, None)
+        for is_native in (True, False):
+            rounded_products.multiplies_float8 = lambda device, is_native=is_native: is_native
+            make("linear_fp8a8")(x, fp8, torch.ones(256), torch.zeros(()), None)
         make("linear")(x, randn(256, 1024), randn(256))
     for rows in (1, 40):
         make("gated_linear", activation=0)(randn(rows, 1024), randn(256, 1024), randn(256, 1024))
@@ -149,5 +170,5 @@ if __name__ == "__main__":
     paged_triton.tuner_of = lambda folder, tune: Tuner()
     tuner_of.cache_clear()
     print(json.dumps({"triton": triton.__version__}))
-    for part in (pointwise, vocabulary, products_, attention, attention_without_a_cache):
+    for part in (pointwise, vocabulary, rounded, products_, attention, attention_without_a_cache):
         part()

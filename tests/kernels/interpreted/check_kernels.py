@@ -11,7 +11,7 @@ import torch
 from drivetrain import LLM, SamplingParams
 from drivetrain.contracts.kernels import OPERATIONS, KernelSpec
 from drivetrain.kernels.reference import ReferenceKernels
-from drivetrain.kernels.triton import TritonKernels, cross_entropy, products
+from drivetrain.kernels.triton import TritonKernels, cross_entropy, products, rounded_products
 from drivetrain.kernels.triton.tuning import Blocks, Tuner
 from support.tiny_models import save_tiny
 
@@ -66,25 +66,31 @@ def test_no_more_logits_than_a_chunk_are_ever_held() -> None:
 
 
 @pytest.mark.parametrize("splits", [1, 2, 4])
-@pytest.mark.parametrize("operation", ["linear_int8", "linear_int4"])
+@pytest.mark.parametrize("operation", ["linear_int8", "linear_int4", "linear_int3", "linear_w8a8", "linear_int4_a8"])
 def test_split_sums_are_whole(operation: str, splits: int) -> None:
     """However the inputs are split, also into more parts than there are blocks of them."""
     torch.manual_seed(1)
 
     class Fixed(Tuner):
         def choose(self, key: str, candidates: Any, launch: Any, worth_it: bool = True) -> Blocks:
-            return Blocks.of(SPLITS=splits, BLOCK_M=16, BLOCK_O=16, BLOCK_I=32)
+            return Blocks.of(SPLITS=splits, BLOCK_M=16, BLOCK_O=16, BLOCK_I=64 if "int4_a8" in operation else 32)
 
     spec = KernelSpec(operation, "cpu", "float32", {}, {"group": 32})
     x, bias = torch.randn(3, 96), torch.randn(20)
-    if operation == "linear_int8":
+    if operation in ("linear_int8", "linear_w8a8"):
         weights: tuple[torch.Tensor, ...] = (torch.randint(-128, 128, (20, 96), dtype=torch.int8), torch.rand(20))
-        ours = products.make_linear_by_row(spec, Fixed())
     else:
-        weights = (torch.randint(0, 256, (20, 48), dtype=torch.uint8), torch.rand(20, 3), torch.rand(20, 3))
-        ours = products.make_linear_int4(spec, Fixed())
+        counts = (4, 8) if operation == "linear_int3" else (2,)
+        values = [torch.randint(0, 256, (20, 96 // count), dtype=torch.uint8) for count in counts]
+        weights = (*values, torch.rand(20, 3), torch.rand(20, 3))
+    make = {
+        "linear_int8": products.make_linear_by_row,
+        "linear_int4": products.make_linear_by_group,
+        "linear_int3": products.make_linear_by_group,
+    }.get(operation, rounded_products.make_rounded)
     _, reference = both(operation, group=32)
-    torch.testing.assert_close(ours(x, *weights, bias), reference(x, *weights, bias), rtol=1e-5, atol=1e-3)
+    found = make(spec, Fixed())(x, *weights, bias)
+    torch.testing.assert_close(found, reference(x, *weights, bias), rtol=1e-5, atol=1e-3)
 
 
 def test_every_float8_number_is_read_exactly() -> None:
@@ -93,6 +99,40 @@ def test_every_float8_number_is_read_exactly() -> None:
     found = ours(torch.ones(1, 1), weight, torch.ones(256), None)[0]
     assert torch.equal(found.isnan(), weight.float()[:, 0].isnan())
     assert torch.equal(found.nan_to_num(), weight.float()[:, 0].nan_to_num())
+
+
+ROUNDED: dict[str, tuple[torch.Tensor, ...]] = {
+    "linear_w8a8": (torch.eye(32, dtype=torch.int8), torch.ones(32)),
+    "linear_fp8a8": (torch.eye(32).to(torch.float8_e4m3fn), torch.ones(32), torch.tensor(0.0)),
+    "linear_int4_a8": (
+        torch.eye(32, dtype=torch.uint8)[:, ::2] + 16 * torch.eye(32, dtype=torch.uint8)[:, 1::2],
+        torch.ones(32, 1),
+        torch.zeros(32, 1, dtype=torch.uint8),
+    ),
+}
+"""Weights that give the rounded activations themselves."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter cuts bfloat16
+@pytest.mark.parametrize("operation", ROUNDED)
+def test_activations_are_rounded_bit_by_bit_as_the_reference_does(operation: str, dtype: torch.dtype) -> None:
+    """Ties, rows of zeros, and what is no number, which its own row alone shows."""
+    torch.manual_seed(8)
+    x = torch.randn(6, 32).to(dtype)
+    x[1] = torch.arange(32) - 15.5
+    x[1, 0] = 127.0
+    x[2], x[3, 5], x[4, 6] = 0.0, float("nan"), float("inf")
+    ours, reference = (kernel(x, *ROUNDED[operation], None) for kernel in both(operation, group=32))
+    assert ours.isnan().any(1).tolist() == [False, False, False, True, True, False]
+    assert torch.equal(ours.isnan(), reference.isnan())
+    assert torch.equal(ours.nan_to_num(), reference.nan_to_num())
+
+
+def test_float8_is_cut_at_a_given_scale() -> None:
+    x = torch.tensor([[1000.0, 17.0, -1000.0, 0.0] * 8])
+    weight, scales, _ = ROUNDED["linear_fp8a8"]
+    ours, _ = both("linear_fp8a8")
+    assert ours(x, weight, scales, torch.tensor(1.0)).tolist() == [[448.0, 16.0, -448.0, 0.0] * 8]
 
 
 def test_a_large_vocabulary_is_drawn_from_as_the_reference_does() -> None:
@@ -143,15 +183,7 @@ def test_gradients_of_views_reach_what_they_are_views_of() -> None:
 
 
 def test_every_operation_has_its_name_in_the_contract() -> None:
-    absent = {
-        "linear_int3",
-        "linear_int4_a8",
-        "linear_w8a8",
-        "linear_fp8a8",
-        "linear_gguf",
-        "linear_gguf_a8",
-        "decoder_layers",
-    }
+    absent = {"linear_gguf", "linear_gguf_a8", "decoder_layers"}
     assert TritonKernels(TritonKernels.Config()).operations() == OPERATIONS.keys() - absent
 
 
