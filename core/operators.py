@@ -34,13 +34,19 @@ class Operator:
 
     overload:  what :func:`define` returned.
     constants: that follow the tensors: the use's eps, its offset.
+    results:   how many of the overload's results are the operation's: those behind them are kept for its backward. None
+               for all.
     """
 
     overload: torch._ops.OpOverload
     constants: tuple[Any, ...] = ()
+    results: int | None = None
 
     def __call__(self, *tensors: torch.Tensor | None) -> Any:
-        return self.overload(*tensors, *self.constants)
+        found = self.overload(*tensors, *self.constants)
+        if self.results is None:
+            return found
+        return found[0] if self.results == 1 else found[: self.results]
 
 
 def define(

@@ -96,6 +96,10 @@ class TritonKernels(KernelProvider):
     def probe(cls, context: ProbeContext) -> Probe:
         return probe(context)
 
+    @classmethod
+    def abilities(cls) -> frozenset[str]:
+        return frozenset({"operators"})
+
     def operations(self) -> frozenset[str]:
         return _OPERATIONS
 

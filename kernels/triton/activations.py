@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 
 from drivetrain.contracts.kernels import KernelSpec
-from drivetrain.kernels.triton.launch import INTERPRETED, as_rows, needs_gradient, sigmoid
+from drivetrain.kernels.triton.launch import INTERPRETED, as_rows, sigmoid
+from drivetrain.kernels.triton.operators import define, name_of, once_differentiable
 from drivetrain.kernels.triton.tuning import Blocks, Choice, Tuner, rows_class
+from drivetrain.operators import Operator, visible
 
 SILU, GELU = 0, 1
 
@@ -158,26 +160,39 @@ class Activation:
         return gate_grad, up_grad
 
 
-class _GatedActivation(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        context.activation = activation
-        context.save_for_backward(gate, up)
-        return activation.forward(gate, up)
+# --- what a model binds: the plain callable, and the operator that torch sees --------------------------------------
 
-    @staticmethod
-    def backward(context: Any, grad: torch.Tensor) -> Any:
-        return None, *context.activation.backward(grad, *context.saved_tensors)
+
+def backward_operator(name: str, activation: Activation) -> torch._ops.OpOverload:
+    """Gradients of gate and up, of the operator ``name``."""
+    return define(
+        f"{name}_backward",
+        "(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+        activation.backward,
+        fake=lambda grad, gate, up: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)),
+        backward=once_differentiable,
+    )
 
 
 def make_gated_activation(spec: KernelSpec, tuner: Tuner) -> Callable[..., torch.Tensor]:
     """``silu_mul`` or ``gelu_tanh_mul``."""
     kind = SILU if spec.operation == "silu_mul" else GELU
     activation = Activation(kind, f"{spec.operation}/{spec.dtype}", tuner)
+    name = name_of(spec, tuner)
+    gradients = backward_operator(name, activation)
 
-    def gated_activation(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        if needs_gradient(gate, up):
-            return _GatedActivation.apply(activation, gate, up)
-        return activation.forward(gate, up)
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
 
-    return gated_activation
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return gradients(grad, *ctx.saved_tensors)
+
+    overload = define(
+        name,
+        "(Tensor gate, Tensor up) -> Tensor",
+        activation.forward,
+        fake=lambda gate, up: gate.new_empty(gate.shape),
+        save=save,
+        backward=backward,
+    )
+    return visible(activation.forward, Operator(overload))

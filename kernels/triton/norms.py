@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 
 from drivetrain.contracts.kernels import KernelSpec
-from drivetrain.kernels.triton.launch import INTERPRETED, as_rows, needs_gradient, num_processors, power_of_two
+from drivetrain.kernels.triton.launch import INTERPRETED, as_rows, num_processors, power_of_two
+from drivetrain.kernels.triton.operators import NAMESPACE, define, name_of, once_differentiable
 from drivetrain.kernels.triton.tuning import FUSED, Blocks, Choice, Tuner, rows_class
+from drivetrain.operators import Operator, visible
 
 
 @triton.jit
@@ -110,16 +112,26 @@ def _candidates(block: int) -> list[Blocks]:
     return [Blocks.of(num_warps=min(16, warps), ROWS=r) for r, warps in dict.fromkeys(tried)]
 
 
+def _constants(spec: KernelSpec) -> tuple[float, float]:
+    """eps, and what is added to weights."""
+    return float(spec.params.get("eps", 1e-6)), float(spec.params.get("weight_offset", 0.0))
+
+
 class _Norm:
-    """The launches of one use."""
+    """The launches of one use, forward."""
 
     def __init__(self, spec: KernelSpec, tuner: Tuner) -> None:
-        self.eps = float(spec.params.get("eps", 1e-6))
-        self.offset = float(spec.params.get("weight_offset", 0.0))
         self._choice = Choice(tuner, f"{spec.operation}/{spec.dtype}")
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, keeps_root: bool
+    def __call__(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        offset: float,
+        *,
+        keeps_root: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Normed rows, the rows that were normed, and one over their roots."""
         x_RE, size = as_rows(x), x.shape[-1]
@@ -140,8 +152,8 @@ class _Norm:
                 num_rows,
                 x_RE.stride(0),
                 0 if residual_RE is None else residual_RE.stride(0),
-                self.eps,
-                self.offset,
+                eps,
+                offset,
                 E=size,
                 BLOCK_E=block,
                 ADDS=residual_RE is not None,
@@ -153,99 +165,148 @@ class _Norm:
             launch(self._choice((size, rows_class(num_rows)), lambda: _candidates(block), launch))
         return out_RE, x_RE if sum_RE is None else sum_RE, root_R
 
-    def backward(
-        self,
-        grad: torch.Tensor,
-        grad_sum: torch.Tensor | None,
-        x_RE: torch.Tensor,
-        weight: torch.Tensor,
-        root_R: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of what was normed, and of the weight."""
-        grad_RE = as_rows(grad)
-        grad_sum_RE = None if grad_sum is None else as_rows(grad_sum)
-        num_rows, size = x_RE.shape
-        block = power_of_two(size)
-        programs = max(1, min(num_rows, num_processors(x_RE.device) * 4))
-        out_RE = torch.empty((num_rows, size), dtype=x_RE.dtype, device=x_RE.device)
-        weight_grads_PE = torch.empty((programs, size), dtype=torch.float32, device=x_RE.device)
-        if num_rows == 0:
-            return out_RE, torch.zeros_like(weight)
-        rows_per_program = triton.cdiv(num_rows, programs)
-        _backward[(programs,)](
-            grad_RE,
-            grad_sum_RE,
-            x_RE,
-            weight,
-            root_R,
-            out_RE,
-            weight_grads_PE,
-            num_rows,
-            rows_per_program,
-            grad_RE.stride(0),
-            0 if grad_sum_RE is None else grad_sum_RE.stride(0),
-            x_RE.stride(0),
-            self.offset,
-            E=size,
-            BLOCK_E=block,
-            ADDS=grad_sum_RE is not None,
-            num_warps=max(1, min(16, block // 512)),
-            **FUSED,
-        )
-        return out_RE, weight_grads_PE.sum(dim=0).to(weight.dtype)
+
+def _backpropagated(
+    grad: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+    x_RE: torch.Tensor,
+    weight: torch.Tensor,
+    root_R: torch.Tensor,
+    offset: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of what was normed, and of the weight."""
+    grad_RE = as_rows(grad)
+    grad_sum_RE = None if grad_sum is None else as_rows(grad_sum)
+    num_rows, size = x_RE.shape
+    block = power_of_two(size)
+    programs = max(1, min(num_rows, num_processors(x_RE.device) * 4))
+    out_RE = torch.empty((num_rows, size), dtype=x_RE.dtype, device=x_RE.device)
+    weight_grads_PE = torch.empty((programs, size), dtype=torch.float32, device=x_RE.device)
+    if num_rows == 0:
+        return out_RE, torch.zeros_like(weight)
+    rows_per_program = triton.cdiv(num_rows, programs)
+    _backward[(programs,)](
+        grad_RE,
+        grad_sum_RE,
+        x_RE,
+        weight,
+        root_R,
+        out_RE,
+        weight_grads_PE,
+        num_rows,
+        rows_per_program,
+        grad_RE.stride(0),
+        0 if grad_sum_RE is None else grad_sum_RE.stride(0),
+        x_RE.stride(0),
+        offset,
+        E=size,
+        BLOCK_E=block,
+        ADDS=grad_sum_RE is not None,
+        num_warps=max(1, min(16, block // 512)),
+        **FUSED,
+    )
+    return out_RE, weight_grads_PE.sum(dim=0).to(weight.dtype)
 
 
-class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, norm: _Norm, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        out_RE, x_RE, root_R = norm.forward(x, None, weight, keeps_root=True)
-        context.norm = norm
-        context.save_for_backward(x_RE, weight, root_R)
-        return out_RE.view(x.shape)
-
-    @staticmethod
-    def backward(context: Any, grad: torch.Tensor) -> Any:
-        x_RE, weight, root_R = context.saved_tensors
-        x_grad, weight_grad = context.norm.backward(grad, None, x_RE, weight, root_R)
-        return None, x_grad.view(grad.shape), weight_grad
+# --- what a model binds: the plain callable, and the operator that torch sees --------------------------------------
 
 
-class _AddRmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, norm: _Norm, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Any:
-        out_RE, sum_RE, root_R = norm.forward(x, residual, weight, keeps_root=True)
-        context.norm = norm
-        context.save_for_backward(sum_RE, weight, root_R)
-        return out_RE.view(x.shape), sum_RE.view(x.shape)
+def _norm_backward(
+    grad: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    root: torch.Tensor,
+    offset: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x_grad_RE, weight_grad = _backpropagated(grad, grad_sum, as_rows(x), weight.contiguous(), root, offset)
+    return x_grad_RE.view(x.shape), weight_grad
 
-    @staticmethod
-    def backward(context: Any, grad: torch.Tensor, grad_sum: torch.Tensor) -> Any:
-        sum_RE, weight, root_R = context.saved_tensors
-        sum_grad, weight_grad = context.norm.backward(grad, grad_sum, sum_RE, weight, root_R)
-        sum_grad = sum_grad.view(grad.shape)
-        return None, sum_grad, sum_grad, weight_grad
+
+def _backward_operator() -> torch._ops.OpOverload:
+    return define(
+        f"{NAMESPACE}::norm_backward",
+        "(Tensor grad, Tensor? grad_sum, Tensor x, Tensor weight, Tensor root, float offset) -> (Tensor, Tensor)",
+        _norm_backward,
+        fake=lambda grad, grad_sum, x, weight, root, offset: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+        backward=once_differentiable,
+    )
+
+
+def _keep(ctx: Any, normed: torch.Tensor, weight: torch.Tensor, root: torch.Tensor, offset: float) -> None:
+    """The root is no result of the operation, and no gradient of it is made up."""
+    ctx.mark_non_differentiable(root)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(normed, weight, root)
+    ctx.offset = offset
+
+
+def _fake_root(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((x.numel() // x.shape[-1],), dtype=torch.float32)
 
 
 def make_rms_norm(spec: KernelSpec, tuner: Tuner) -> Callable[..., torch.Tensor]:
     norm = _Norm(spec, tuner)
+    eps, offset = _constants(spec)
+    norm_backward = _backward_operator()
 
-    def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if needs_gradient(x, weight):
-            return _RmsNorm.apply(norm, x, weight.contiguous())
-        return norm.forward(x, None, weight.contiguous(), keeps_root=False)[0].view(x.shape)
+    def rms_norm(
+        x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        out_RE, _, root_R = norm(x, None, weight.contiguous(), eps, offset, keeps_root=True)
+        return out_RE.view(x.shape), root_R
 
-    return rms_norm
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _keep(ctx, inputs[0], inputs[1], output[1], inputs[3])
+
+    def backward(ctx: Any, grad: torch.Tensor, _: None) -> Any:
+        return (*norm_backward(grad, None, *ctx.saved_tensors, ctx.offset), None, None)
+
+    overload = define(
+        name_of(spec, tuner),
+        "(Tensor x, Tensor weight, float eps, float offset) -> (Tensor, Tensor)",
+        rms_norm,
+        fake=lambda x, weight, eps, offset: (x.new_empty(x.shape), _fake_root(x)),
+        save=save,
+        backward=backward,
+    )
+
+    def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return norm(x, None, weight.contiguous(), eps, offset, keeps_root=False)[0].view(x.shape)
+
+    return visible(plain, Operator(overload, (eps, offset), results=1))
 
 
 def make_add_rms_norm(spec: KernelSpec, tuner: Tuner) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     norm = _Norm(spec, tuner)
+    eps, offset = _constants(spec)
+    norm_backward = _backward_operator()
 
     def add_rms_norm(
-        x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if needs_gradient(x, residual, weight):
-            return _AddRmsNorm.apply(norm, x, residual, weight.contiguous())
-        normed_RE, sum_RE, _ = norm.forward(x, residual, weight.contiguous(), keeps_root=False)
+        x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, offset: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        normed_RE, sum_RE, root_R = norm(x, residual, weight.contiguous(), eps, offset, keeps_root=True)
+        return normed_RE.view(x.shape), sum_RE.view(x.shape), root_R
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _keep(ctx, output[1], inputs[2], output[2], inputs[4])
+
+    def backward(ctx: Any, grad: torch.Tensor | None, grad_sum: torch.Tensor | None, _: None) -> Any:
+        grad = torch.zeros_like(ctx.saved_tensors[0]) if grad is None else grad
+        x_grad, weight_grad = norm_backward(grad, grad_sum, *ctx.saved_tensors, ctx.offset)
+        return x_grad, x_grad, weight_grad, None, None
+
+    overload = define(
+        name_of(spec, tuner),
+        "(Tensor x, Tensor residual, Tensor weight, float eps, float offset) -> (Tensor, Tensor, Tensor)",
+        add_rms_norm,
+        fake=lambda x, residual, weight, eps, offset: (x.new_empty(x.shape), x.new_empty(x.shape), _fake_root(x)),
+        save=save,
+        backward=backward,
+    )
+
+    def plain(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        normed_RE, sum_RE, _ = norm(x, residual, weight.contiguous(), eps, offset, keeps_root=False)
         return normed_RE.view(x.shape), sum_RE.view(x.shape)
 
-    return add_rms_norm
+    return visible(plain, Operator(overload, (eps, offset), results=2))

@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 
 from drivetrain.contracts.kernels import OPERATIONS, KernelSpec
-from drivetrain.kernels.triton.launch import INTERPRETED, as_rows, needs_gradient, num_processors, power_of_two
+from drivetrain.kernels.triton.launch import INTERPRETED, as_rows, num_processors, power_of_two
+from drivetrain.kernels.triton.operators import define, name_of, once_differentiable
 from drivetrain.kernels.triton.tuning import FUSED, Blocks, Choice, Tuner, rows_class
+from drivetrain.operators import Operator, visible
 
 
 @triton.jit
@@ -117,6 +119,7 @@ class Product:
     widest = 256
 
     def __init__(self, spec: KernelSpec, tuner: Tuner) -> None:
+        self.tuner = tuner
         self._choice = Choice(tuner, f"{spec.operation}/{spec.dtype}/{spec.params.get('group', 0):g}")
 
     def run(
@@ -171,35 +174,46 @@ class Product:
         return out_MO.view(*x.shape[:-1], num_outputs)
 
 
-class _Quantized(torch.autograd.Function):
-    """Differentiable in its input only."""
-
-    @staticmethod
-    def forward(context: Any, product: Any, x: torch.Tensor, bias: Any, *weights: torch.Tensor) -> torch.Tensor:
-        context.product = product
-        context.save_for_backward(*weights)
-        return product(x, *weights, bias)
-
-    @staticmethod
-    def backward(context: Any, grad: torch.Tensor) -> Any:
-        weights = context.saved_tensors
-        return None, context.product.transposed(grad, *weights), None, *(None for _ in weights)
-
-
 def quantized(spec: KernelSpec, product: Any) -> Callable[..., torch.Tensor]:
-    """The callable of a product by packed weights, with the operation's signature.
+    """The callable of a product by packed weights, with the operation's signature; differentiable in its input only.
 
     product: called with x, the weight arguments and the bias; ``product.transposed(grad, *weights)`` is the gradient
-             of x.
+             of x. It may depend on the spec's operation, dtype and params.
     """
-    count = len(OPERATIONS[spec.operation].arguments) - 2
+    names = tuple(OPERATIONS[spec.operation].arguments)[1:-1]
+    count, name = len(names), name_of(spec, product.tuner, *sorted(spec.params))
+    packed = ", ".join(f"Tensor {argument}" for argument in names)
 
     def linear(x: torch.Tensor, *packed: torch.Tensor | None) -> torch.Tensor:
         weights, bias_O = packed[:count], packed[count] if len(packed) > count else None
-        if needs_gradient(x):
-            out: torch.Tensor = _Quantized.apply(product, x, bias_O, *weights)
-        else:
-            out = product(x, *weights, bias_O)
+        out: torch.Tensor = product(x, *weights, bias_O)
         return out
 
-    return linear
+    def transposed(grad: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        out: torch.Tensor = product.transposed(grad, *arguments[:count])
+        return out
+
+    gradient = define(
+        f"{name}_backward",
+        f"(Tensor grad, {packed}, SymInt inputs) -> Tensor",
+        transposed,
+        fake=lambda grad, *arguments: grad.new_empty((*grad.shape[:-1], arguments[-1])),
+        backward=once_differentiable,
+    )
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[1 : 1 + count])
+        ctx.inputs = inputs[0].shape[-1]
+
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return (gradient(grad, *ctx.saved_tensors, ctx.inputs), *(None for _ in range(count + 1)))
+
+    overload = define(
+        name,
+        f"(Tensor x, {packed}, Tensor? bias=None) -> Tensor",
+        linear,
+        fake=lambda x, weight, *others: x.new_empty((*x.shape[:-1], weight.shape[0])),
+        save=save,
+        backward=backward,
+    )
+    return visible(linear, Operator(overload))

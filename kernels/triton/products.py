@@ -18,11 +18,13 @@ from torch.nn import functional
 
 from drivetrain.contracts.kernels import KernelSpec
 from drivetrain.kernels.triton import one_row
-from drivetrain.kernels.triton.activations import GELU, SILU, Activation, activated
+from drivetrain.kernels.triton.activations import GELU, SILU, Activation, activated, backward_operator
 from drivetrain.kernels.triton.float8 import from_fp8
 from drivetrain.kernels.triton.launch import INTERPRETED, as_rows, dot, needs_gradient
+from drivetrain.kernels.triton.operators import NAMESPACE, define, name_of
 from drivetrain.kernels.triton.product_tiles import Product, quantized, store_tile, tile_of
 from drivetrain.kernels.triton.tuning import Tuner
+from drivetrain.operators import Operator, visible
 from drivetrain.packed import DECODERS
 
 INT8, FP8, INT8_BY_INT8, FP8_BY_FP8 = 1, 2, 3, 4
@@ -394,12 +396,25 @@ def _is_one_row(x: torch.Tensor, weight_OI: torch.Tensor) -> bool:
     return x.numel() == x.shape[-1] > 0 and weight_OI.stride(1) == 1 and x.dtype == weight_OI.dtype
 
 
+def _multiply_row(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+    return one_row.multiply(x.reshape(-1).contiguous(), weight_OI, bias_O).view(*x.shape[:-1], -1)
+
+
 def make_linear(spec: KernelSpec) -> Callable[..., torch.Tensor]:
-    """``linear``: one row by a kernel of its own, and the others by torch, whose library is the fastest for them."""
+    """``linear``: one row by a kernel of its own, and the others by torch, whose library is the fastest for them, as is
+    its backward; both are operators."""
+    overload = define(
+        f"{NAMESPACE}::multiply_row",
+        "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+        _multiply_row,
+        fake=lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    )
+    multiply_row = visible(_multiply_row, Operator(overload))
 
     def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
         if _is_one_row(x, weight_OI) and not needs_gradient(x, weight_OI, bias_O):
-            return one_row.multiply(x.reshape(-1).contiguous(), weight_OI, bias_O).view(*x.shape[:-1], -1)
+            out: torch.Tensor = multiply_row(x, weight_OI, bias_O)
+            return out
         return functional.linear(x, weight_OI, bias_O)
 
     return linear
@@ -444,38 +459,36 @@ class _GatedProduct(Product):
         return self.run(x, gate_OI.shape[0], None, launch_on, unused=("SPLITS",))
 
 
-class _GatedLinear(torch.autograd.Function):
-    """Backward computes the two products again: keeping them would take twice what the output takes."""
+def make_gated_linear(spec: KernelSpec, tuner: Tuner) -> Callable[..., torch.Tensor]:
+    product = _GatedProduct(spec, tuner)
+    name = f"{name_of(spec, tuner)}_{product.kind}"
+    gate_gradients = backward_operator(name, product.activation)
 
-    @staticmethod
-    def forward(
-        context: Any, product: _GatedProduct, x: torch.Tensor, gate_OI: torch.Tensor, up_OI: torch.Tensor
-    ) -> torch.Tensor:
-        context.product = product
-        context.save_for_backward(x, gate_OI, up_OI)
+    def gated_linear(x: torch.Tensor, gate_OI: torch.Tensor, up_OI: torch.Tensor) -> torch.Tensor:
         return product(x, gate_OI, up_OI)
 
-    @staticmethod
-    def backward(context: Any, grad: torch.Tensor) -> Any:
-        x, gate_OI, up_OI = context.saved_tensors
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        """Computes the two products again: keeping them would take twice what the output takes."""
+        x, gate_OI, up_OI = ctx.saved_tensors
         x_MI, grad_MO = as_rows(x), as_rows(grad)
         gate_MO, up_MO = x_MI @ gate_OI.T, x_MI @ up_OI.T
-        gate_grad_MO, up_grad_MO = context.product.activation.backward(grad_MO, gate_MO, up_MO)
-        _, wants_x, wants_gate, wants_up = context.needs_input_grad
+        gate_grad_MO, up_grad_MO = gate_gradients(grad_MO, gate_MO, up_MO)
+        wants_x, wants_gate, wants_up = ctx.needs_input_grad
         return (
-            None,
             (gate_grad_MO @ gate_OI).add_(up_grad_MO @ up_OI).view(x.shape) if wants_x else None,
             gate_grad_MO.T @ x_MI if wants_gate else None,
             up_grad_MO.T @ x_MI if wants_up else None,
         )
 
-
-def make_gated_linear(spec: KernelSpec, tuner: Tuner) -> Callable[..., torch.Tensor]:
-    product = _GatedProduct(spec, tuner)
-
-    def gated_linear(x: torch.Tensor, gate_OI: torch.Tensor, up_OI: torch.Tensor) -> torch.Tensor:
-        if needs_gradient(x, gate_OI, up_OI):
-            return _GatedLinear.apply(product, x, gate_OI, up_OI)
-        return product(x, gate_OI, up_OI)
-
-    return gated_linear
+    overload = define(
+        name,
+        "(Tensor x, Tensor gate, Tensor up) -> Tensor",
+        gated_linear,
+        fake=lambda x, gate, up: x.new_empty((*x.shape[:-1], gate.shape[0])),
+        save=save,
+        backward=backward,
+    )
+    return visible(gated_linear, Operator(overload))

@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 
 from drivetrain.contracts.kernels import KernelSpec
-from drivetrain.kernels.triton.launch import INTERPRETED, dense_last, needs_gradient, power_of_two
+from drivetrain.kernels.triton.launch import INTERPRETED, dense_last, power_of_two
+from drivetrain.kernels.triton.operators import define, name_of, once_differentiable
 from drivetrain.kernels.triton.tuning import FUSED, Blocks, Choice, Tuner, rows_class
+from drivetrain.operators import Operator, visible
 
 
 @triton.jit
@@ -259,45 +261,46 @@ class _Rotation:
         self.launch(q_THD, k_TGD, None, cos_TR, sin_TR, (q_out, k_out, None), back=back)
         return q_out, k_out
 
+    def rotated_back(
+        self, q_THD: torch.Tensor, k_TGD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.rotated(q_THD, k_TGD, cos_TR, sin_TR, back=True)
 
-class _Rope(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back."""
 
-    @staticmethod
-    def forward(
-        context: Any,
-        rotation: _Rotation,
-        q_THD: torch.Tensor,
-        k_TGD: torch.Tensor,
-        cos_TR: torch.Tensor,
-        sin_TR: torch.Tensor,
-    ) -> Any:
-        context.rotation = rotation
-        context.save_for_backward(cos_TR, sin_TR)
-        return rotation.rotated(q_THD, k_TGD, cos_TR, sin_TR)
+# --- what a model binds: the plain callable, and the operator that torch sees --------------------------------------
 
-    @staticmethod
-    def backward(context: Any, q_grad: torch.Tensor, k_grad: torch.Tensor) -> Any:
-        return None, *context.rotation.rotated(q_grad, k_grad, *context.saved_tensors, back=True), None, None
+
+def _fake_rope(
+    q_THD: torch.Tensor, k_TGD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return q_THD.new_empty(q_THD.shape), k_TGD.new_empty(k_TGD.shape)
 
 
 def make_rope(spec: KernelSpec, tuner: Tuner) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """The gradient of a rotation is the rotation back."""
     rotation = _Rotation(spec, tuner)
+    name, schema = name_of(spec, tuner), "(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)"
+    gradients = define(
+        f"{name}_backward",
+        schema,
+        rotation.rotated_back,
+        fake=_fake_rope,
+        backward=once_differentiable,
+    )
 
-    def rope(
-        q_THD: torch.Tensor, k_TGD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if needs_gradient(q_THD, k_TGD):
-            return _Rope.apply(rotation, q_THD, k_TGD, cos_TR, sin_TR)
-        return rotation.rotated(q_THD, k_TGD, cos_TR, sin_TR)
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[2:])
 
-    return rope
+    def backward(ctx: Any, q_grad: torch.Tensor, k_grad: torch.Tensor) -> Any:
+        return (*gradients(q_grad, k_grad, *ctx.saved_tensors), None, None)
+
+    overload = define(name, schema, rotation.rotated, fake=_fake_rope, save=save, backward=backward)
+    return visible(rotation.rotated, Operator(overload))
 
 
 def make_rope_write(spec: KernelSpec, tuner: Tuner) -> Callable[..., torch.Tensor]:
     rotation = _Rotation(spec, tuner)
 
-    @torch.no_grad()
     def rope_write(
         q_THD: torch.Tensor,
         k_TGD: torch.Tensor,
@@ -313,4 +316,11 @@ def make_rope_write(spec: KernelSpec, tuner: Tuner) -> Callable[..., torch.Tenso
         rotation.launch(q_THD, k_TGD, v_TGD, cos_TR, sin_TR, outs, slots_T.contiguous())
         return q_out
 
-    return rope_write
+    overload = define(
+        name_of(spec, tuner),
+        "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor slots) "
+        "-> Tensor",
+        rope_write,
+        fake=lambda q, *others: q.new_empty(q.shape),
+    )
+    return visible(rope_write, Operator(overload))

@@ -19,7 +19,9 @@ import triton.language as tl
 
 from drivetrain.contracts.kernels import KernelSpec
 from drivetrain.kernels.triton.launch import INTERPRETED, dense_last, power_of_two
+from drivetrain.kernels.triton.operators import NAMESPACE, define
 from drivetrain.kernels.triton.tuning import FUSED
+from drivetrain.operators import Operator, visible
 
 _LAST_KEY = tl.constexpr(0x7F7FFFFF)
 """Bits of the largest finite float32."""
@@ -201,24 +203,30 @@ def _sample(
     tl.store(out_ptr + row, token.to(tl.int64))
 
 
-def make_sample(spec: KernelSpec) -> Callable[..., torch.Tensor]:
-    @torch.no_grad()
-    def sample(
-        logits_SV: torch.Tensor,
-        temperature_S: torch.Tensor,
-        top_k_S: torch.Tensor,
-        top_p_S: torch.Tensor,
-        min_p_S: torch.Tensor,
-        draws_S: torch.Tensor,
-    ) -> torch.Tensor:
-        logits_SV = dense_last(logits_SV)
-        num_rows, vocab = logits_SV.shape
-        out_S = torch.empty(num_rows, dtype=torch.int64, device=logits_SV.device)
-        if num_rows:
-            settings = (x.contiguous() for x in (temperature_S, top_k_S, top_p_S, min_p_S, draws_S))
-            block = min(512 if INTERPRETED else 8192, power_of_two(vocab))
-            options = {"BLOCK": block, "num_warps": 16 if block > 2048 else 4, **FUSED}
-            _sample[(num_rows,)](logits_SV, *settings, out_S, vocab, logits_SV.stride(0), **options)
-        return out_S
+def sample(
+    logits_SV: torch.Tensor,
+    temperature_S: torch.Tensor,
+    top_k_S: torch.Tensor,
+    top_p_S: torch.Tensor,
+    min_p_S: torch.Tensor,
+    draws_S: torch.Tensor,
+) -> torch.Tensor:
+    logits_SV = dense_last(logits_SV)
+    num_rows, vocab = logits_SV.shape
+    out_S = torch.empty(num_rows, dtype=torch.int64, device=logits_SV.device)
+    if num_rows:
+        settings = (x.contiguous() for x in (temperature_S, top_k_S, top_p_S, min_p_S, draws_S))
+        block = min(512 if INTERPRETED else 8192, power_of_two(vocab))
+        options = {"BLOCK": block, "num_warps": 16 if block > 2048 else 4, **FUSED}
+        _sample[(num_rows,)](logits_SV, *settings, out_S, vocab, logits_SV.stride(0), **options)
+    return out_S
 
-    return sample
+
+def make_sample(spec: KernelSpec) -> Callable[..., torch.Tensor]:
+    overload = define(
+        f"{NAMESPACE}::sample",
+        "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor draws) -> Tensor",
+        sample,
+        fake=lambda logits, *settings: logits.new_empty((logits.shape[0],), dtype=torch.int64),
+    )
+    return visible(sample, Operator(overload))

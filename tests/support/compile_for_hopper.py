@@ -19,6 +19,7 @@ from drivetrain.contracts.attention import FULL_KV, SCALED_KV, AttentionSpec, La
 from drivetrain.contracts.kernels import KernelSpec
 from drivetrain.kernels.triton import TritonKernels, tuner_of
 from drivetrain.kernels.triton import launch as launching
+from drivetrain.kernels.triton import operators
 from drivetrain.kernels.triton.tuning import Tuner
 from drivetrain.plugins.attention import paged_triton
 from drivetrain.plugins.attention.paged_triton import PagedTritonAttention
@@ -65,6 +66,7 @@ def compile_only() -> None:
     for module in (launching, *_modules()):
         if hasattr(module, "num_processors"):
             module.num_processors = lambda device: 132
+    operators.DEVICE_TYPES = ("cpu",)
 
 
 def _modules() -> tuple[Any, ...]:
