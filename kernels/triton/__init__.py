@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from drivetrain.kernels.triton.tuning import Tuner
 
 _DTYPES = ", ".join(DTYPES)
-_ABSENT = {"linear_gguf", "linear_gguf_a8"}
-_OPERATIONS = frozenset(name for name, it in OPERATIONS.items() if not it.takes_modules) - _ABSENT
+_OPERATIONS = frozenset(name for name, it in OPERATIONS.items() if not it.takes_modules)
 _MAX_FEATURES = 32768
 """A row lies in the registers of one program."""
 
@@ -65,9 +64,25 @@ def _refused_shape(spec: KernelSpec) -> Probe | None:
     if spec.operation == "linear_w8a8" and spec.sizes.get("I", 0) > _MAX_INTEGER_INPUTS:
         reason, wanted = "sums of so many products may not fit into 32 bits", str(spec.sizes["I"])
         return Probe.no("unsupported_shape", reason, wanted=wanted, offered=str(_MAX_INTEGER_INPUTS))
+    if spec.operation in ("linear_gguf", "linear_gguf_a8"):
+        return _refused_blocks(spec)
     if spec.operation == "gated_linear" and spec.params.get("activation", 0.0) not in (0, 1):
         wanted = f"{spec.params['activation']:g}"
         return Probe.no("unknown_activation", "has silu and gelu only", wanted=wanted, offered="0, 1")
+    return None
+
+
+def _refused_blocks(spec: KernelSpec) -> Probe | None:
+    from drivetrain.packed.gguf import BLOCK_TYPES
+
+    number, inputs = spec.params.get("type", 0), spec.sizes.get("I", 0)
+    if number not in BLOCK_TYPES:
+        offered = ", ".join(map(str, BLOCK_TYPES))
+        return Probe.no("unsupported_type", "no such GGUF blocks", wanted=f"type {number:g}", offered=offered)
+    kind = BLOCK_TYPES[int(number)]
+    if inputs % kind.size:
+        reason, offered = f"rows of {kind.name} are whole blocks", f"multiples of {kind.size}"
+        return Probe.no("unsupported_shape", reason, wanted=str(inputs), offered=offered)
     return None
 
 
@@ -127,6 +142,7 @@ class TritonKernels(KernelProvider):
         from drivetrain.kernels.triton import (
             activations,
             cross_entropy,
+            gguf,
             norms,
             products,
             rotary,
@@ -153,5 +169,7 @@ class TritonKernels(KernelProvider):
             "linear_int3": lambda spec: products.make_linear_by_group(spec, tuner),
             "linear_w8a8": lambda spec: rounded_products.make_rounded(spec, tuner),
             "linear_fp8a8": lambda spec: rounded_products.make_rounded(spec, tuner),
+            "linear_gguf": lambda spec: gguf.make_linear_gguf(spec, tuner),
+            "linear_gguf_a8": lambda spec: gguf.make_linear_gguf(spec, tuner),
             "sample": sampling.make_sample,
         }

@@ -122,6 +122,11 @@ class Product:
         self.tuner = tuner
         self._choice = Choice(tuner, f"{spec.operation}/{spec.dtype}/{spec.params.get('group', 0):g}")
 
+    def candidates(self, rows: int, outputs: int, inputs: int, processors: int, itemsize: int) -> list[Blocks]:
+        """Tiles for a class of rows; the first is safe everywhere."""
+        found = _candidates(rows, outputs, inputs, processors, itemsize)
+        return [blocks for blocks in found if blocks["BLOCK_O"] <= self.widest]
+
     def run(
         self,
         x: torch.Tensor,
@@ -167,8 +172,7 @@ class Product:
 
         def candidates() -> list[Blocks]:
             processors = num_processors(x.device)
-            found = _candidates(rows, num_outputs, num_inputs, processors, itemsize or x.dtype.itemsize)
-            return [blocks for blocks in found if blocks["BLOCK_O"] <= self.widest]
+            return self.candidates(rows, num_outputs, num_inputs, processors, itemsize or x.dtype.itemsize)
 
         launch(self._choice((num_outputs, num_inputs, rows), candidates, launch))
         return out_MO.view(*x.shape[:-1], num_outputs)

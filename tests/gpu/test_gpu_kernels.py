@@ -9,7 +9,9 @@ import torch
 
 from drivetrain.contracts.kernels import OPERATIONS, KernelSpec
 from drivetrain.kernels.reference import ReferenceKernels
-from drivetrain.kernels.triton import TritonKernels, rounding
+from drivetrain.kernels.triton import TritonKernels, gguf, rounding
+from drivetrain.kernels.triton.tuning import Blocks, Tuner
+from drivetrain.packed.gguf import BLOCK_TYPES, BlockType
 from drivetrain.testing.suites.kernels import KernelsSuite
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -140,6 +142,74 @@ def test_activations_are_rounded_as_on_the_cpu(columns: int, dtype: str) -> None
     torch.testing.assert_close(sums, codes.unflatten(1, (-1, 32)).sum(-1) * scales, equal_nan=True)
     swapped, *_ = rounding.to_int8_blocks(x.cuda(), even_first=True)
     assert torch.equal(swapped.unflatten(1, (-1, 2, 16)).transpose(2, 3).flatten(1), codes)
+
+
+def blocks_of(kind: BlockType, outputs: int, inputs: int) -> torch.Tensor:
+    """Random bytes, with scales and minima such that weights are about 1 at most."""
+    blocks = torch.randint(0, 256, (outputs, inputs // kind.size, kind.num_bytes), dtype=torch.uint8, device="cuda")
+    for at in kind.halves:
+        size = 2.0**-5 if kind.size == 32 else 2.0**-11
+        halves = torch.rand(*blocks.shape[:2], 1, device="cuda").mul(size).half()
+        blocks[:, :, at : at + 2] = halves.view(torch.uint8)
+    return blocks.flatten(1)
+
+
+class Nth(Tuner):
+    """Takes one candidate after another."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number, self.is_last = number, False
+
+    def choose(self, key: str, candidates: Any, launch: Any, worth_it: bool = True) -> Blocks:
+        self.is_last = self.number == len(candidates) - 1
+        return candidates[self.number]
+
+
+@pytest.mark.parametrize(
+    ("operation", "rows", "dtype"),
+    [
+        ("linear_gguf", 1, "bfloat16"),
+        ("linear_gguf", 1, "float32"),
+        ("linear_gguf", 3, "float16"),
+        ("linear_gguf", 16, "bfloat16"),
+        ("linear_gguf", 60, "bfloat16"),
+        ("linear_gguf", 700, "bfloat16"),
+        ("linear_gguf", 700, "float32"),
+        ("linear_gguf_a8", 1, "float16"),
+        ("linear_gguf_a8", 16, "bfloat16"),
+        ("linear_gguf_a8", 700, "float32"),
+    ],
+)
+@pytest.mark.parametrize("number", BLOCK_TYPES)
+def test_products_with_gguf_blocks_are_right_in_every_candidate(
+    number: int, operation: str, rows: int, dtype: str
+) -> None:
+    """Also where rows end within a step, and outputs within a tile."""
+    torch.manual_seed(9)
+    spec = KernelSpec(operation, "cuda", dtype, {}, {"type": float(number)})
+    _, reference = both(operation, dtype, type=float(number))
+    for inputs, outputs in ((4096, 4096), (5 * 256, 1001)):
+        x, bias = randn(rows, inputs, dtype=dtype), randn(outputs, dtype=dtype)
+        blocks = blocks_of(BLOCK_TYPES[number], outputs, inputs)
+        wanted, tuner = reference(x, blocks, bias), Nth(-1)
+        while not tuner.is_last:
+            tuner = Nth(tuner.number + 1)
+            check(operation, dtype, gguf.make_linear_gguf(spec, tuner)(x, blocks, bias), wanted)
+
+
+def test_products_with_gguf_blocks_are_replayed_from_a_graph() -> None:
+    torch.manual_seed(10)
+    x, blocks = randn(4, 4096, dtype="bfloat16"), blocks_of(BLOCK_TYPES[12], 4096, 4096)
+    for operation in ("linear_gguf", "linear_gguf_a8"):
+        ours, reference = both(operation, "bfloat16", type=12.0)
+        ours(x, blocks, None)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = ours(x, blocks, None)
+        x.normal_()
+        graph.replay()
+        check(operation, "bfloat16", out, reference(x, blocks, None))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -43,10 +43,10 @@ def test_every_operation_is_compared(report: Report) -> None:
     assert operations == {
         "rms_norm", "add_rms_norm", "rope", "rope_write", "silu_mul", "gelu_tanh_mul", "gated_linear", "linear",
         "linear_cross_entropy", "sample", "linear_int8", "linear_int4", "linear_int4_a8", "linear_fp8", "linear_int3",
-        "linear_w8a8", "linear_fp8a8",
+        "linear_w8a8", "linear_fp8a8", "linear_gguf", "linear_gguf_a8",
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("file", ["check_kernels.py", "check_rounding.py"])
+@pytest.mark.parametrize("file", ["check_kernels.py", "check_rounding.py", "check_gguf.py"])
 def test_what_the_suite_does_not_ask(file: str) -> None:
     run_in_interpreter(Path(__file__).parent / "interpreted" / file)

@@ -76,7 +76,10 @@ print("triton" in sys.modules)
 @pytest.mark.parametrize(
     ("spec", "code"),
     [
-        (KernelSpec("linear_gguf", "cuda", "float32"), "unknown_operation"),
+        (KernelSpec("decoder_layers", "cuda", "float32"), "unknown_operation"),
+        (KernelSpec("linear_gguf", "cuda", "float32"), "unsupported_type"),
+        (KernelSpec("linear_gguf", "cuda", "float32", params={"type": 20.0}), "unsupported_type"),
+        (KernelSpec("linear_gguf_a8", "cuda", "float32", {"I": 96}, {"type": 12.0}), "unsupported_shape"),
         (KernelSpec("rms_norm", "cuda", "float64"), "unsupported_dtype"),
         (KernelSpec("rms_norm", "cpu", "float32"), "no_device"),
         (KernelSpec("rms_norm", "cuda", "float32", {"E": 100_000}), "unsupported_shape"),
@@ -96,17 +99,18 @@ def test_what_it_does_not_cover_is_refused_with_a_code(spec: KernelSpec, code: s
     assert probe.offered
 
 
-LEFT_TO_OTHERS = {"linear_gguf", "linear_gguf_a8"}
-"""Products of packed weights that there is no Triton kernel for."""
-
-
-def test_all_operations_but_some_products_of_packed_weights_are_there_on_a_gpu() -> None:
-    assert set(OPERATIONS) >= LEFT_TO_OTHERS
+def test_all_operations_but_whole_layers_are_there_on_a_gpu() -> None:
     kernels = TritonKernels(TritonKernels.Config())
-    params = {"linear_int4": {"group": 64.0}, "linear_int3": {"group": 128.0}, "linear_int4_a8": {"group": 192.0}}
-    for name in (name for name, operation in OPERATIONS.items() if not operation.takes_modules):
+    params = {
+        "linear_int4": {"group": 64.0},
+        "linear_int3": {"group": 128.0},
+        "linear_int4_a8": {"group": 192.0},
+        "linear_gguf": {"type": 2.0},
+        "linear_gguf_a8": {"type": 14.0},
+    }
+    for name, operation in OPERATIONS.items():
         spec = KernelSpec(name, "cuda", "bfloat16", {}, params.get(name, {}))
-        assert kernels.supports(spec).ok == (name not in LEFT_TO_OTHERS), name
+        assert kernels.supports(spec).ok != operation.takes_modules, name
 
 
 def test_an_operation_it_has_not_is_an_error_with_the_nearest_name() -> None:

@@ -139,6 +139,22 @@ def products_() -> None:
         make("gated_linear", activation=0)(randn(rows, 1024), randn(256, 1024), randn(256, 1024))
 
 
+def gguf_blocks() -> None:
+    """Blocks at even addresses, at multiples of 16 bytes, and with codes in two places; one row, a few, and many."""
+    from drivetrain.packed.gguf import BLOCK_TYPES
+
+    for number, rows, operation in (
+        (2, 1, "linear_gguf"),
+        (13, 1, "linear_gguf"),
+        (14, 1, "linear_gguf_a8"),
+        (7, 16, "linear_gguf"),
+        (12, 300, "linear_gguf"),
+        (14, 300, "linear_gguf_a8"),
+    ):
+        blocks = torch.zeros(256, BLOCK_TYPES[number].row_bytes(1024), dtype=torch.uint8)
+        make(operation, type=float(number))(randn(rows, 1024), blocks, randn(256))
+
+
 def attention() -> None:
     backend = PagedTritonAttention(PagedTritonAttention.Config(tune=False, chunk_size=32))
     for layer in (LayerAttention(8, 2, 128, 0.1), LayerAttention(4, 4, 80, 0.1, window=40, soft_cap=30.0)):
@@ -172,5 +188,5 @@ if __name__ == "__main__":
     paged_triton.tuner_of = lambda folder, tune: Tuner()
     tuner_of.cache_clear()
     print(json.dumps({"triton": triton.__version__}))
-    for part in (pointwise, vocabulary, rounded, products_, attention, attention_without_a_cache):
+    for part in (pointwise, vocabulary, rounded, products_, gguf_blocks, attention, attention_without_a_cache):
         part()

@@ -9,7 +9,8 @@ Python takes to launch: what is timed is the device.
 
 Decodes are timed as a server runs them, in a graph that is replayed: several layers one after another, each with keys
 and values of its own, and the figure is for one of them. Where little is read, no kernel comes near the bandwidth:
-beside each figure is that of a copy of as many bytes, in a graph of as many nodes.
+beside each figure is that of a copy of as many bytes, in a graph of as many nodes. Products of few rows by packed
+weights are timed in such a graph too; their bytes are those of the weights.
 
 Whole models are served by ``serving.py`` beside this file, which has options of its own.
 """
@@ -21,9 +22,10 @@ import datetime
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -34,6 +36,7 @@ import serving
 from drivetrain.contracts.attention import AttentionBatch, AttentionSpec, LayerAttention, TakesWritten
 from drivetrain.contracts.kernels import KernelSpec
 from drivetrain.kernels.triton import TritonKernels
+from drivetrain.packed.gguf import BLOCK_TYPES
 from drivetrain.plugins.attention.paged_triton import PagedTritonAttention
 from drivetrain.testing.attention_oracle import whole_batch
 
@@ -46,7 +49,7 @@ REPEATS = 11
 MOST_LAYERS, LAYERS_BYTES = 32, 256 << 20
 """Decodes are timed over layers whose keys and values together are more than the device's cache holds."""
 
-POINTWISE_TARGET, DECODE_TARGET, PREFILL_TARGET = 0.85, 0.80, 0.9
+POINTWISE_TARGET, DECODE_TARGET, PREFILL_TARGET, PACKED_TARGET = 0.85, 0.80, 0.9, 0.6
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,44 @@ def decodes(batch: int, length: int, layers: int) -> Callable[[], None]:
     return launch
 
 
+def packed(clock: Clock, bandwidth: float, quick: bool) -> Iterator[Line]:
+    """Products of few rows by packed weights: the bytes of the weights, by the time of a layer in a replayed graph in
+    which every layer has weights of its own."""
+    kernels, layers = TritonKernels(TritonKernels.Config()), 8
+    types = [number for number, kind in BLOCK_TYPES.items() if not quick or kind.name in ("Q8_0", "Q4_K")]
+    uses = [("linear_gguf", BLOCK_TYPES[number].name, {"type": float(number)}) for number in types]
+    uses += [("linear_int4", "groups of 64", {"group": 64.0}), ("linear_int8", "by row", {})]
+    for operation, what, params in uses:
+        spec = KernelSpec(operation, "cuda", "bfloat16", {"I": FEATURES, "O": INNER}, params)
+        product, weights = kernels.make(spec), [_weights(operation, params) for _ in range(layers)]
+        num_bytes = sum(tensor.nbytes for tensor in weights[0])
+        for rows in (1, 16) if quick else (1, 2, 4, 16, 64):
+            x = randn(rows, FEATURES)
+
+            def launch(x: torch.Tensor = x, product: Callable[..., object] = product, weights: Any = weights) -> None:
+                for tensors in weights:
+                    product(x, *tensors, None)
+
+            with torch.no_grad():
+                taken = clock.replayed(launch) / layers
+            rate = num_bytes / taken * 1e3
+            yield Line(f"`{operation}`, {what}, {rows}", taken, rate / 1e9, rate / bandwidth, PACKED_TARGET)
+
+
+def _weights(operation: str, params: Mapping[str, float]) -> tuple[torch.Tensor, ...]:
+    """Of any bytes."""
+    if operation == "linear_int8":
+        return _bytes(INNER, FEATURES).view(torch.int8), torch.rand(INNER, device="cuda")
+    if operation == "linear_int4":
+        scales, mins = torch.rand(2, INNER, FEATURES // int(params["group"]), device="cuda", dtype=DTYPE)
+        return _bytes(INNER, FEATURES // 2), scales, mins
+    return (_bytes(INNER, BLOCK_TYPES[int(params["type"])].row_bytes(FEATURES)),)
+
+
+def _bytes(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
+
+
 def prefill(clock: Clock, quick: bool) -> Iterator[Line]:
     """Milliseconds of torch's fastest backend, as a share of ours."""
     layer = LayerAttention(HEADS, KV_HEADS, SIZE, SIZE**-0.5)
@@ -280,6 +321,11 @@ def main() -> None:
             "GB/s",
             "| batch | ms | rate | share of copy | 80% |",
             list(decode(clock, bandwidth, options.quick)),
+        ),
+        "Products by packed weights": (
+            "GB/s",
+            "| product, rows | ms | rate | share of copy | 60% |",
+            list(packed(clock, bandwidth, options.quick)),
         ),
         "Prefill attention": (
             "TFLOP/s",
