@@ -68,7 +68,8 @@ def define(
     fake:           called with the same arguments, makes empty results of the right shape, dtype and device.
     save:           ``save(ctx, inputs, output)``: keeps what the backward needs.
     backward:       ``backward(ctx, *gradients)``: a gradient or None for every argument. torch.compile traces it, so
-                    what is no torch code in it has to be an operator too. Without one, there is no gradient.
+                    what is no torch code in it has to be an operator too. Without one, there is no gradient: results
+                    ask for none, whatever the arguments do.
     device_types:   torch device types that ``implementation`` works on.
 
     Raises ContractError when the name is taken by something else.
@@ -89,6 +90,9 @@ def define(
             return overload
         library = _LIBRARIES.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
         library.define(f"{short}{schema}")
+        if backward is None:  # torch would have results ask for a gradient, and warn of what it can't compute
+            library.impl(short, torch.library.fallthrough_kernel, "Autograd")
+            implementation = torch.no_grad()(implementation)
         for device_type in device_types:
             library.impl(short, implementation, device_type.upper())
         torch.library.register_fake(name, fake, lib=library)

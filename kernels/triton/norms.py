@@ -292,8 +292,9 @@ def make_add_rms_norm(spec: KernelSpec, tuner: Tuner) -> Callable[..., tuple[tor
         _keep(ctx, output[1], inputs[2], output[2], inputs[4])
 
     def backward(ctx: Any, grad: torch.Tensor | None, grad_sum: torch.Tensor | None, _: None) -> Any:
-        grad = torch.zeros_like(ctx.saved_tensors[0]) if grad is None else grad
-        x_grad, weight_grad = norm_backward(grad, grad_sum, *ctx.saved_tensors, ctx.offset)
+        summed, weight, root = ctx.saved_tensors
+        grad = torch.zeros_like(summed) if grad is None else grad
+        x_grad, weight_grad = norm_backward(grad, grad_sum, summed, weight, root, ctx.offset)
         return x_grad, x_grad, weight_grad, None, None
 
     overload = define(

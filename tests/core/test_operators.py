@@ -79,6 +79,33 @@ def test_the_plain_callable_serves_and_the_operator_is_what_autograd_and_the_com
     assert calls == ["plain"]
 
 
+def test_what_an_operator_keeps_for_its_backward_is_no_result() -> None:
+    def root(x: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return x * factor, x + factor, torch.exp(x)
+
+    overload = define(
+        "drivetrain_tests::root",
+        "(Tensor x, float factor) -> (Tensor, Tensor, Tensor)",
+        root,
+        fake=lambda x, factor: tuple(torch.empty_like(x) for _ in range(3)),
+    )
+    x = torch.zeros(2)
+    assert len(Operator(overload, (3.0,))(x)) == 3
+    first, second = Operator(overload, (3.0,), results=2)(x)
+    assert (first.tolist(), second.tolist()) == ([0, 0], [3, 3])
+    assert Operator(overload, (3.0,), results=1)(x).tolist() == [0, 0]
+
+
+def test_without_a_backward_there_is_no_gradient() -> None:
+    overload = define("drivetrain_tests::unscaled", SCHEMA, scale, fake=shape)
+    x = torch.ones(2, requires_grad=True)
+    assert not overload(x, 2.0).requires_grad
+    compiled = torch.compile(lambda x: overload(x, 2.0) * x, fullgraph=True, backend="aot_eager")
+    compiled(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [2, 2]
+
+
 def test_an_operator_that_writes_says_so() -> None:
     def fill(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         out.copy_(x)

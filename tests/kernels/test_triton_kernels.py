@@ -22,8 +22,6 @@ NOT_CLAIMED = (
     "test_gradcheck",  # float64
     "test_runs_are_bitwise_equal",
     "test_rows_do_not_depend_on_each_other",
-    # They are no operators of torch yet.
-    *("test_operators_keep_the_rules", "test_operators_equal_the_plain_callable", "test_operators_are_compiled"),
 )
 
 

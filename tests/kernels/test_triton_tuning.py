@@ -134,5 +134,13 @@ for index in range(20):
     assert not [path for path in tmp_path.iterdir() if path.suffix not in (".json", ".lock")]
 
 
+def test_a_record_has_a_name_that_is_its_folders_in_every_process(tmp_path: Path) -> None:
+    """By it an operator of torch finds its tuner, also from a graph that an earlier process has compiled."""
+    names = [Tuner(record(folder)).name for folder in (tmp_path / "a", tmp_path / "b", tmp_path / "a")]
+    assert names[0] == names[2] != names[1]
+    assert Tuner(record(Path("/var/cache/drivetrain"))).name == "record_a1b0e174"
+    assert Tuner().name == "untuned"
+
+
 def test_numbers_of_rows_fall_into_classes_by_powers_of_four() -> None:
     assert [rows_class(n) for n in (0, 1, 2, 4, 5, 16, 17, 64, 65, 4096)] == [1, 1, 4, 4, 16, 16, 64, 64, 256, 4096]

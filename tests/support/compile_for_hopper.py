@@ -17,9 +17,8 @@ from triton.runtime.jit import JITFunction
 
 from drivetrain.contracts.attention import FULL_KV, SCALED_KV, AttentionSpec, LayerAttention
 from drivetrain.contracts.kernels import KernelSpec
-from drivetrain.kernels.triton import TritonKernels, tuner_of
+from drivetrain.kernels.triton import TritonKernels, operators, tuner_of
 from drivetrain.kernels.triton import launch as launching
-from drivetrain.kernels.triton import operators
 from drivetrain.kernels.triton.tuning import Tuner
 from drivetrain.plugins.attention import paged_triton
 from drivetrain.plugins.attention.paged_triton import PagedTritonAttention

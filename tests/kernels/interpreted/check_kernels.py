@@ -10,6 +10,7 @@ import torch
 
 from drivetrain import LLM, SamplingParams
 from drivetrain.contracts.kernels import OPERATIONS, KernelSpec
+from drivetrain.errors import ConfigError
 from drivetrain.kernels.reference import ReferenceKernels
 from drivetrain.kernels.triton import TritonKernels, cross_entropy, products, rounded_products
 from drivetrain.kernels.triton.tuning import Blocks, Tuner
@@ -181,6 +182,67 @@ def test_gradients_of_views_reach_what_they_are_views_of() -> None:
         found.append((x.grad, weight.grad))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("is_normed_used", [True, False])
+def test_one_of_two_results_may_be_unused(is_normed_used: bool) -> None:
+    torch.manual_seed(9)
+    inputs = torch.randn(3, 16), torch.randn(3, 16), torch.randn(16)
+    found = []
+    for kernel in both("add_rms_norm", eps=1e-5):
+        own = [value.clone().requires_grad_() for value in inputs]
+        results = kernel(*own)
+        results[0 if is_normed_used else 1].square().sum().backward()
+        found.append([torch.zeros_like(value) if value.grad is None else value.grad for value in own])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_one_row_is_an_operator_where_no_gradient_is_asked_for() -> None:
+    """More rows, and gradients, are torch's own, which are operators too."""
+    torch.manual_seed(10)
+    x, weight, bias = torch.randn(1, 1, 24), torch.randn(10, 24), torch.randn(10)
+    ours, _ = both("linear")
+    graphs: list[str] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(module.code)
+        return module
+
+    compiled = torch.compile(ours, fullgraph=True, backend=backend)
+    with torch.inference_mode():
+        plain = ours(x, weight, bias)
+    assert torch.equal(compiled(x, weight, bias), plain)
+    assert torch.equal(ours(x, weight, bias), plain)
+    assert compiled(x.expand(1, 3, 24), weight, bias).shape == (1, 3, 10)
+    assert compiled(x.clone().requires_grad_(), weight, bias).requires_grad
+    assert ["multiply_row" in graph for graph in graphs] == [True, False, False]
+    torch.library.opcheck(torch.ops.drivetrain_triton.multiply_row.default, (x, weight, bias))
+
+
+def test_a_cache_that_is_written_under_autograd_stays_out_of_it() -> None:
+    torch.manual_seed(11)
+    q, k, v = (torch.randn(3, heads, 8).requires_grad_() for heads in (2, 1, 1))
+    cos, sin = torch.randn(2, 3, 8)
+    found = []
+    for kernel in both("rope_write"):
+        caches = torch.zeros(2, 4, 1, 8), torch.zeros(2, 4, 1, 8)
+        out = kernel(q, k, v, cos, sin, *caches, torch.tensor([5, 0, 2]))
+        assert not any(tensor.requires_grad for tensor in (out, *caches))
+        found.append((out, *caches))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("operation", ["rms_norm", "silu_mul", "rope"])
+def test_second_derivatives_are_refused_and_not_left_out(operation: str) -> None:
+    x = torch.randn(2, 1, 8, requires_grad=True)
+    others = {"rms_norm": (torch.ones(8),), "silu_mul": (torch.ones(2, 1, 8),), "rope": (x, *torch.randn(2, 2, 8))}
+    ours, _ = both(operation)
+    result = ours(x, *others[operation])
+    (gradient,) = torch.autograd.grad((result if operation != "rope" else result[0]).exp().sum(), x, create_graph=True)
+    with pytest.raises(ConfigError, match="no second derivatives"):
+        gradient.sum().backward()
 
 
 def test_every_operation_has_its_name_in_the_contract() -> None:
