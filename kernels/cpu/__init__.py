@@ -45,7 +45,7 @@ class CpuKernels(KernelProvider):
     tier = Tier.TUNED
 
     class Config(PluginConfig):
-        instructions: Literal["auto", "amx", "avx512", "avx2", "baseline"] = Field(
+        instructions: Literal["auto", "amx", "avx512", "avx2", "dotprod", "baseline"] = Field(
             "auto", description="instructions to compile for; auto takes the best that the processor has"
         )
 

@@ -29,10 +29,11 @@ VARIANTS = {
     "amx": (*_AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     "avx512": _AVX512_FLAGS,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "dotprod": ("-march=armv8.2-a+dotprod",),
     "baseline": (),
 }
-"""Variant -> flags, best first. ``amx`` is ``avx512`` with the matrix unit; ``baseline`` is what every processor of the
-machine's kind has: SSE2 on x86-64, NEON on arm64."""
+"""Variant -> flags, best first. ``amx`` is ``avx512`` with the matrix unit, ``dotprod`` NEON with dot products of
+integers; ``baseline`` is what every processor of the machine's kind has: SSE2 on x86-64, NEON on arm64."""
 
 _EXTRA = {"avx512": {"avx512_vnni": "-mavx512vnni"}, "avx2": {"avx_vnni": "-mavxvnni"}}
 """Variant -> instruction set -> flag for dot products of integers, which is added where the processor has them and the
@@ -48,6 +49,7 @@ _NEEDS = {
     "amx": (*_AVX512, "fma", "f16c", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"),
     "avx512": (*_AVX512, "fma"),
     "avx2": ("avx2", "fma", "f16c"),
+    "dotprod": ("asimddp", "atomics"),
     "baseline": (),
 }
 """Variant -> instruction sets of the processor, by the names of the Linux kernel."""
