@@ -42,6 +42,9 @@ variant is the best that it runs."""
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 """dtype -> its number in the library (``Format`` in ``src/matmul.h``)."""
 
+ROW_FORMATS = {**FORMATS, torch.float16: 2}
+"""The same of operations that only convert numbers on their way."""
+
 CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
 """dtype in which keys and values are kept -> its number (``CacheFormat`` in ``src/attention.h``)."""
 
@@ -68,6 +71,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "dt_rms_norm": (None, *[_POINTER] * 3, _FLOAT, _FLOAT, *[_INT] * 3, _POINTER, _POINTER),
     "dt_gated": (None, _POINTER, _POINTER, *[_INT] * 4, _POINTER),
     "dt_rotate": (None, *[_POINTER] * 3, *[_INT] * 5, _POINTER),
+    "dt_rope_write": (_INT, _POINTER),
     "dt_linear": (_INT, _POINTER, _INT, _POINTER, _INT, _POINTER),
     "dt_gated_linear": (_INT, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER),
     "dt_sample": (None, _POINTER, _INT, _INT, *[_POINTER] * 6),

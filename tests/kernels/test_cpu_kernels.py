@@ -21,11 +21,14 @@ from drivetrain.contracts.kernels import KernelSpec
 from drivetrain.contracts.model import BuildContext
 from drivetrain.contracts.source import silent
 from drivetrain.errors import ConfigError, KernelBuildError
+from drivetrain.fusion import fuse
 from drivetrain.kernels.cpu import CpuKernels, library
 from drivetrain.kernels.cpu.decoder import CoarseDecoder
-from drivetrain.kernels.cpu.library import VARIANTS, open_library, runnable_variants
+from drivetrain.kernels.cpu.library import ROW_FORMATS, VARIANTS, open_library, runnable_variants
 from drivetrain.kernels.cpu.operations import matrix_fields
 from drivetrain.kernels.reference import ReferenceKernels
+from drivetrain.kernels.reference.decoder import decoder_layers
+from drivetrain.kernels.reference.pointwise import rope_write
 from drivetrain.plugins.attention.paged_cpu import PagedCpuAttention
 from drivetrain.plugins.attention.sdpa import SdpaAttention
 from drivetrain.plugins.model.decoder import DecoderModel
@@ -457,6 +460,58 @@ def test_what_it_has_no_kernel_for_is_refused() -> None:
         assert probe.reason
         with pytest.raises(ConfigError, match=spec.operation):
             provider().make(spec)
+
+
+@pytest.mark.parametrize("dtype", list(ROW_FORMATS))
+def test_keys_are_written_in_the_dtype_of_the_cache(dtype: torch.dtype) -> None:
+    """Out of rows that hold queries, keys and values together, into pages that do not lie side by side."""
+    generator = torch.Generator().manual_seed(4)
+    kernel = provider().make(KernelSpec("rope_write", "cpu", str(dtype).removeprefix("torch.")))
+    qkv = torch.randn(7, 6 + 2 * 2, 40, generator=generator).to(dtype)
+    q, k, v = qkv.split((6, 2, 2), dim=1)
+    cos, sin = torch.randn(2, 7, 36, generator=generator)
+    slots = torch.tensor([9, 0, 23, 5, 17, 2, 11])
+    for kept in ROW_FORMATS:
+        caches = [torch.zeros(4, 2, 6, 2, 40, dtype=kept).transpose(0, 1) for _ in range(2)]
+        found, wanted = (
+            (make(q, k, v, cos, sin, cache[0], cache[1], slots), cache)
+            for make, cache in zip((kernel, rope_write), caches, strict=True)
+        )
+        for one, other in zip((found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
+            torch.testing.assert_close(one, other, rtol=1.6e-2, atol=1e-2, check_dtype=True)
+            assert torch.equal(one == 0, other == 0), "another slot was written to"
+
+
+def test_a_slot_outside_of_the_cache_is_an_error() -> None:
+    kernel = provider().make(KernelSpec("rope_write", "cpu", "float32"))
+    x, angles, keys, values = torch.ones(2, 1, 8), torch.ones(2, 8), torch.zeros(3, 4, 1, 8), torch.zeros(3, 4, 1, 8)
+    for slot in (-1, 12):
+        with torch.inference_mode(), pytest.raises(ConfigError, match="0 to 11"):
+            kernel(x, x, x, angles, angles, keys, values, torch.tensor([0, slot]))
+    assert not keys.any()
+
+
+def test_layers_that_are_called_one_by_one_write_rotated_keys(
+    checkpoints: dict[str, FolderCheckpoint], expected: dict[str, torch.Tensor]
+) -> None:
+    """Where the coarse operation can't run a step, over pages of either backend, the fused layers rotate and write."""
+    binder = KernelBinder([("cpu", provider()), ("reference", REFERENCE)])
+    context = BuildContext(CPU, torch.float32, binder.bind, None, silent)
+    module: Any = DecoderModel(DecoderModel.Config()).build(checkpoints["smollm2"], context)
+    fuse(module, binder)
+    module.model._run_layers = decoder_layers
+    written = []
+    for layer in module.model.layers:
+        attention = layer.self_attn
+        run = attention._rope_write
+        attention._rope_write = lambda *given, run=run: written.append(given[5].data_ptr()) or run(*given)
+    for backend in (PagedCpuAttention, SdpaAttention):
+        written.clear()
+        torch.testing.assert_close(scores(module, backend), expected["smollm2"], rtol=1e-4, atol=1e-4)
+        assert len(set(written)) == len(module.model.layers), backend
+    written.clear()
+    scores(module, PagedCpuAttention, kv="int8")
+    assert not written, "scales are the backend's"
 
 
 def test_the_step_opens_its_pages_and_sdpa_does_not() -> None:

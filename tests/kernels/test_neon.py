@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from drivetrain.contracts.kernels import OPERATIONS
-from drivetrain.kernels.cpu.library import FORMATS, open_library
+from drivetrain.kernels.cpu.library import FORMATS, ROW_FORMATS, open_library
 from drivetrain.kernels.cpu.operations import matrix_fields
 from drivetrain.kernels.cpu.packed import Described
+from drivetrain.kernels.cpu.rotary import RotationFields
 from drivetrain.packed import DECODERS
 from drivetrain.packed.gguf import BLOCK_TYPES
 from kernels.test_cpu_packed import USES, use
@@ -46,6 +47,9 @@ class Written:
         for operation, number in USES:
             for rows in (1, 3, 6):
                 self._packed(operation, number, rows)
+        for dtype in ROW_FORMATS:
+            for kept in ROW_FORMATS:
+                self._written_keys(dtype, kept)
         for code in (torch.float32, torch.int8, torch.float8_e4m3fn):
             self._attention(code)
         self._sampling()
@@ -73,6 +77,23 @@ class Written:
             call("dt_gated", x, other, 5, 37, activation, kind, gated)
         q, cos, sin = self._put(self._random(3, 2, 22, dtype=dtype), self._random(3, 18), self._random(3, 18))
         call("dt_rotate", q, cos, sin, 3, 2, 22, 18, kind, self._out("rope", 3, 2, 22, dtype=dtype))
+
+    def _written_keys(self, dtype: torch.dtype, kept: torch.dtype) -> None:
+        q, k, v = (self._random(2, heads, 22, dtype=dtype) for heads in (4, 2, 2))
+        keys, values = (torch.zeros(3, 4, 2, 22, dtype=kept) for _ in range(2))
+        out, slots = torch.zeros_like(q), torch.tensor([5, 11])
+        tensors = (q, k, v, self._random(2, 18), self._random(2, 18), keys, values, slots, out)
+        fields = RotationFields(
+            *(tensor.data_ptr() for tensor in tensors),
+            *(2, 4, 2, 22, 18, 3, 4, ROW_FORMATS[dtype], ROW_FORMATS[kept]),
+            *(tensor.stride()[:2] for tensor in (q, k, v)),
+            *(tensor.stride()[:3] for tensor in (keys, values)),
+        )
+        where, *blobs = self.calls.put_all(fields, *tensors)
+        self.calls.call("dt_rope_write", where)
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+        for blob, of in zip((*blobs[5:7], blobs[8]), (kept, kept, dtype), strict=True):
+            self.results[blob] = (f"rope_write of {dtype} into {kept}", of, tolerance[of])
 
     def _products(self, dtype: torch.dtype) -> None:
         kind = FORMATS[dtype]

@@ -51,6 +51,7 @@ void dt_set_threads(int);
 void dt_rms_norm(P, P, P, float, float, int, int, int, P, P);
 void dt_gated(P, P, int, int, int, int, P);
 void dt_rotate(P, P, P, int, int, int, int, int, P);
+int dt_rope_write(P);
 int dt_linear(P, int, P, int, P);
 int dt_gated_linear(P, int, P, P, int, int, P);
 void dt_sample(P, int, int, P, P, P, P, P, P);
@@ -65,6 +66,7 @@ static int64_t call(const std::string& name, const std::vector<Argument>& given)
   FUNCTION(dt_rms_norm)
   FUNCTION(dt_gated)
   FUNCTION(dt_rotate)
+  FUNCTION(dt_rope_write)
   FUNCTION(dt_linear)
   FUNCTION(dt_gated_linear)
   FUNCTION(dt_sample)

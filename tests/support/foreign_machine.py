@@ -61,13 +61,17 @@ class Calls:
 
     def put_fields(self, fields: ctypes.Structure, *tensors: torch.Tensor) -> Blob:
         """A structure; those of its pointers that are not null lead to one of ``tensors``."""
-        blobs = {tensor.data_ptr(): tensor for tensor in tensors}
+        return self.put_all(fields, *tensors)[0]
+
+    def put_all(self, fields: ctypes.Structure, *tensors: torch.Tensor) -> list[Blob]:
+        """The same; the structure, and a blob for each of ``tensors``."""
+        blobs = {tensor.data_ptr(): self.put(tensor) for tensor in tensors}
         pointers = []
         for name, kind, *_ in fields._fields_:
             address = getattr(fields, name)
             if kind is ctypes.c_void_p and address is not None:
-                pointers.append((getattr(type(fields), name).offset, self.put(blobs[address])))
-        return self.put(bytes(fields), *pointers)
+                pointers.append((getattr(type(fields), name).offset, blobs[address]))
+        return [self.put(bytes(fields), *pointers), *blobs.values()]
 
     def call(self, name: str, *arguments: Value) -> None:
         """A function of the library."""

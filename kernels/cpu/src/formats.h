@@ -1,5 +1,6 @@
 // How packed weights are read: 32 inputs of a row at a time, an atom, as bytes or as vectors of float32.
 #pragma once
+#include "half.h"
 #include "matmul.h"
 
 namespace dt {
@@ -27,26 +28,6 @@ typedef uint8_t vb_any __attribute__((vector_size(W), aligned(1), may_alias));
 typedef int8_t vs_any __attribute__((vector_size(W), aligned(1), may_alias));
 
 // --- numbers of 16 and 8 bits --------------------------------------------------------------------------------------------
-
-static inline float half_to_float(uint16_t h) {
-#if defined(__F16C__)
-  return _cvtsh_ss(h);
-#elif defined(__aarch64__)
-  __fp16 half;
-  memcpy(&half, &h, 2);
-  return half;
-#else
-  uint32_t size = h & 0x7fffu, bits = size << 13;
-  float f;
-  memcpy(&f, &bits, 4);
-  f *= 5.192296858534828e33f;  // 2^112: the difference of the two exponents' biases
-  memcpy(&bits, &f, 4);
-  if (size >= 0x7c00u) bits = 0x7f800000u | (size & 0x3ffu) << 13;
-  bits |= uint32_t(h & 0x8000u) << 16;
-  memcpy(&f, &bits, 4);
-  return f;
-#endif
-}
 
 static inline float half_at(const uint8_t* p) {
   uint16_t h;
