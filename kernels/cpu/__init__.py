@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     Maker = Callable[[KernelSpec, ctypes.CDLL], Callable[..., Any]]
 
 _DTYPES = ("float32", "bfloat16")
-_HALF = frozenset({"rope_write"})
+_HALF = frozenset({"rope_write", "linear_cross_entropy"})
 """Operations that take float16 too."""
 
 
 def _makers() -> Mapping[str, Maker]:
-    from drivetrain.kernels.cpu import operations, packed, rotary
+    from drivetrain.kernels.cpu import cross_entropy, operations, packed, rotary
     from drivetrain.kernels.cpu.decoder import CoarseDecoder
 
     return {
@@ -35,6 +35,7 @@ def _makers() -> Mapping[str, Maker]:
         "gelu_tanh_mul": operations.make_gated,
         "linear": operations.make_linear,
         "gated_linear": operations.make_gated_linear,
+        "linear_cross_entropy": cross_entropy.make_linear_cross_entropy,
         "sample": operations.make_sample,
         "decoder_layers": CoarseDecoder,
         **dict.fromkeys(packed.PACKED, packed.make_packed),

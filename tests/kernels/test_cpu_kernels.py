@@ -14,15 +14,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from drivetrain.binding import KernelBinder
 from drivetrain.contracts.attention import OpensPages
-from drivetrain.contracts.kernels import KernelSpec
+from drivetrain.contracts.kernels import OPERATIONS, KernelSpec
 from drivetrain.contracts.model import BuildContext
 from drivetrain.contracts.source import silent
 from drivetrain.errors import ConfigError, KernelBuildError
 from drivetrain.fusion import fuse
-from drivetrain.kernels.cpu import CpuKernels, library
+from drivetrain.kernels.cpu import CpuKernels, cross_entropy, library
+from drivetrain.kernels.cpu.cross_entropy import LinearLoss
 from drivetrain.kernels.cpu.decoder import CoarseDecoder
 from drivetrain.kernels.cpu.library import ROW_FORMATS, VARIANTS, open_library, runnable_variants
 from drivetrain.kernels.cpu.operations import matrix_fields
@@ -512,6 +514,86 @@ def test_layers_that_are_called_one_by_one_write_rotated_keys(
     written.clear()
     scores(module, PagedCpuAttention, kv="int8")
     assert not written, "scales are the backend's"
+
+
+class _KeepsLargest(TorchDispatchMode):
+    """The bytes of the largest tensor that torch made while it was on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.bytes = max(self.bytes, result.numel() * result.element_size())
+        return result
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+@pytest.mark.parametrize("dtype", list(ROW_FORMATS))
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_losses_in_chunks_are_those_of_all_logits(
+    dtype: torch.dtype, cap: float, has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row at a time and some at a time, with losses that count alike and losses that do not; more logits than are
+    summed at a time; on processors with instructions for bfloat16, and without."""
+    monkeypatch.setattr(cross_entropy, "_multiplies_bfloat16", lambda: has_bfloat16)
+    generator = torch.Generator().manual_seed(11)
+    x, weight = (torch.randn(n, 24, generator=generator).mul(0.4).to(dtype) for n in (9, 2600))
+    targets = torch.tensor([3, 2599, -100, 0, 2048, 77, -100, 2047, 5])
+    spec = KernelSpec("linear_cross_entropy", "cpu", str(dtype).removeprefix("torch."), {}, {"soft_cap": cap})
+    relative, absolute = OPERATIONS["linear_cross_entropy"].tolerance[spec.dtype]
+    leaves = [tensor.float().requires_grad_() for tensor in (x, weight)]
+    wanted = REFERENCE.make(dataclasses.replace(spec, dtype="float32"))(*leaves, targets)
+    for chunk_bytes in (1, 4 * 2600 * 4, 1 << 20):
+        loss = LinearLoss(open_library(), dtype, cap, chunk_bytes)
+        torch.testing.assert_close(loss.losses(x, weight, targets), wanted, rtol=relative, atol=absolute)
+        losses, *sums = loss.training(x, weight, targets, True)
+        assert torch.equal(losses, loss.losses(x, weight, targets))
+        for counts in (torch.full((9,), 0.3), torch.rand(9, generator=generator)):
+            right = torch.autograd.grad((wanted * counts).sum(), leaves, retain_graph=True)
+            for found, gradient in zip(loss.gradients(counts, x, weight, targets, *sums), right, strict=True):
+                assert found.dtype == dtype
+                torch.testing.assert_close(found.float(), gradient, rtol=relative * 10, atol=absolute * 10)
+
+
+def test_all_logits_are_never_held() -> None:
+    x, weight = torch.randn(64, 8, requires_grad=True), torch.randn(500, 8, requires_grad=True)
+    with _KeepsLargest() as kept, torch.no_grad():
+        loss = LinearLoss(open_library(), torch.float32, 0.0, chunk_bytes=16 * 500 * 4)
+        loss.gradients(
+            torch.rand(64), x, weight, torch.arange(64), *loss.training(x, weight, torch.arange(64), True)[1:]
+        )
+    assert 0 < kept.bytes <= 16 * 500 * 4
+
+
+def test_a_frozen_head_gets_no_gradient_and_a_wrong_target_is_an_error() -> None:
+    kernel = provider().make(KernelSpec("linear_cross_entropy", "cpu", "float32"))
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(20, 8)
+    kernel(x, weight, torch.tensor([1, -100, 19])).sum().backward()
+    assert x.grad is not None
+    assert x.grad[0].any()
+    assert not x.grad[1].any()
+    assert weight.grad is None
+    for target in (20, -1):
+        with pytest.raises(ConfigError, match="0 to 19"):
+            kernel(x, weight, torch.tensor([1, target, 2]))
+
+
+def test_the_operators_of_losses_keep_torchs_rules() -> None:
+    """That with the gradients of the sum is no operator that the suite finds: it gives more than the losses."""
+    provider().make(KernelSpec("linear_cross_entropy", "cpu", "float32"))
+    operators = getattr(torch.ops, f"drivetrain_cpu_{open_library().variant}_float32")
+    x, weight, targets = torch.randn(3, 8), torch.randn(20, 8), torch.tensor([1, -100, 19])
+    sums = operators.linear_cross_entropy_training(x, weight, targets, 2.0, True)[1:]
+    leaves = (x.clone().requires_grad_(), weight.clone().requires_grad_())
+    for operator, arguments in (
+        (operators.linear_cross_entropy, (x, weight, targets, 2.0)),
+        (operators.linear_cross_entropy_training, (*leaves, targets, 2.0, True)),
+        (operators.linear_cross_entropy_gradients, (torch.rand(3), x, weight, targets, *sums, 2.0)),
+    ):
+        torch.library.opcheck(operator.default, arguments)
 
 
 def test_the_step_opens_its_pages_and_sdpa_does_not() -> None:

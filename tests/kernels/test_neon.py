@@ -44,6 +44,7 @@ class Written:
         for dtype in FORMATS:
             self._by_rows(dtype)
             self._products(dtype)
+            self._losses(dtype)
         for operation, number in USES:
             for rows in (1, 3, 6):
                 self._packed(operation, number, rows)
@@ -106,6 +107,15 @@ class Written:
             self.calls.call("dt_linear", x, rows, fields, kind, out)
             out = self._out("gated_linear", rows, 51, dtype=dtype)
             self.calls.call("dt_gated_linear", x, rows, *gates, 1, kind, out)
+
+    def _losses(self, dtype: torch.dtype) -> None:
+        rows, size, kind = 3, 2061, FORMATS[dtype]
+        logits = self.calls.put(self._random(rows, size, dtype=dtype))
+        targets, grads = self._put(torch.tensor([5, -100, 2060]), self._random(rows))
+        losses, totals = (self._out("losses", rows) for _ in range(2))
+        self.calls.call("dt_token_losses", logits, targets, rows, size, 2.0, kind, losses, totals)
+        self.calls.call("dt_logit_gradients", logits, targets, totals, grads, rows, size, 2.0, kind)
+        self.results[logits] = ("gradients of logits", dtype, 1e-5 if dtype == torch.float32 else 1.6e-2)
 
     def _packed(self, operation: str, number: int, rows: int) -> None:
         inner, outer = 512, 11

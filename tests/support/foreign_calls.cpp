@@ -54,6 +54,8 @@ void dt_rotate(P, P, P, int, int, int, int, int, P);
 int dt_rope_write(P);
 int dt_linear(P, int, P, int, P);
 int dt_gated_linear(P, int, P, P, int, int, P);
+int dt_token_losses(P, P, int, int64_t, float, int, P, P);
+int dt_logit_gradients(P, P, P, P, int, int64_t, float, int);
 void dt_sample(P, int, int, P, P, P, P, P, P);
 int dt_attend(P, P, P, P, P, P, P, int64_t, int64_t, int64_t, int64_t, int64_t, double, double, int64_t, int64_t, int64_t, P, P, P,
               int64_t, P, P);
@@ -69,6 +71,8 @@ static int64_t call(const std::string& name, const std::vector<Argument>& given)
   FUNCTION(dt_rope_write)
   FUNCTION(dt_linear)
   FUNCTION(dt_gated_linear)
+  FUNCTION(dt_token_losses)
+  FUNCTION(dt_logit_gradients)
   FUNCTION(dt_sample)
   FUNCTION(dt_attend)
 #undef FUNCTION
