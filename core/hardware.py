@@ -186,7 +186,7 @@ _INSTRUCTION_SETS = (
         "avx512_fp16",
     ),
     *("amx_tile", "amx_int8", "amx_bf16"),
-    *("asimd", "asimddp", "i8mm", "bf16", "sve", "sve2"),
+    *("asimd", "asimddp", "atomics", "i8mm", "bf16", "sve", "sve2"),
 )
 
 

@@ -89,7 +89,7 @@ def activation_bytes(policy: CheckpointPolicy, unit: UnitActivations, num_units:
 
 
 def loss_bytes(config: Mapping[str, Any], tokens: int) -> int:
-    """Logits in float32, their gradient, and the last hidden states."""
+    """Logits in float32, their gradient, and the last hidden states: at most, since kernels may hold but a chunk."""
     return tokens * 4 * (2 * int(config["vocab_size"]) + 2 * int(config["hidden_size"]))
 
 

@@ -18,20 +18,24 @@ if TYPE_CHECKING:
     Maker = Callable[[KernelSpec, ctypes.CDLL], Callable[..., Any]]
 
 _DTYPES = ("float32", "bfloat16")
+_HALF = frozenset({"rope_write", "linear_cross_entropy"})
+"""Operations that take float16 too."""
 
 
 def _makers() -> Mapping[str, Maker]:
-    from drivetrain.kernels.cpu import operations, packed
+    from drivetrain.kernels.cpu import cross_entropy, operations, packed, rotary
     from drivetrain.kernels.cpu.decoder import CoarseDecoder
 
     return {
         "rms_norm": operations.make_rms_norm,
         "add_rms_norm": operations.make_add_rms_norm,
         "rope": operations.make_rope,
+        "rope_write": rotary.make_rope_write,
         "silu_mul": operations.make_gated,
         "gelu_tanh_mul": operations.make_gated,
         "linear": operations.make_linear,
         "gated_linear": operations.make_gated_linear,
+        "linear_cross_entropy": cross_entropy.make_linear_cross_entropy,
         "sample": operations.make_sample,
         "decoder_layers": CoarseDecoder,
         **dict.fromkeys(packed.PACKED, packed.make_packed),
@@ -45,7 +49,7 @@ class CpuKernels(KernelProvider):
     tier = Tier.TUNED
 
     class Config(PluginConfig):
-        instructions: Literal["auto", "amx", "avx512", "avx2", "baseline"] = Field(
+        instructions: Literal["auto", "amx", "avx512", "avx2", "dotprod", "baseline"] = Field(
             "auto", description="instructions to compile for; auto takes the best that the processor has"
         )
 
@@ -76,8 +80,9 @@ class CpuKernels(KernelProvider):
             return Probe.no("unknown_operation", f"has no {spec.operation}", wanted=spec.operation, offered=offered)
         if spec.device_type != "cpu":
             return Probe.no("other_device", "computes on the CPU only", wanted=spec.device_type, offered="cpu")
-        if spec.dtype not in _DTYPES:
-            return Probe.no("unsupported_dtype", "no kernel", wanted=spec.dtype, offered=", ".join(_DTYPES))
+        known = (*_DTYPES, "float16") if spec.operation in _HALF else _DTYPES
+        if spec.dtype not in known:
+            return Probe.no("unsupported_dtype", "no kernel", wanted=spec.dtype, offered=", ".join(known))
         from drivetrain.kernels.cpu.packed import refused_shape
 
         return refused_shape(spec) or probe_compiler()

@@ -29,10 +29,11 @@ VARIANTS = {
     "amx": (*_AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     "avx512": _AVX512_FLAGS,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "dotprod": ("-march=armv8.2-a+dotprod",),
     "baseline": (),
 }
-"""Variant -> flags, best first. ``amx`` is ``avx512`` with the matrix unit; ``baseline`` is what every processor of the
-machine's kind has: SSE2 on x86-64, NEON on arm64."""
+"""Variant -> flags, best first. ``amx`` is ``avx512`` with the matrix unit, ``dotprod`` NEON with dot products of
+integers; ``baseline`` is what every processor of the machine's kind has: SSE2 on x86-64, NEON on arm64."""
 
 _EXTRA = {"avx512": {"avx512_vnni": "-mavx512vnni"}, "avx2": {"avx_vnni": "-mavxvnni"}}
 """Variant -> instruction set -> flag for dot products of integers, which is added where the processor has them and the
@@ -41,6 +42,9 @@ variant is the best that it runs."""
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 """dtype -> its number in the library (``Format`` in ``src/matmul.h``)."""
 
+ROW_FORMATS = {**FORMATS, torch.float16: 2}
+"""The same of operations that only convert numbers on their way."""
+
 CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
 """dtype in which keys and values are kept -> its number (``CacheFormat`` in ``src/attention.h``)."""
 
@@ -48,6 +52,7 @@ _NEEDS = {
     "amx": (*_AVX512, "fma", "f16c", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"),
     "avx512": (*_AVX512, "fma"),
     "avx2": ("avx2", "fma", "f16c"),
+    "dotprod": ("asimddp", "atomics"),
     "baseline": (),
 }
 """Variant -> instruction sets of the processor, by the names of the Linux kernel."""
@@ -66,9 +71,12 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "dt_rms_norm": (None, *[_POINTER] * 3, _FLOAT, _FLOAT, *[_INT] * 3, _POINTER, _POINTER),
     "dt_gated": (None, _POINTER, _POINTER, *[_INT] * 4, _POINTER),
     "dt_rotate": (None, *[_POINTER] * 3, *[_INT] * 5, _POINTER),
+    "dt_rope_write": (_INT, _POINTER),
     "dt_linear": (_INT, _POINTER, _INT, _POINTER, _INT, _POINTER),
     "dt_gated_linear": (_INT, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER),
     "dt_sample": (None, _POINTER, _INT, _INT, *[_POINTER] * 6),
+    "dt_token_losses": (_INT, _POINTER, _POINTER, _INT, _LONG, _FLOAT, _INT, _POINTER, _POINTER),
+    "dt_logit_gradients": (_INT, *[_POINTER] * 4, _INT, _LONG, _FLOAT, _INT),
     "dt_attend": (
         _INT,
         *[_POINTER] * 7,

@@ -18,6 +18,7 @@ from drivetrain.contracts.attention import (
     AttentionBatch,
     AttentionSpec,
     AttentionStep,
+    LayerPages,
     PagedView,
     ScaledPages,
 )
@@ -43,18 +44,30 @@ class PagedCpuStep:
         return self._pages
 
     def attend(self, layer: int, q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> torch.Tensor:
+        return self._attend(layer, q_THD, _plain(k_TGD), _plain(v_TGD))
+
+    def layer_pages(self, layer: int) -> LayerPages | None:
+        keys, values = self._pages.cache.keys[layer], self._pages.cache.values[layer]
+        if isinstance(keys, ScaledPages) or isinstance(values, ScaledPages):
+            return None
+        return LayerPages(keys, values, self._pages.batch.slots[self._group_of_layer[layer]])
+
+    def attend_written(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:
+        return self._attend(layer, q_THD, None, None)
+
+    def _attend(self, layer: int, q_THD: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None) -> torch.Tensor:
+        """k, v: to write; None where they are written already."""
         pages, attention = self._pages, self._pages.spec.layers[layer]
         batch, group = pages.batch, self._group_of_layer[layer]
-        q, k, v = (x.to(torch.float32, memory_format=torch.contiguous_format) for x in (q_THD, k_TGD, v_TGD))
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        q = _plain(q_THD)
         out_THD = torch.empty_like(q)
         keys, key_scales = _parts_of(pages.cache.keys[layer])
         values, value_scales = _parts_of(pages.cache.values[layer])
         table = batch.block_tables[group]
         status = self._library.dt_attend(
             q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
+            None if k is None else k.data_ptr(),
+            None if v is None else v.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
             None if key_scales is None else key_scales.data_ptr(),
@@ -78,6 +91,11 @@ class PagedCpuStep:
         )
         check(status)
         return out_THD.to(q_THD.dtype)
+
+
+def _plain(x_THD: torch.Tensor) -> torch.Tensor:
+    """In float32, side by side in memory."""
+    return x_THD.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
 
 
 def _parts_of(pages: Pages) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -107,7 +125,7 @@ class PagedCpuAttention(SdpaAttention):
 
     @classmethod
     def abilities(cls) -> frozenset[str]:
-        return super().abilities() - {"takes_written"} | {"opens_pages"}
+        return super().abilities() | {"opens_pages"}
 
     def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: AnyPagedCache | None) -> AttentionStep:
         if cache is None:

@@ -14,18 +14,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from drivetrain.binding import KernelBinder
 from drivetrain.contracts.attention import OpensPages
-from drivetrain.contracts.kernels import KernelSpec
+from drivetrain.contracts.kernels import OPERATIONS, KernelSpec
 from drivetrain.contracts.model import BuildContext
 from drivetrain.contracts.source import silent
 from drivetrain.errors import ConfigError, KernelBuildError
-from drivetrain.kernels.cpu import CpuKernels, library
+from drivetrain.fusion import fuse
+from drivetrain.kernels.cpu import CpuKernels, cross_entropy, library
+from drivetrain.kernels.cpu.cross_entropy import LinearLoss
 from drivetrain.kernels.cpu.decoder import CoarseDecoder
-from drivetrain.kernels.cpu.library import VARIANTS, open_library, runnable_variants
+from drivetrain.kernels.cpu.library import ROW_FORMATS, VARIANTS, open_library, runnable_variants
 from drivetrain.kernels.cpu.operations import matrix_fields
 from drivetrain.kernels.reference import ReferenceKernels
+from drivetrain.kernels.reference.decoder import decoder_layers
+from drivetrain.kernels.reference.pointwise import rope_write
 from drivetrain.plugins.attention.paged_cpu import PagedCpuAttention
 from drivetrain.plugins.attention.sdpa import SdpaAttention
 from drivetrain.plugins.model.decoder import DecoderModel
@@ -457,6 +462,138 @@ def test_what_it_has_no_kernel_for_is_refused() -> None:
         assert probe.reason
         with pytest.raises(ConfigError, match=spec.operation):
             provider().make(spec)
+
+
+@pytest.mark.parametrize("dtype", list(ROW_FORMATS))
+def test_keys_are_written_in_the_dtype_of_the_cache(dtype: torch.dtype) -> None:
+    """Out of rows that hold queries, keys and values together, into pages that do not lie side by side."""
+    generator = torch.Generator().manual_seed(4)
+    kernel = provider().make(KernelSpec("rope_write", "cpu", str(dtype).removeprefix("torch.")))
+    qkv = torch.randn(7, 6 + 2 * 2, 40, generator=generator).to(dtype)
+    q, k, v = qkv.split((6, 2, 2), dim=1)
+    cos, sin = torch.randn(2, 7, 36, generator=generator)
+    slots = torch.tensor([9, 0, 23, 5, 17, 2, 11])
+    for kept in ROW_FORMATS:
+        caches = [torch.zeros(4, 2, 6, 2, 40, dtype=kept).transpose(0, 1) for _ in range(2)]
+        found, wanted = (
+            (make(q, k, v, cos, sin, cache[0], cache[1], slots), cache)
+            for make, cache in zip((kernel, rope_write), caches, strict=True)
+        )
+        for one, other in zip((found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
+            torch.testing.assert_close(one, other, rtol=1.6e-2, atol=1e-2, check_dtype=True)
+            assert torch.equal(one == 0, other == 0), "another slot was written to"
+
+
+def test_a_slot_outside_of_the_cache_is_an_error() -> None:
+    kernel = provider().make(KernelSpec("rope_write", "cpu", "float32"))
+    x, angles, keys, values = torch.ones(2, 1, 8), torch.ones(2, 8), torch.zeros(3, 4, 1, 8), torch.zeros(3, 4, 1, 8)
+    for slot in (-1, 12):
+        with torch.inference_mode(), pytest.raises(ConfigError, match="0 to 11"):
+            kernel(x, x, x, angles, angles, keys, values, torch.tensor([0, slot]))
+    assert not keys.any()
+
+
+def test_layers_that_are_called_one_by_one_write_rotated_keys(
+    checkpoints: dict[str, FolderCheckpoint], expected: dict[str, torch.Tensor]
+) -> None:
+    """Where the coarse operation can't run a step, over pages of either backend, the fused layers rotate and write."""
+    binder = KernelBinder([("cpu", provider()), ("reference", REFERENCE)])
+    context = BuildContext(CPU, torch.float32, binder.bind, None, silent)
+    module: Any = DecoderModel(DecoderModel.Config()).build(checkpoints["smollm2"], context)
+    fuse(module, binder)
+    module.model._run_layers = decoder_layers
+    written = []
+    for layer in module.model.layers:
+        attention = layer.self_attn
+        run = attention._rope_write
+        attention._rope_write = lambda *given, run=run: written.append(given[5].data_ptr()) or run(*given)
+    for backend in (PagedCpuAttention, SdpaAttention):
+        written.clear()
+        torch.testing.assert_close(scores(module, backend), expected["smollm2"], rtol=1e-4, atol=1e-4)
+        assert len(set(written)) == len(module.model.layers), backend
+    written.clear()
+    scores(module, PagedCpuAttention, kv="int8")
+    assert not written, "scales are the backend's"
+
+
+class _KeepsLargest(TorchDispatchMode):
+    """The bytes of the largest tensor that torch made while it was on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.bytes = max(self.bytes, result.numel() * result.element_size())
+        return result
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+@pytest.mark.parametrize("dtype", list(ROW_FORMATS))
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_losses_in_chunks_are_those_of_all_logits(
+    dtype: torch.dtype, cap: float, has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row at a time and some at a time, with losses that count alike and losses that do not; more logits than are
+    summed at a time; on processors with instructions for bfloat16, and without."""
+    monkeypatch.setattr(cross_entropy, "_multiplies_bfloat16", lambda: has_bfloat16)
+    generator = torch.Generator().manual_seed(11)
+    x, weight = (torch.randn(n, 24, generator=generator).mul(0.4).to(dtype) for n in (9, 2600))
+    targets = torch.tensor([3, 2599, -100, 0, 2048, 77, -100, 2047, 5])
+    spec = KernelSpec("linear_cross_entropy", "cpu", str(dtype).removeprefix("torch."), {}, {"soft_cap": cap})
+    relative, absolute = OPERATIONS["linear_cross_entropy"].tolerance[spec.dtype]
+    leaves = [tensor.float().requires_grad_() for tensor in (x, weight)]
+    wanted = REFERENCE.make(dataclasses.replace(spec, dtype="float32"))(*leaves, targets)
+    for chunk_bytes in (1, 4 * 2600 * 4, 1 << 20):
+        loss = LinearLoss(open_library(), dtype, cap, chunk_bytes)
+        torch.testing.assert_close(loss.losses(x, weight, targets), wanted, rtol=relative, atol=absolute)
+        losses, *sums = loss.training(x, weight, targets, True)
+        assert torch.equal(losses, loss.losses(x, weight, targets))
+        for counts in (torch.full((9,), 0.3), torch.rand(9, generator=generator)):
+            right = torch.autograd.grad((wanted * counts).sum(), leaves, retain_graph=True)
+            for found, gradient in zip(loss.gradients(counts, x, weight, targets, *sums), right, strict=True):
+                assert found.dtype == dtype
+                torch.testing.assert_close(found.float(), gradient, rtol=relative * 10, atol=absolute * 10)
+
+
+def test_all_logits_are_never_held() -> None:
+    x, weight = torch.randn(64, 8, requires_grad=True), torch.randn(500, 8, requires_grad=True)
+    with _KeepsLargest() as kept, torch.no_grad():
+        loss = LinearLoss(open_library(), torch.float32, 0.0, chunk_bytes=16 * 500 * 4)
+        loss.gradients(
+            torch.rand(64), x, weight, torch.arange(64), *loss.training(x, weight, torch.arange(64), True)[1:]
+        )
+    assert 0 < kept.bytes <= 16 * 500 * 4
+
+
+def test_a_frozen_head_gets_no_gradient_and_a_wrong_target_is_an_error() -> None:
+    kernel = provider().make(KernelSpec("linear_cross_entropy", "cpu", "float32"))
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(20, 8)
+    kernel(x, weight, torch.tensor([1, -100, 19])).sum().backward()
+    assert x.grad is not None
+    assert x.grad[0].any()
+    assert not x.grad[1].any()
+    assert weight.grad is None
+    for target in (20, -1):
+        with pytest.raises(ConfigError, match="0 to 19"):
+            kernel(x, weight, torch.tensor([1, target, 2]))
+
+
+def test_the_operators_of_losses_keep_torchs_rules() -> None:
+    """That with the gradients of the sum is no operator that the suite finds: it gives more than the losses."""
+    provider().make(KernelSpec("linear_cross_entropy", "cpu", "float32"))
+    operators = getattr(torch.ops, f"drivetrain_cpu_{open_library().variant}_float32")
+    x, weight, targets = torch.randn(3, 8), torch.randn(20, 8), torch.tensor([1, -100, 19])
+    sums = operators.linear_cross_entropy_training(x, weight, targets, 2.0, True)[1:]
+    leaves = (x.clone().requires_grad_(), weight.clone().requires_grad_())
+    for operator, arguments in (
+        (operators.linear_cross_entropy, (x, weight, targets, 2.0)),
+        (operators.linear_cross_entropy_training, (*leaves, targets, 2.0, True)),
+        (operators.linear_cross_entropy_gradients, (torch.rand(3), x, weight, targets, *sums, 2.0)),
+    ):
+        torch.library.opcheck(operator.default, arguments)
 
 
 def test_the_step_opens_its_pages_and_sdpa_does_not() -> None:

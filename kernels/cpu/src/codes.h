@@ -36,6 +36,8 @@ static inline vf load(const int8_t* p) {
   return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #elif defined(__AVX2__)
   return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__aarch64__)
+  return (vf)vcvtq_f32_s32(widened_signed(p));
 #else
   return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const vb_any*>(p), vi), vf);
 #endif
@@ -53,6 +55,9 @@ static inline vf load(const fp8* p) {
   __m128i wide = _mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 8);
   __m128i half = _mm_and_si128(_mm_srai_epi16(wide, 1), _mm_set1_epi16(int16_t(0xbfff)));
   return (vf)_mm256_cvtph_ps(half);
+#elif defined(__aarch64__)
+  int16x4_t wide = vreinterpret_s16_u16(vshl_n_u16(widened(p), 8));
+  return (vf)vcvt_f32_f16(vreinterpret_f16_s16(vand_s16(vshr_n_s16(wide, 1), vdup_n_s16(int16_t(0xbfff)))));
 #else
   vu bits = __builtin_convertvector(*reinterpret_cast<const vub_any*>(p), vu);
   vf number = (vf)(((bits & 0x80u) << 24) | ((bits & 0x7fu) << 20));

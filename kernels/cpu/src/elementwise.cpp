@@ -1,8 +1,26 @@
 #include "elementwise.h"
 
 #include <cmath>
+#include <type_traits>
 
+#include "half.h"
 #include "pool.h"
+
+extern "C" {
+
+// Mirrored by RotationFields in rotary.py; all fields 8 bytes wide. Strides in elements: of tokens and heads; of blocks, tokens in a
+// block and heads. Formats: 0 float32, 1 bfloat16, 2 float16.
+struct dt_rotation {
+  const void *q, *k, *v;
+  const float *cos, *sin;  // [tokens, rotary]
+  void *keys, *values;
+  const int64_t* slots;
+  void* out;  // [tokens, heads, size]
+  int64_t tokens, heads, groups, size, rotary, blocks, block_size, format, cache_format;
+  int64_t q_strides[2], k_strides[2], v_strides[2], key_strides[3], value_strides[3];
+};
+
+}  // extern "C"
 
 namespace dt {
 namespace {
@@ -79,20 +97,78 @@ static void gate_rows(const T* gate, const T* up, int rows, int size, Activation
   });
 }
 
+// One head: pairs (i, i + rotary / 2) of the first `rotary` features are rotated, the others pass. In and out may be the same.
+template <class X, class Y>
+static inline void rotate_head(const X* from, const float* cos, const float* sin, int rotary, Y* to) {
+  const int half = rotary / 2;
+  int i = 0;
+  for (; i + W <= half; i += W) {
+    vf a = load(from + i), b = load(from + half + i);
+    store(to + i, a * load(cos + i) - b * load(sin + i));
+    store(to + half + i, b * load(cos + half + i) + a * load(sin + half + i));
+  }
+  for (; i < half; i++) {
+    float a = get(from + i), b = get(from + half + i);
+    put(to + i, a * cos[i] - b * sin[i]);
+    put(to + half + i, b * cos[half + i] + a * sin[half + i]);
+  }
+}
+
+template <class X, class Y>
+static inline void convert_row(const X* from, int size, Y* to) {
+  if constexpr (std::is_same_v<X, Y>) {
+    memcpy(to, from, size * sizeof(X));
+  } else {
+    int i = 0;
+    for (; i + W <= size; i += W) store(to + i, load(from + i));
+    for (; i < size; i++) put(to + i, get(from + i));
+  }
+}
+
+template <class X, class Y>
+static inline void rotate_and_pass(const X* from, const float* cos, const float* sin, int rotary, int size, Y* to) {
+  rotate_head(from, cos, sin, rotary, to);
+  convert_row(from + rotary, size - rotary, to + rotary);
+}
+
 template <class T>
 static void rotate_heads(const T* in, const float* cos, const float* sin, int tokens, int heads, int size, int rotary, T* out) {
   over_rows(tokens * heads, size, [&](int row) {
-    int token = row / heads, half = rotary / 2;
+    int token = row / heads;
     const T* from = in + size_t(row) * size;
     T* to = out + size_t(row) * size;
-    const float *c = cos + size_t(token) * rotary, *s = sin + size_t(token) * rotary;
-    for (int i = 0; i < half; i++) {
-      float a = get(from + i), b = get(from + half + i);
-      put(to + i, a * c[i] - b * s[i]);
-      put(to + half + i, b * c[half + i] + a * s[half + i]);
-    }
-    for (int i = rotary; i < size; i++) to[i] = from[i];
+    rotate_and_pass(from, cos + size_t(token) * rotary, sin + size_t(token) * rotary, rotary, size, to);
   });
+}
+
+// A token's angles are read once for queries and keys, and its keys and values are converted on their way into the cache.
+template <class X, class Y>
+static void rotate_and_write(const dt_rotation& r) {
+  const int row = (r.heads + 2 * r.groups) * r.size;
+  over_rows(int(r.tokens), row, [&](int token) {
+    const float *cos = r.cos + token * r.rotary, *sin = r.sin + token * r.rotary;
+    const X* q = static_cast<const X*>(r.q) + token * r.q_strides[0];
+    X* out = static_cast<X*>(r.out) + token * r.heads * r.size;
+    for (int h = 0; h < r.heads; h++) rotate_and_pass(q + h * r.q_strides[1], cos, sin, r.rotary, r.size, out + h * r.size);
+    const int64_t block = r.slots[token] / r.block_size, place = r.slots[token] % r.block_size;
+    const X* k = static_cast<const X*>(r.k) + token * r.k_strides[0];
+    const X* v = static_cast<const X*>(r.v) + token * r.v_strides[0];
+    Y* key = static_cast<Y*>(r.keys) + block * r.key_strides[0] + place * r.key_strides[1];
+    Y* value = static_cast<Y*>(r.values) + block * r.value_strides[0] + place * r.value_strides[1];
+    for (int g = 0; g < r.groups; g++) {
+      rotate_and_pass(k + g * r.k_strides[1], cos, sin, r.rotary, r.size, key + g * r.key_strides[2]);
+      convert_row(v + g * r.v_strides[1], r.size, value + g * r.value_strides[2]);
+    }
+  });
+}
+
+template <class X>
+static void rotate_and_write(const dt_rotation& r) {
+  switch (r.cache_format) {
+    case 0: return rotate_and_write<X, float>(r);
+    case 1: return rotate_and_write<X, bf16>(r);
+    default: return rotate_and_write<X, f16>(r);
+  }
 }
 
 }  // namespace
@@ -106,17 +182,7 @@ void gate_in_place(float* gate, const float* up, int rows, int size, Activation 
 }
 
 void rotate(float* head, const float* cos, const float* sin, int rotary) {
-  int half = rotary / 2, i = 0;
-  for (; i + W <= half; i += W) {
-    vf a = load(head + i), b = load(head + half + i);
-    store(head + i, a * load(cos + i) - b * load(sin + i));
-    store(head + half + i, b * load(cos + half + i) + a * load(sin + half + i));
-  }
-  for (; i < half; i++) {
-    float a = head[i], b = head[half + i];
-    head[i] = a * cos[i] - b * sin[i];
-    head[half + i] = b * cos[half + i] + a * sin[half + i];
-  }
+  rotate_head(static_cast<const float*>(head), cos, sin, rotary, head);
 }
 
 }  // namespace dt
@@ -152,6 +218,18 @@ DT_API void dt_rotate(const void* in, const float* cos, const float* sin, int to
     rotate_heads(static_cast<const float*>(in), cos, sin, tokens, heads, size, rotary, static_cast<float*>(out));
   else
     rotate_heads(static_cast<const bf16*>(in), cos, sin, tokens, heads, size, rotary, static_cast<bf16*>(out));
+}
+
+// Returns 0, or 1 when a slot lies outside of the cache, and then nothing is written.
+DT_API int dt_rope_write(const dt_rotation* r) {
+  for (int64_t t = 0; t < r->tokens; t++)
+    if (r->slots[t] < 0 || r->slots[t] >= r->blocks * r->block_size) return 1;
+  switch (r->format) {
+    case 0: rotate_and_write<float>(*r); break;
+    case 1: rotate_and_write<bf16>(*r); break;
+    default: rotate_and_write<f16>(*r);
+  }
+  return 0;
 }
 
 DT_API void dt_set_threads(int count) { set_threads(count); }

@@ -1,5 +1,6 @@
 // How packed weights are read: 32 inputs of a row at a time, an atom, as bytes or as vectors of float32.
 #pragma once
+#include "half.h"
 #include "matmul.h"
 
 namespace dt {
@@ -12,28 +13,21 @@ constexpr int kSpan = 64;           // atoms whose scales are made ready at a ti
 // away that memory has the time. Measured: 1 and 12 KiB are a fifth slower.
 constexpr size_t kAheadBytes = 4096;
 
-typedef uint8_t v32u __attribute__((vector_size(32)));
 typedef uint8_t v16u __attribute__((vector_size(16)));
+#if defined(__aarch64__)
+// Two registers by name: GCC keeps a vector that is longer than those of the processor in memory.
+struct v32u {
+  v16u low, high;
+  v32u operator|(v32u other) const { return {low | other.low, high | other.high}; }
+  v32u operator<<(int by) const { return {low << by, high << by}; }
+};
+#else
+typedef uint8_t v32u __attribute__((vector_size(32)));
+#endif
 typedef uint8_t vb_any __attribute__((vector_size(W), aligned(1), may_alias));
 typedef int8_t vs_any __attribute__((vector_size(W), aligned(1), may_alias));
 
 // --- numbers of 16 and 8 bits --------------------------------------------------------------------------------------------
-
-static inline float half_to_float(uint16_t h) {
-#if defined(__F16C__)
-  return _cvtsh_ss(h);
-#else
-  uint32_t size = h & 0x7fffu, bits = size << 13;
-  float f;
-  memcpy(&f, &bits, 4);
-  f *= 5.192296858534828e33f;  // 2^112: the difference of the two exponents' biases
-  memcpy(&bits, &f, 4);
-  if (size >= 0x7c00u) bits = 0x7f800000u | (size & 0x3ffu) << 13;
-  bits |= uint32_t(h & 0x8000u) << 16;
-  memcpy(&f, &bits, 4);
-  return f;
-#endif
-}
 
 static inline float half_at(const uint8_t* p) {
   uint16_t h;
@@ -63,6 +57,11 @@ static inline vf load_float8(const uint8_t* p) {
 #else
   return (vf)_mm256_cvtph_ps((__m128i)bits);
 #endif
+#elif defined(__aarch64__)
+  uint16x4_t wide = widened(p), size = vand_u16(wide, vdup_n_u16(0x7f)), is_nan = vceq_u16(size, vdup_n_u16(0x7f));
+  uint16x4_t sign = vshl_n_u16(vand_u16(wide, vdup_n_u16(0x80)), 8);
+  uint16x4_t bits = vorr_u16(vorr_u16(sign, vshl_n_u16(size, 7)), vand_u16(is_nan, vdup_n_u16(0x7fff)));
+  return (vf)vcvt_f32_f16(vreinterpret_f16_u16(bits));
 #else
   vf out;
   for (int i = 0; i < W; i++) out[i] = float8_to_float(p[i]) * (1.0f / 256);
@@ -76,6 +75,8 @@ static inline vi load_bytes(const uint8_t* p) {
   return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #elif defined(__AVX2__)
   return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+  return (vi)vmovl_u16(widened(p));
 #else
   return __builtin_convertvector(*reinterpret_cast<const vb_any*>(p), vi);
 #endif
@@ -85,6 +86,8 @@ static inline vi load_ints(const int8_t* p) {
   return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #elif defined(__AVX2__)
   return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+  return (vi)widened_signed(p);
 #else
   return __builtin_convertvector(*reinterpret_cast<const vs_any*>(p), vi);
 #endif
@@ -127,8 +130,12 @@ static inline v32u load32(const uint8_t* p) {
   return v;
 }
 static inline v32u join(v16u a, v16u b) {
+#if defined(__aarch64__)
+  return {a, b};
+#else
   return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25,
                                  26, 27, 28, 29, 30, 31);
+#endif
 }
 
 // Bytes of four bits each: >> 4 of bytes, by way of 16 bits.
@@ -138,14 +145,25 @@ static inline v16u high_nibbles(v16u v) {
   return (v16u)((v8w)v >> 4) & 15;
 }
 static inline v32u shifted(v32u v, int by, uint8_t mask) {
+#if defined(__aarch64__)
+  return {(v.low >> by) & mask, (v.high >> by) & mask};
+#else
   typedef uint16_t v16w __attribute__((vector_size(32)));
   return (v32u)((v16w)v >> by) & mask;
+#endif
 }
 
 // 32 bits as bytes of 0 and `one`.
 static inline v32u bits_of(uint32_t bits, uint8_t one) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
   return (v32u)_mm256_maskz_set1_epi8(bits, char(one));
+#elif defined(__aarch64__)
+  const v16u which = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+  auto half = [&](uint32_t two) {
+    v16u bytes = (v16u)vcombine_u8(vdup_n_u8(uint8_t(two)), vdup_n_u8(uint8_t(two >> 8)));
+    return (v16u)vtstq_u8((uint8x16_t)bytes, (uint8x16_t)which) & one;
+  };
+  return {half(bits), half(bits >> 16)};
 #else
   typedef uint32_t v8d __attribute__((vector_size(32)));
   v8d all = {bits, bits, bits, bits, bits, bits, bits, bits};

@@ -7,10 +7,21 @@ namespace {
 
 // Vectors of an atom's bytes.
 static inline void pieces(v32u bytes, vi (&out)[kPieces]) {
+#if defined(__aarch64__)
+  auto four = [&](uint16x8_t eight, vi* to) {
+    to[0] = (vi)vmovl_u16(vget_low_u16(eight));
+    to[1] = (vi)vmovl_high_u16(eight);
+  };
+  four(vmovl_u8(vget_low_u8((uint8x16_t)bytes.low)), out);
+  four(vmovl_high_u8((uint8x16_t)bytes.low), out + 2);
+  four(vmovl_u8(vget_low_u8((uint8x16_t)bytes.high)), out + 4);
+  four(vmovl_high_u8((uint8x16_t)bytes.high), out + 6);
+#else
   alignas(32) uint8_t room[kAtom];
   memcpy(room, &bytes, kAtom);
 #pragma GCC unroll 8
   for (int n = 0; n < kPieces; n++) out[n] = load_bytes(room + n * W);
+#endif
 }
 
 // Weights of four bits with one scale and one minimum. AVX-512 looks them up: the upper bits of an index are ignored.

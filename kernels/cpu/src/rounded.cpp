@@ -8,6 +8,7 @@
 namespace dt {
 namespace {
 
+#if !defined(__aarch64__)
 typedef int8_t v32s __attribute__((vector_size(32)));
 typedef int32_t v8i __attribute__((vector_size(32)));
 typedef float v8f __attribute__((vector_size(32)));
@@ -17,8 +18,9 @@ static inline v32s load32(const int8_t* p) {
   memcpy(&v, p, 32);
   return v;
 }
+#endif
 
-// --- integer dot products: 32 bytes, summed by fours ---------------------------------------------------------------------
+// --- integer dot products: 32 bytes (NEON: 16), summed by fours -----------------------------------------------------------
 
 // VNNI multiplies unsigned by signed bytes. Signed weights are moved up by 128; who uses them takes 128 times the sum of
 // the activations off again.
@@ -42,18 +44,16 @@ static inline v8i add_signed_dot(v8i sums, v32u w, v32s x) {
   __m256i size = _mm256_abs_epi8((__m256i)w);
   return add_dot(sums, (v32u)size, (v32s)_mm256_sign_epi8((__m256i)x, (__m256i)w));
 }
-#elif defined(__ARM_FEATURE_DOTPROD)
-static inline v8i add_signed_dot(v8i sums, v32u w, v32s x) {
-  int32x4_t halves[2];
-  int8x16_t a[2], b[2];
-  memcpy(halves, &sums, 32);
-  memcpy(a, &w, 32);
-  memcpy(b, &x, 32);
-  for (int i = 0; i < 2; i++) halves[i] = vdotq_s32(halves[i], a[i], b[i]);
-  memcpy(&sums, halves, 32);
-  return sums;
+#elif defined(__aarch64__)
+// Unsigned values are at most 63, so that signed bytes hold them too.
+static inline int32x4_t add_dot(int32x4_t sums, int8x16_t w, int8x16_t x) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return vdotq_s32(sums, w, x);
+#else
+  // Pairs are summed in 16 bits, which holds twice 128 * 127. Which four make a sum does not matter: 16 bytes share a scale.
+  return vpadalq_s16(sums, vmlal_high_s8(vmull_s8(vget_low_s8(w), vget_low_s8(x)), w, x));
+#endif
 }
-static inline v8i add_dot(v8i sums, v32u w, v32s x) { return add_signed_dot(sums, w, x); }  // values are at most 63
 #else
 static inline v8i add_signed_dot(v8i sums, v32u w, v32s x) {
   const v32s weights = (v32s)w;
@@ -65,12 +65,14 @@ static inline v8i add_dot(v8i sums, v32u w, v32s x) { return add_signed_dot(sums
 #endif
 #endif
 
+#if !defined(__aarch64__)
 static inline int32_t sum8(v8i v) {
   int32_t total = 0;
   for (int i = 0; i < 8; i++) total += v[i];
   return total;
 }
 static inline float sum8(v8f v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+#endif
 
 // --- one scale a row -----------------------------------------------------------------------------------------------------
 
@@ -81,6 +83,13 @@ typedef __m512i Bytes;
 static inline Bytes weights_at(const int8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(char(0x80))); }
 static inline Bytes inputs_at(const int8_t* p) { return _mm512_loadu_si512(p); }
 static inline Sums dot_step(Sums sums, Bytes w, Bytes x) { return (Sums)_mm512_dpbusd_epi32((__m512i)sums, w, x); }
+#elif defined(__aarch64__)
+constexpr int kBytes = 16;
+typedef vi Sums;
+typedef int8x16_t Bytes;
+static inline Bytes weights_at(const int8_t* p) { return vld1q_s8(p); }
+static inline Bytes inputs_at(const int8_t* p) { return vld1q_s8(p); }
+static inline Sums dot_step(Sums sums, Bytes w, Bytes x) { return (Sums)add_dot((int32x4_t)sums, w, x); }
 #else
 constexpr int kBytes = 32;
 typedef v8i Sums;
@@ -101,6 +110,9 @@ static inline void sum4(Sums a, Sums b, Sums c, Sums d, int32_t* out) {
   __m256i ab = _mm256_hadd_epi32(halves(a), halves(b)), cd = _mm256_hadd_epi32(halves(c), halves(d));
   __m256i all = _mm256_hadd_epi32(ab, cd);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+#elif defined(__aarch64__)
+  auto pairs = [](Sums v, Sums w) { return vpaddq_s32((int32x4_t)v, (int32x4_t)w); };
+  vst1q_s32(out, vpaddq_s32(pairs(a, b), pairs(c, d)));
 #else
   out[0] = sum8(a);
   out[1] = sum8(b);
@@ -232,6 +244,40 @@ static void row_sums(const Matrix& m, int first, int count, const Rounded& x, in
 
 // --- GGUF blocks ---------------------------------------------------------------------------------------------------------
 
+#if defined(__aarch64__)
+typedef vf AtomSums;
+static inline float total_of(AtomSums v) { return sum(v); }
+
+template <int T>
+static inline AtomSums atom_dots(v32u bytes, const int8_t* inputs, const float* scales, float by) {
+  const int32x4_t none = vdupq_n_s32(0);
+  int32x4_t low = add_dot(none, (int8x16_t)bytes.low, vld1q_s8(inputs));
+  if constexpr (T == kQ6_K) {
+    int32x4_t high = add_dot(none, (int8x16_t)bytes.high, vld1q_s8(inputs + 16));
+    return (vf)vcvtq_f32_s32(low) * (scales[0] * by) + (vf)vcvtq_f32_s32(high) * (scales[1] * by);
+  }
+  return (vf)vcvtq_f32_s32(add_dot(low, (int8x16_t)bytes.high, vld1q_s8(inputs + 16))) * (scales[0] * by);
+}
+#else
+typedef v8f AtomSums;
+static inline float total_of(AtomSums v) { return sum8(v); }
+
+// What an atom adds: its products with the inputs by fours, times the scale of the weights (of Q6_K two) and of the inputs.
+template <int T>
+static inline AtomSums atom_dots(v32u bytes, const int8_t* inputs, const float* scales, float by) {
+  v8f scale;
+  if constexpr (T == kQ6_K) {
+    float one = scales[0], other = scales[1];
+    scale = v8f{one, one, one, one, other, other, other, other};
+  } else {
+    scale = v8f{} + scales[0];
+  }
+  v32s x = load32(inputs);
+  v8i dots = T == kQ8_0 ? add_signed_dot(v8i{}, bytes, x) : add_dot(v8i{}, bytes, x);
+  return __builtin_convertvector(dots, v8f) * (scale * by);
+}
+#endif
+
 template <int T, int R, int M>
 static inline void block_dots(const Matrix& m, int o, const Rounded& x, int token, float (*out)[kInts], int at) {
   constexpr int kScales = T == kQ6_K ? 2 : 1;
@@ -240,7 +286,7 @@ static inline void block_dots(const Matrix& m, int o, const Rounded& x, int toke
   const size_t atom_bytes = m.stride / atoms, ahead = (kAheadBytes / m.stride + 1) * m.stride;
   const uint8_t* rows[R];
   for (int r = 0; r < R; r++) rows[r] = static_cast<const uint8_t*>(m.weight) + size_t(o + r) * m.stride;
-  v8f sums[R][M] = {};
+  AtomSums sums[R][M] = {};
   vf least[R][M] = {};
   for (int first = 0; first < atoms; first += kSpan) {
     const int count = atoms - first < kSpan ? atoms - first : kSpan;
@@ -255,19 +301,10 @@ static inline void block_dots(const Matrix& m, int o, const Rounded& x, int toke
       for (int r = 0; r < R; r++) {
         v32u bytes = values<T>(rows[r], first + a);
         if (a % kFetch == 0) __builtin_prefetch(rows[r] + ahead + (first + a) * atom_bytes, 0, 2);
-        v8f scale;
-        if constexpr (T == kQ6_K) {
-          float one = scales[r][2 * a], other = scales[r][2 * a + 1];
-          scale = v8f{one, one, one, one, other, other, other, other};
-        } else {
-          scale = v8f{} + scales[r][a];
-        }
 #pragma GCC unroll 4
-        for (int t = 0; t < M; t++) {
-          v32s inputs = load32(x.ints + size_t(token + t) * x.stride + size_t(first + a) * kAtom);
-          v8i dots = T == kQ8_0 ? add_signed_dot(v8i{}, bytes, inputs) : add_dot(v8i{}, bytes, inputs);
-          sums[r][t] += __builtin_convertvector(dots, v8f) * (scale * x.scales[size_t(token + t) * atoms + first + a]);
-        }
+        for (int t = 0; t < M; t++)
+          sums[r][t] += atom_dots<T>(bytes, x.ints + size_t(token + t) * x.stride + size_t(first + a) * kAtom, scales[r] + a * kScales,
+                                     x.scales[size_t(token + t) * atoms + first + a]);
       }
     }
     // What the minima add: of each atom the minimum times what its inputs stand for together.
@@ -283,7 +320,7 @@ static inline void block_dots(const Matrix& m, int o, const Rounded& x, int toke
     }
   }
   for (int t = 0; t < M; t++)
-    for (int r = 0; r < R; r++) out[t][at + r] = sum8(sums[r][t]) + sum(least[r][t]);
+    for (int r = 0; r < R; r++) out[t][at + r] = total_of(sums[r][t]) + sum(least[r][t]);
 }
 
 template <int T, int M>
@@ -323,6 +360,14 @@ static inline Floats spread(const float* p) {
   const __m512i from = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   return (Floats)_mm512_permutexvar_ps(from, _mm512_castps128_ps512(_mm_loadu_ps(p)));
 }
+static inline float total(Floats v) { return sum(v); }
+#elif defined(__aarch64__)
+static inline Bytes nibbles_at(const uint8_t* p, int) { return (Bytes)vld1q_u8(p); }  // a step is one atom
+static inline Sums nibble_dots(Bytes w, const int8_t* x) {
+  int32x4_t sums = add_dot(vdupq_n_s32(0), vandq_s8(w, vdupq_n_s8(15)), vld1q_s8(x));
+  return (Sums)add_dot(sums, (int8x16_t)vshrq_n_u8((uint8x16_t)w, 4), vld1q_s8(x + kBytes));
+}
+static inline Floats spread(const float* p) { return splat(*p); }
 static inline float total(Floats v) { return sum(v); }
 #else
 static inline Bytes nibbles_at(const uint8_t* p, int bytes) {
@@ -539,9 +584,15 @@ static void ints_of(const float* x, int size, float scale, int8_t* out) {
 static int32_t total_of(const int8_t* ints, int size) {
   int32_t total = 0;
   int k = 0;
+#if defined(__aarch64__)
+  int32x4_t sums = vdupq_n_s32(0);
+  for (; k + 16 <= size; k += 16) sums = add_dot(sums, vdupq_n_s8(1), vld1q_s8(ints + k));
+  total = vaddvq_s32(sums);
+#else
   v8i sums = {};
   for (; k + 32 <= size; k += 32) sums = add_dot(sums, v32u{} + 1, load32(ints + k));
   if (k > 0) total = sum8(sums);
+#endif
   for (; k < size; k++) total += ints[k];
   return total;
 }
