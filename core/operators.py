@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from drivetrain.errors import ContractError
+from drivetrain.errors import ConfigError, ContractError
 
 _GUARD = threading.Lock()
 _LIBRARIES: dict[str, torch.library.Library] = {}
@@ -101,6 +101,15 @@ def define(
         overload = getattr(getattr(torch.ops, namespace), short).default
         _DEFINED[name] = (schema, made_by, overload)
         return overload
+
+
+def once_differentiable(ctx: Any, *gradients: Any) -> Any:
+    """The ``backward`` of an operator that is a backward itself: a second derivative is refused and not left out."""
+    raise ConfigError(
+        "kernels have no second derivatives",
+        where="drivetrain.operators",
+        hint="Differentiate twice with the kernels reference.",
+    )
 
 
 def visible(plain: Callable[..., Any], operator: Operator) -> Callable[..., Any]:

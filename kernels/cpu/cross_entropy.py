@@ -26,7 +26,7 @@ from drivetrain.errors import ConfigError
 from drivetrain.hardware import read_processor
 from drivetrain.kernels.cpu.library import FORMATS, ROW_FORMATS, check
 from drivetrain.kernels.cpu.operations import dense, matrix_fields
-from drivetrain.operators import define
+from drivetrain.operators import define, once_differentiable
 
 _CHUNK_BYTES = 128 << 20
 """Of a chunk's logits. Each chunk reads and writes the weight's gradient once."""
@@ -239,6 +239,7 @@ def _training_operator(namespace: str, library: ctypes.CDLL, dtype: torch.dtype)
             x.new_empty(x.shape),
             weight.new_empty(weight_sum.shape),
         ),
+        backward=once_differentiable,
     )
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

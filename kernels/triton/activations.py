@@ -17,9 +17,9 @@ import triton.language as tl
 
 from drivetrain.contracts.kernels import KernelSpec
 from drivetrain.kernels.triton.launch import INTERPRETED, as_rows, sigmoid
-from drivetrain.kernels.triton.operators import define, name_of, once_differentiable
+from drivetrain.kernels.triton.operators import define, name_of
 from drivetrain.kernels.triton.tuning import Blocks, Choice, Tuner, rows_class
-from drivetrain.operators import Operator, visible
+from drivetrain.operators import Operator, once_differentiable, visible
 
 SILU, GELU = 0, 1
 

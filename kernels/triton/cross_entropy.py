@@ -20,9 +20,9 @@ from torch.nn import functional
 
 from drivetrain.contracts.kernels import KernelSpec
 from drivetrain.kernels.triton.launch import INTERPRETED, power_of_two, tanh
-from drivetrain.kernels.triton.operators import NAMESPACE, define, once_differentiable
+from drivetrain.kernels.triton.operators import NAMESPACE, define
 from drivetrain.kernels.triton.tuning import FUSED
-from drivetrain.operators import Operator, visible
+from drivetrain.operators import Operator, once_differentiable, visible
 
 _LEAST_CHUNK_ROWS = 128
 

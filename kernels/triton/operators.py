@@ -1,4 +1,4 @@
-"""What the operators of these kernels have in common: devices, names, and that they are differentiated once only.
+"""What the operators of these kernels have in common: devices and names.
 
 An operator finds what it works with by its name: the record that its blocks are kept in, the dtype that it was bound
 for, and what else tells one use from another. A name means the same in every process: torch keeps compiled graphs.
@@ -14,7 +14,6 @@ import torch
 
 from drivetrain import operators
 from drivetrain.contracts.kernels import KernelSpec
-from drivetrain.errors import ConfigError
 from drivetrain.kernels.triton.launch import INTERPRETED
 from drivetrain.kernels.triton.tuning import Tuner
 
@@ -43,13 +42,4 @@ def define(
     """:func:`drivetrain.operators.define` for the devices that kernels run on."""
     return operators.define(
         name, schema, implementation, fake=fake, save=save, backward=backward, device_types=DEVICE_TYPES
-    )
-
-
-def once_differentiable(ctx: Any, *gradients: Any) -> None:
-    """The backward of an operator that is a backward itself."""
-    raise ConfigError(
-        "the Triton kernels have no second derivatives",
-        where="kernels/triton",
-        hint="Differentiate twice with kernels=reference.",
     )

@@ -17,9 +17,9 @@ import triton.language as tl
 
 from drivetrain.contracts.kernels import OPERATIONS, KernelSpec
 from drivetrain.kernels.triton.launch import INTERPRETED, as_rows, num_processors, power_of_two
-from drivetrain.kernels.triton.operators import define, name_of, once_differentiable
+from drivetrain.kernels.triton.operators import define, name_of
 from drivetrain.kernels.triton.tuning import FUSED, Blocks, Choice, Tuner, rows_class
-from drivetrain.operators import Operator, visible
+from drivetrain.operators import Operator, once_differentiable, visible
 
 
 @triton.jit

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from drivetrain.errors import ContractError
-from drivetrain.operators import Operator, define, visible
+from drivetrain.errors import ConfigError, ContractError
+from drivetrain.operators import Operator, define, once_differentiable, visible
 
 SCHEMA = "(Tensor x, float factor) -> Tensor"
 
@@ -104,6 +104,36 @@ def test_without_a_backward_there_is_no_gradient() -> None:
     compiled(x).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [2, 2]
+
+
+def test_second_derivatives_are_refused_where_a_backward_is_an_operator() -> None:
+    def cube(x: torch.Tensor) -> torch.Tensor:
+        return x**3
+
+    def cube_slope(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return grad * 3 * x**2
+
+    slope = define(
+        "drivetrain_tests::cube_slope",
+        "(Tensor grad, Tensor x) -> Tensor",
+        cube_slope,
+        fake=lambda grad, x: torch.empty_like(x),
+        backward=once_differentiable,
+    )
+    overload = define(
+        "drivetrain_tests::cube",
+        "(Tensor x) -> Tensor",
+        cube,
+        fake=torch.empty_like,
+        save=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+        backward=lambda ctx, grad: slope(grad, *ctx.saved_tensors),
+    )
+    x = torch.full((2,), 2.0, requires_grad=True)
+    torch.library.opcheck(overload, (x,))
+    (gradient,) = torch.autograd.grad(overload(x).sum(), x, create_graph=True)
+    assert gradient.tolist() == [12, 12]
+    with pytest.raises(ConfigError, match="no second derivatives"):
+        gradient.sum().backward()
 
 
 def test_an_operator_that_writes_says_so() -> None:
