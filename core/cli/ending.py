@@ -1,0 +1,34 @@
+"""How the process of a command ends.
+
+Usually the interpreter takes itself apart. A rank of a run must not wait for that: threads of torch's process groups
+still let go of tensors then, and a thread that asks a dying interpreter for its lock ends the whole process with
+SIGABRT, at random, after everything was done or told. The agent would take it for a crash, and start anew.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+
+_at_once = False
+
+
+def end_at_once() -> None:
+    """Have this process end right after its command, once what was registered to be done at its end is done."""
+    global _at_once
+    _at_once = True
+
+
+def leave(status: int) -> None:
+    """End the process where a command has asked for it; otherwise return."""
+    if not _at_once:
+        return
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
