@@ -383,14 +383,25 @@ static inline Floats spread(const float* p) { return Floats{p[0], p[0], p[0], p[
 static inline float total(Floats v) { return sum8(v); }
 #endif
 
+// How a matrix is grouped; worked out once, since for short rows the divisions would take as long as the products.
+struct Groups {
+  int each;   // atoms of a group
+  int count;  // groups of a row
+  int shift;  // each is 1 << shift, at most W; otherwise -1
+  explicit Groups(const Matrix& m) : each(m.group / kAtom), count(m.cols / m.group), shift(-1) {
+    if (each <= W && (each & (each - 1)) == 0) shift = __builtin_ctz(each);
+  }
+  int of_atom(int atom) const { return shift >= 0 ? atom >> shift : atom / each; }
+};
+
 // Scales and minima of atoms first .. first + count - 1, which is a whole span or the rest of a row. Behind them come zeros.
-static inline void group_scales(const Matrix& m, const void* from, int o, int first, int count, float* out) {
-  const int each = m.group / kAtom, groups = m.cols / m.group, begin = first / each;
-  const size_t row = size_t(o) * groups;
+static inline void group_scales(const Matrix& m, const Groups& groups, const void* from, int o, int first, int count, float* out) {
+  const int each = groups.each, begin = groups.of_atom(first);
+  const size_t row = size_t(o) * groups.count;
 #if defined(__AVX512F__)
-  if (each <= W && (each & (each - 1)) == 0 && m.scale_format == 2) {  // spans begin with a group
+  if (groups.shift >= 0 && m.scale_format == 2) {  // spans begin with a group
     const uint16_t* halves = static_cast<const uint16_t*>(from) + row + begin;
-    const int shift = __builtin_ctz(each), most = W >> shift;
+    const int shift = groups.shift, most = W >> shift;
     const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int a = 0; a < count; a += W, halves += most) {
       const int left = (count - a) >> shift;
@@ -404,7 +415,7 @@ static inline void group_scales(const Matrix& m, const void* from, int o, int fi
     scales_at(from, m.scale_format, row + first, count, out);
   } else {
     float of_groups[kSpan + W];
-    scales_at(from, m.scale_format, row + begin, (first + count - 1) / each - begin + 1, of_groups);
+    scales_at(from, m.scale_format, row + begin, groups.of_atom(first + count - 1) - begin + 1, of_groups);
     int left = each - first % each;
     for (int a = 0, g = 0; a < count; a++) {
       out[a] = of_groups[g];
@@ -415,13 +426,13 @@ static inline void group_scales(const Matrix& m, const void* from, int o, int fi
 }
 
 // The same of minima; scales: of these atoms.
-static inline void group_mins(const Matrix& m, int o, int first, int count, const float* scales, float* out) {
-  if (!m.has_zeros) return group_scales(m, m.mins, o, first, count, out);
-  const int each = m.group / kAtom;
-  const uint8_t* zeros = static_cast<const uint8_t*>(m.mins) + size_t(o) * (m.cols / m.group) + first / each;
+static inline void group_mins(const Matrix& m, const Groups& groups, int o, int first, int count, const float* scales, float* out) {
+  if (!m.has_zeros) return group_scales(m, groups, m.mins, o, first, count, out);
+  const int each = groups.each;
+  const uint8_t* zeros = static_cast<const uint8_t*>(m.mins) + size_t(o) * groups.count + groups.of_atom(first);
 #if defined(__AVX512F__)
-  if (each <= W && (each & (each - 1)) == 0) {
-    const int shift = __builtin_ctz(each), most = W >> shift;
+  if (groups.shift >= 0) {
+    const int shift = groups.shift, most = W >> shift;
     const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int a = 0; a < count; a += W, zeros += most) {
       const int left = (count - a) >> shift;
@@ -440,9 +451,9 @@ static inline void group_mins(const Matrix& m, int o, int first, int count, cons
 }
 
 template <int R, int M>
-static inline void nibble_rows(const Matrix& m, int o, const Rounded& x, int token, float (*out)[kInts], int at) {
+static inline void nibble_rows(const Matrix& m, const Groups& groups, size_t ahead, int o, const Rounded& x, int token,
+                               float (*out)[kInts], int at) {
   const int atoms = m.cols / kAtom;
-  const size_t ahead = (kAheadBytes / m.stride + 1) * m.stride;
   const uint8_t* rows[R];
   for (int r = 0; r < R; r++) rows[r] = static_cast<const uint8_t*>(m.weight) + size_t(o + r) * m.stride;
   Floats sums[R][M] = {};
@@ -451,14 +462,20 @@ static inline void nibble_rows(const Matrix& m, int o, const Rounded& x, int tok
     const int count = atoms - first < kSpan ? atoms - first : kSpan;
     alignas(64) float scales[R][kSpan], mins[R][kSpan];
     for (int r = 0; r < R; r++) {
-      group_scales(m, m.scales, o + r, first, count, scales[r]);
-      group_mins(m, o + r, first, count, scales[r], mins[r]);
+      group_scales(m, groups, m.scales, o + r, first, count, scales[r]);
+      group_mins(m, groups, o + r, first, count, scales[r], mins[r]);
+      if constexpr (M == 1) {  // of the inputs too: once for W atoms, not for each step
+        const float* steps = x.scales + size_t(token) * x.scale_stride + first;
+        for (int i = 0; i < count; i += W) store(scales[r] + i, load(scales[r] + i) * load(steps + i));
+      }
     }
     for (int a = 0; a < count; a += kAtoms) {
       const int begin = (first + a) * (kAtom / 2), bytes = m.cols / 2 - begin;
       Floats steps[M];
+      if constexpr (M > 1) {
 #pragma GCC unroll 4
-      for (int t = 0; t < M; t++) steps[t] = spread(x.scales + size_t(token + t) * x.scale_stride + first + a);
+        for (int t = 0; t < M; t++) steps[t] = spread(x.scales + size_t(token + t) * x.scale_stride + first + a);
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
         const Bytes w = nibbles_at(rows[r] + begin, bytes);
@@ -467,7 +484,8 @@ static inline void nibble_rows(const Matrix& m, int o, const Rounded& x, int tok
 #pragma GCC unroll 4
         for (int t = 0; t < M; t++) {
           const Sums dots = nibble_dots(w, x.ints + size_t(token + t) * x.stride + 2 * begin);
-          sums[r][t] += __builtin_convertvector(dots, Floats) * (scale * steps[t]);
+          const Floats both = M > 1 ? scale * steps[t] : scale;
+          sums[r][t] += __builtin_convertvector(dots, Floats) * both;
         }
       }
     }
@@ -494,9 +512,11 @@ static inline void nibble_rows(const Matrix& m, int o, const Rounded& x, int tok
 template <int M>
 static void nibble_rows(const Matrix& m, int first, int count, const Rounded& x, int token, float (*out)[kInts]) {
   constexpr int R = kRegisters == 32 || M == 1 ? 4 : 2;
+  const Groups groups(m);
+  const size_t ahead = (kAheadBytes / m.stride + 1) * m.stride;
   int r = 0;
-  for (; r + R <= count; r += R) nibble_rows<R, M>(m, first + r, x, token, out, r);
-  for (; r < count; r++) nibble_rows<1, M>(m, first + r, x, token, out, r);
+  for (; r + R <= count; r += R) nibble_rows<R, M>(m, groups, ahead, first + r, x, token, out, r);
+  for (; r < count; r++) nibble_rows<1, M>(m, groups, ahead, first + r, x, token, out, r);
 }
 
 static void nibble_sums(const Matrix& m, int first, int count, const Rounded& x, int token, int tokens, float (*out)[kInts]) {
