@@ -548,17 +548,26 @@ class _LinearGGUF(Product):
             halves.shape[0],
             x_MI.shape[1] // self._layout.unit_inputs,
             halves.stride(0),
-            TYPE=self._type,
-            **self._layout.constants,
             X_FORMAT=x_format,
-            EVEN=self._is_even(x_MI, options),
-            IS_ROUNDED=scales_MB is not None,
-            HAS_BIAS=bias is not None,
-            **options,
+            **self._constants(x_MI, scales_MB, bias, options),
         )
 
-    def _is_even(self, x_MI: torch.Tensor, options: dict[str, int]) -> bool:
-        return x_MI.shape[1] // self._layout.unit_inputs % options["BLOCK_U"] == 0
+    def _constants(
+        self,
+        x_MI: torch.Tensor,
+        scales_MB: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        options: dict[str, int],
+    ) -> dict[str, int]:
+        """What both kernels are compiled for."""
+        return {
+            "TYPE": self._type,
+            **self._layout.constants,
+            "EVEN": x_MI.shape[1] // self._layout.unit_inputs % options["BLOCK_U"] == 0,
+            "IS_ROUNDED": scales_MB is not None,
+            "HAS_BIAS": bias is not None,
+            **options,
+        }
 
     def _launch_more(
         self,
@@ -584,13 +593,8 @@ class _LinearGGUF(Product):
             x_MI.stride(0),
             x_MI.shape[1] // ROUNDED_BLOCK,
             halves.stride(0),
-            TYPE=self._type,
-            **self._layout.constants,
-            EVEN=self._is_even(x_MI, options),
-            IS_ROUNDED=scales_MB is not None,
-            HAS_BIAS=bias is not None,
             WIDE=INTERPRETED,
-            **options,
+            **self._constants(x_MI, scales_MB, bias, options),
         )
 
     def transposed(self, grad: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:

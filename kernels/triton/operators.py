@@ -7,7 +7,6 @@ for, and what else tells one use from another. A name means the same in every pr
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,16 +29,6 @@ def name_of(spec: KernelSpec, tuner: Tuner, *params: str) -> str:
     return f"{NAMESPACE}_{tuner.name}::" + re.sub(r"\W", "_", "_".join((spec.operation, *values, spec.dtype)))
 
 
-def define(
-    name: str,
-    schema: str,
-    implementation: Callable[..., Any],
-    *,
-    fake: Callable[..., Any],
-    save: Callable[..., None] | None = None,
-    backward: Callable[..., Any] | None = None,
-) -> torch._ops.OpOverload:
+def define(*arguments: Any, **parts: Any) -> torch._ops.OpOverload:
     """:func:`drivetrain.operators.define` for the devices that kernels run on."""
-    return operators.define(
-        name, schema, implementation, fake=fake, save=save, backward=backward, device_types=DEVICE_TYPES
-    )
+    return operators.define(*arguments, **parts, device_types=DEVICE_TYPES)

@@ -35,6 +35,19 @@ def tile_of(
 
 
 @triton.jit
+def scale_and_least(
+    scales: tl.tensor, mins: tl.tensor, is_output: tl.tensor, HAS_ZEROS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """A group's scale s and minimum for each output. HAS_ZEROS: minima are zero points z, and stand for ``-z * s``."""
+    scale = tl.load(scales, mask=is_output, other=0.0).to(tl.float32)
+    if HAS_ZEROS:
+        least = -tl.load(mins, mask=is_output, other=0).to(tl.float32) * scale
+    else:
+        least = tl.load(mins, mask=is_output, other=0.0).to(tl.float32)
+    return scale, least
+
+
+@triton.jit
 def store_tile(
     total: tl.tensor,
     rows: tl.tensor,

@@ -22,7 +22,7 @@ from drivetrain.kernels.triton.activations import GELU, SILU, Activation, activa
 from drivetrain.kernels.triton.float8 import from_fp8
 from drivetrain.kernels.triton.launch import INTERPRETED, as_rows, dot, needs_gradient
 from drivetrain.kernels.triton.operators import NAMESPACE, define, name_of
-from drivetrain.kernels.triton.product_tiles import Product, quantized, store_tile, tile_of
+from drivetrain.kernels.triton.product_tiles import Product, quantized, scale_and_least, store_tile, tile_of
 from drivetrain.kernels.triton.tuning import Tuner
 from drivetrain.operators import Operator, visible
 from drivetrain.packed import DECODERS
@@ -213,11 +213,7 @@ def _by_group(
             product, sums = _three_bits(x_rows, weight_rows, high_rows, group, is_row, is_output, GROUP, WIDE)
         else:
             product, sums = _four_bits(x_rows, weight_rows, group, is_row, is_output, GROUP, WIDE)
-        scale = tl.load(scale_rows + group, mask=is_output, other=0.0).to(tl.float32)
-        if HAS_ZEROS:
-            least = -tl.load(min_rows + group, mask=is_output, other=0).to(tl.float32) * scale
-        else:
-            least = tl.load(min_rows + group, mask=is_output, other=0.0).to(tl.float32)
+        scale, least = scale_and_least(scale_rows + group, min_rows + group, is_output, HAS_ZEROS)
         total += product * scale[None, :] + sums[:, None] * least[None, :]
     store_tile(total, rows, outputs, split, bias_ptr, out_ptr, parts_ptr, num_rows, num_outputs, HAS_BIAS, SPLITS)
 

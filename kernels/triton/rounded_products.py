@@ -18,7 +18,7 @@ import triton.language as tl
 
 from drivetrain.contracts.kernels import KernelSpec
 from drivetrain.kernels.triton.launch import multiplies_float8
-from drivetrain.kernels.triton.product_tiles import Product, quantized, store_tile, tile_of
+from drivetrain.kernels.triton.product_tiles import Product, quantized, scale_and_least, store_tile, tile_of
 from drivetrain.kernels.triton.products import (
     FP8,
     FP8_BY_FP8,
@@ -88,11 +88,7 @@ def _by_block(
             group = block // BLOCKS_IN_GROUP
             codes = tl.load(code_rows + block * 32, mask=is_x[:, None], other=0)
             bytes_ = tl.load(weight_rows + block * 16, mask=is_weight[None, :], other=0)
-            scale = tl.load(scale_rows + group, mask=is_weight, other=0.0).to(tl.float32)
-            if HAS_ZEROS:
-                least = -tl.load(min_rows + group, mask=is_weight, other=0).to(tl.float32) * scale
-            else:
-                least = tl.load(min_rows + group, mask=is_weight, other=0.0).to(tl.float32)
+            scale, least = scale_and_least(scale_rows + group, min_rows + group, is_weight, HAS_ZEROS)
             x_scale = tl.load(x_scales_ptr + x_rows + block, mask=is_x, other=0.0)
             x_sum = tl.load(x_sums_ptr + x_rows + block, mask=is_x, other=0.0)
             product = tl.dot(codes, ((bytes_ >> shifts) & 15).to(tl.int8), out_dtype=tl.int32)
