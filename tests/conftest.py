@@ -1,8 +1,11 @@
-"""Of all tests: files with slow tests go first, so that none is still running when every other process is done."""
+"""Of all tests: support modules tell what an assert compared, whichever folder is named first; files with slow tests go
+first, so that none is still running when every other process is done."""
 
 from __future__ import annotations
 
 import pytest
+
+pytest.register_assert_rewrite("support")
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,9 +1,5 @@
 """Benchmarks through the command line, on a tiny model."""
 
-import pytest
-
-pytest.register_assert_rewrite("support.command_line", "support.command_fixtures", "support.live_server")
-
-from support.command_fixtures import cli, tiny  # noqa: E402
+from support.command_fixtures import cli, tiny
 
 __all__ = ["cli", "tiny"]

@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.register_assert_rewrite("support.openai_contract", "support.live_server", "support.command_line")
-
-from drivetrain import AsyncEngine  # noqa: E402
-from drivetrain.config import load_settings  # noqa: E402
-from support.command_fixtures import tiny  # noqa: E402
-from support.live_server import LiveServer  # noqa: E402
+from drivetrain import AsyncEngine
+from drivetrain.config import load_settings
+from support.command_fixtures import tiny
+from support.live_server import LiveServer
 
 __all__ = ["engine", "server", "tiny"]
 

@@ -7,8 +7,6 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-pytest.register_assert_rewrite("support.training")
-
 if not torch.cuda.is_available():
     WHY_NOT: str | None = "there is no GPU here"
 elif find_spec("triton") is None:

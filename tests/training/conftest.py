@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.register_assert_rewrite("support.training", "support.command_fixtures")
-
-from support.command_fixtures import cli  # noqa: E402
-from support.training import make_model, write_chats  # noqa: E402
+from support.command_fixtures import cli
+from support.training import make_model, write_chats
 
 __all__ = ["cli"]
 

@@ -6,10 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-pytest.register_assert_rewrite("support.openai_contract", "support.live_server")
-
-from support.fake_engine import FakeEngine  # noqa: E402
-from support.live_server import LiveServer  # noqa: E402
+from support.fake_engine import FakeEngine
+from support.live_server import LiveServer
 
 
 @pytest.fixture(scope="module")
