@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from drivetrain.contracts.platform import (
+    CapturesPieces,
     MemoryInfo,
     Platform,
     PlatformFacts,
@@ -42,7 +43,12 @@ class AcceleratorPlatform(Platform):
 
     @classmethod
     def abilities(cls) -> frozenset[str]:
-        claimed = {"streams": SupportsStreams, "graphs": SupportsGraphs, "shares": SharesMachine}
+        claimed = {
+            "streams": SupportsStreams,
+            "graphs": SupportsGraphs,
+            "graph_pieces": CapturesPieces,
+            "shares": SharesMachine,
+        }
         return frozenset(name for name, protocol in claimed.items() if issubclass(cls, protocol))
 
     @abstractmethod
@@ -134,4 +140,36 @@ def record_graph(
     with capturing:
         function()
     replay: Callable[[], None] = graph.replay
+    return replay
+
+
+def record_pieces(
+    begin: Callable[[], Any], function: Callable[[Callable[[Callable[[], None]], None]], None]
+) -> Callable[[], None]:
+    """Record what ``function`` launches in pieces; return their replay, with the work between them.
+
+    begin: begins to record, and returns the graph; it has ``capture_end`` and ``replay``.
+    """
+    parts: list[Callable[[], None]] = []
+    graph = begin()
+
+    def between(work: Callable[[], None]) -> None:
+        nonlocal graph
+        graph.capture_end()
+        parts.extend((graph.replay, work))
+        graph = begin()
+
+    try:
+        function(between)
+    except BaseException:
+        with suppress(RuntimeError):  # torch's, that nothing good was recorded: what was wrong is told already
+            graph.capture_end()
+        raise
+    graph.capture_end()
+    parts.append(graph.replay)
+
+    def replay() -> None:
+        for part in parts:
+            part()
+
     return replay

@@ -7,7 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from drivetrain.backends.accelerator import AcceleratorConfig, AcceleratorPlatform, record_graph, visible_indices
+from drivetrain.backends.accelerator import (
+    AcceleratorConfig,
+    AcceleratorPlatform,
+    record_graph,
+    record_pieces,
+    visible_indices,
+)
 from drivetrain.backends.nvml import NvidiaDevice, NvidiaDriver, read_driver
 from drivetrain.contracts.platform import PlatformFacts
 from drivetrain.contracts.plugin import Probe, ProbeContext
@@ -105,6 +111,7 @@ class CudaPlatform(AcceleratorPlatform):
     def __init__(self, config: AcceleratorConfig) -> None:
         super().__init__(config)
         self._graph_memory: Any = None
+        self._piece_stream: Any = None
 
     @classmethod
     def probe(cls, context: ProbeContext) -> Probe:
@@ -137,11 +144,30 @@ class CudaPlatform(AcceleratorPlatform):
         """
         import torch
 
+        graph = torch.cuda.CUDAGraph()
+        capturing = torch.cuda.graph(graph, pool=self._shared_memory(), capture_error_mode="thread_local")
+        return record_graph(graph, capturing, function)
+
+    def capture_pieces(self, function: Callable[[Callable[[Callable[[], None]], None]], None]) -> Callable[[], None]:
+        """The same in several graphs. See :meth:`capture` for what holds of their memory."""
+        import torch
+
+        def begin() -> torch.cuda.CUDAGraph:
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=self._shared_memory(), capture_error_mode="thread_local")
+            return graph
+
+        if self._piece_stream is None:
+            self._piece_stream = torch.cuda.Stream(self.config.device)
+        with torch.cuda.stream(self._piece_stream):
+            return record_pieces(begin, function)
+
+    def _shared_memory(self) -> Any:
+        import torch
+
         if self._graph_memory is None:
             self._graph_memory = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        capturing = torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local")
-        return record_graph(graph, capturing, function)
+        return self._graph_memory
 
     def _module(self) -> Any:
         import torch

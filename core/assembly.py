@@ -20,7 +20,7 @@ from drivetrain.contracts.kernels import BuildsAhead, KernelProvider
 from drivetrain.contracts.kinds import KINDS
 from drivetrain.contracts.loader import Checkpoint, Loader
 from drivetrain.contracts.model import BuildContext, CausalLM, Model, ModelSpec
-from drivetrain.contracts.platform import PlacesWeights, Platform, SupportsGraphs
+from drivetrain.contracts.platform import CapturesPieces, PlacesWeights, Platform, SupportsGraphs
 from drivetrain.contracts.plugin import Plugin, ProbeContext, Purpose
 from drivetrain.contracts.precision import Precision
 from drivetrain.contracts.quantizer import Quantizer, QuantizerConfig
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from drivetrain.serving.engine import Engine
     from drivetrain.serving.graphs import Capture
     from drivetrain.serving.master_copy import MasterCopy
+    from drivetrain.serving.pieces import CapturePieces
     from drivetrain.serving.tokenizer import Tokenizer
 
 _log = logging.getLogger("drivetrain")
@@ -404,6 +405,7 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
             num_blocks,
             device,
             _capture(parts),
+            capture_pieces=_capture_pieces(parts),
             must_capture=parts.settings.engine.graphs == "on",
             spec=parts.spec.attention,
         ),
@@ -591,6 +593,13 @@ def _capture(parts: Parts) -> Capture | None:
     if setting == "on" and reason is not None:
         raise ConfigError("decode steps can't be captured", where="engine.graphs", found=reason, allowed="auto or off")
     return capture
+
+
+def _capture_pieces(parts: Parts) -> CapturePieces | None:
+    """What records other steps in pieces, if there is anything."""
+    if parts.settings.engine.graphs == "off" or not isinstance(parts.platform, CapturesPieces):
+        return None
+    return parts.platform.capture_pieces
 
 
 def make_kv(

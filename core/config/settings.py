@@ -74,7 +74,7 @@ class EngineSettings(BaseModel):
 
     graphs: Literal["auto", "on", "off"] = Field(
         default="auto",
-        description="replay captured decode steps; auto: where the platform and the attention backend can",
+        description="replay captured steps; auto: where the platform and the attention backend can",
     )
 
     @field_validator("overlap", "graphs", mode="before")

@@ -121,3 +121,15 @@ class SupportsGraphs(Protocol):
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         """Run ``function`` once under capture; return a callable that replays it on the same buffers."""
+
+
+@runtime_checkable
+class CapturesPieces(Protocol):
+    """Ability ``graph_pieces``: launches are recorded in pieces, between which other work is done at each replay."""
+
+    def capture_pieces(self, function: Callable[[Callable[[Callable[[], None]], None]], None]) -> Callable[[], None]:
+        """Run ``function(between)`` once under capture; return a callable that replays it on the same buffers.
+
+        ``between(work)`` ends a piece and begins the next: each replay calls ``work`` there, the capture does not. What
+        ``work`` launches is not recorded; it finds what the pieces before it left in memory, and they what it left.
+        """

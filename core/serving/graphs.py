@@ -34,12 +34,14 @@ class GraphLimits:
     """What captured steps are made for.
 
     max_running:    most sequences of a step.
+    max_tokens:     most tokens of a step.
     max_blocks:     blocks of the longest sequence (W).
     block_size:     tokens in a block.
     scratch_blocks: for each KV group a block that no sequence ever gets.
     """
 
     max_running: int
+    max_tokens: int
     max_blocks: int
     block_size: int
     scratch_blocks: tuple[int, ...]
@@ -192,6 +194,6 @@ def why_no_graphs(capture: Capture | None, attention: AttentionBackend) -> str |
     return None
 
 
-def with_scratch(num_blocks: Sequence[int], capture: Capture | None) -> list[int]:
+def with_scratch(num_blocks: Sequence[int], captures: bool) -> list[int]:
     """How many blocks a cache is made with: one more a KV group where steps may be captured."""
-    return [count + (capture is not None) for count in num_blocks]
+    return [count + captures for count in num_blocks]

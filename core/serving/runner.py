@@ -18,6 +18,7 @@ from drivetrain.errors import GraphCaptureError
 from drivetrain.serving.blocks import KVManager
 from drivetrain.serving.graphs import Capture, DecodeGraphs, GraphLimits, why_no_graphs, with_scratch
 from drivetrain.serving.packing import Scheduled, StepBuffers, StepInputs, bytes_of_step, pack
+from drivetrain.serving.pieces import CapturePieces, StepPieces
 from drivetrain.serving.request import Request
 
 _log = logging.getLogger("drivetrain")
@@ -37,10 +38,12 @@ class ModelRunner:
         device: torch.device,
         capture: Capture | None = None,
         *,
+        capture_pieces: CapturePieces | None = None,
         must_capture: bool = False,
         spec: AttentionSpec | None = None,
     ) -> None:
-        """capture: records device work for replay; None where the platform can't, or was told not to.
+        """capture: records decode steps for replay; None where the platform can't, or was told not to.
+        capture_pieces: records other steps, but for their attention; None likewise.
         must_capture: a step that can't be recorded is an error, not run in the plain way with a warning.
         spec: the model's attention with the format in which keys and values are kept; by default the model's own.
         """
@@ -49,6 +52,7 @@ class ModelRunner:
         self.device = device
         self.spec = spec or model.spec.attention
         self._capture = capture
+        self._capture_pieces = capture_pieces
         self._must_capture = must_capture
         self.on_fallback: Callable[[int], None] = lambda count: None
         self.cache: KVCache = attention.allocate(self.spec, self.blocks_to_allocate(num_blocks), device)
@@ -57,10 +61,11 @@ class ModelRunner:
         self._next_buffers = itertools.cycle(self._buffers)
         self._graph_limits: GraphLimits | None = None
         self._graphs: DecodeGraphs | None = None
+        self._pieces: StepPieces | None = None
 
     def blocks_to_allocate(self, num_blocks: Sequence[int]) -> list[int]:
         """How many blocks a cache needs for ``num_blocks`` that sequences may get: captured steps take one more."""
-        return with_scratch(num_blocks, self._capture)
+        return with_scratch(num_blocks, self._capture is not None or self._capture_pieces is not None)
 
     def exchange(
         self,
@@ -78,23 +83,24 @@ class ModelRunner:
         self.model, self.attention, self.cache = model, attention, cache
         self.spec = spec or self.spec
         if self._graph_limits is not None and not kept:
-            self._plan_graphs(kv, self._graph_limits.max_running)
+            self._plan_graphs(kv, self._graph_limits.max_tokens, self._graph_limits.max_running)
 
-    def _plan_graphs(self, kv: KVManager, max_running: int) -> None:
-        """Capture decode steps anew, each when it first comes."""
-        self._graphs = None
+    def _plan_graphs(self, kv: KVManager, max_batched_tokens: int, max_running: int) -> None:
+        """Capture steps anew, each size when it first comes."""
         scratch = tuple(pool.total for pool in kv.pools)
-        self._graph_limits = GraphLimits(max_running, kv.tables[0].shape[1], kv.block_size, scratch)
+        limits = GraphLimits(max_running, max_batched_tokens, kv.tables[0].shape[1], kv.block_size, scratch)
+        parts = (self.model, self.attention, self.spec, self.cache, limits, self.device)
+        self._graph_limits, self._graphs, self._pieces = limits, None, None
         if self._capture is not None and why_no_graphs(self._capture, self.attention) is None:
-            self._graphs = DecodeGraphs(
-                self._capture, self.model, self.attention, self.spec, self.cache, self._graph_limits, self.device
-            )
+            self._graphs = DecodeGraphs(self._capture, *parts)
+        if self._capture_pieces is not None:
+            self._pieces = StepPieces(self._capture_pieces, *parts)
 
     def reserve(self, kv: KVManager, max_batched_tokens: int, max_running: int) -> None:
         """Make the buffers for steps within these limits."""
         for buffers in self._buffers:
             buffers.reserve(bytes_of_step(kv, max_batched_tokens, max_running))
-        self._plan_graphs(kv, max_running)
+        self._plan_graphs(kv, max_batched_tokens, max_running)
 
     def clear_blocks(self, kv: KVManager, blocks: Sequence[Sequence[int]]) -> None:
         """Make these blocks of each KV group finite again."""
@@ -113,26 +119,48 @@ class ModelRunner:
                 return self._graphs.run(inputs)
             except GraphCaptureError as error:
                 self._do_without_graphs(error)
+        return self.model.logits(self._hidden(inputs).index_select(0, inputs.rows_N))
+
+    def _hidden(self, inputs: StepInputs) -> torch.Tensor:
+        """The states behind all tokens of a step, [T, E]."""
+        if self._pieces is not None and self._pieces.takes(inputs):
+            try:
+                return self._pieces.run(inputs)
+            except GraphCaptureError as error:
+                self._do_without_pieces(error)
         step = self.attention.begin(self.spec, inputs.attention, self.cache)
-        hidden_TE = self.model.forward(inputs.ids_T, inputs.positions_T, step)
-        return self.model.logits(hidden_TE.index_select(0, inputs.rows_N))
+        return self.model.forward(inputs.ids_T, inputs.positions_T, step)
 
     def capture_ahead(self, progress: Progress) -> None:
-        """Capture decode steps before the first request, so that none waits for it. Raises GraphCaptureError where
-        they must be captured."""
-        if self._graphs is not None:
-            try:
-                with torch.inference_mode():
+        """Capture steps before the first request, so that none waits for it. Raises GraphCaptureError where they must
+        be captured."""
+        try:
+            with torch.inference_mode():
+                if self._graphs is not None:
                     self._graphs.capture_ahead(progress)
-            except GraphCaptureError as error:
-                self._do_without_graphs(error)
+        except GraphCaptureError as error:
+            self._do_without_graphs(error)
+        try:
+            with torch.inference_mode():
+                if self._pieces is not None:
+                    self._pieces.capture_ahead(progress)
+        except GraphCaptureError as error:
+            self._do_without_pieces(error)
 
     def _do_without_graphs(self, error: GraphCaptureError) -> None:
+        self._fall_back(error)
+        self._graphs = None
+
+    def _do_without_pieces(self, error: GraphCaptureError) -> None:
+        self._fall_back(error)
+        self._pieces = None
+
+    def _fall_back(self, error: GraphCaptureError) -> None:
+        """Raise the error, or tell that such steps are launched one by one from now on."""
         if self._must_capture:
             raise error
-        _log.warning("%s; decode steps are run without graphs", error)
+        _log.warning("%s; such steps are run without graphs from now on", error)
         self.on_fallback(1)
-        self._graphs = None
 
     def copy_blocks(self, kv: KVManager, copies: Copies | None = None) -> None:
         """Carry out the block copies that the manager decided on: all that are pending, or those taken before."""

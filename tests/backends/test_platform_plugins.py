@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from drivetrain.backends import accelerator, cpu, cuda, rocm, xpu
 from drivetrain.backends.accelerator import AcceleratorPlatform
-from drivetrain.contracts.platform import Platform, SupportsGraphs, SupportsStreams
+from drivetrain.contracts.platform import CapturesPieces, Platform, SupportsGraphs, SupportsStreams
 from drivetrain.contracts.plugin import ProbeContext
 from drivetrain.hardware import HostMemory, Processor, read_processor
 from drivetrain.registry.discovery import discover, load
@@ -39,6 +39,7 @@ def test_an_ability_is_claimed_exactly_when_its_methods_are_there() -> None:
     for platform in PLATFORMS:
         assert ("streams" in platform.abilities()) == issubclass(platform, SupportsStreams)
         assert ("graphs" in platform.abilities()) == issubclass(platform, SupportsGraphs)
+        assert ("graph_pieces" in platform.abilities()) == issubclass(platform, CapturesPieces)
     assert cpu.CpuPlatform.abilities() == frozenset()
 
 
@@ -169,6 +170,55 @@ def test_a_function_is_run_once_inside_the_capture_and_then_only_replayed() -> N
     replay()
     replay()
     assert (seen, graph.replays, graph.is_capturing) == ([True], 2, False)
+
+
+class _Pieces:
+    """Graphs that are begun and ended one after another."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self._count = 0
+
+    def begin(self) -> _Pieces._One:
+        self._count += 1
+        self.log.append(f"begin {self._count}")
+        return _Pieces._One(self, self._count)
+
+    class _One:
+        def __init__(self, pieces: _Pieces, number: int) -> None:
+            self._log, self._number = pieces.log, number
+
+        def capture_end(self) -> None:
+            self._log.append(f"end {self._number}")
+
+        def replay(self) -> None:
+            self._log.append(f"replay {self._number}")
+
+
+def test_pieces_are_replayed_with_the_work_between_them() -> None:
+    pieces = _Pieces()
+
+    def function(between: Any) -> None:
+        for name in ("first", "second"):
+            between(lambda name=name: pieces.log.append(name))
+
+    replay = accelerator.record_pieces(pieces.begin, function)
+    assert pieces.log == ["begin 1", "end 1", "begin 2", "end 2", "begin 3", "end 3"]
+    pieces.log.clear()
+    replay()
+    assert pieces.log == ["replay 1", "first", "replay 2", "second", "replay 3"]
+
+
+def test_a_piece_is_ended_where_recording_fails() -> None:
+    pieces = _Pieces()
+
+    def function(between: Any) -> None:
+        between(lambda: None)
+        raise ValueError("no such launch")
+
+    with pytest.raises(ValueError, match="no such launch"):
+        accelerator.record_pieces(pieces.begin, function)
+    assert pieces.log == ["begin 1", "end 1", "begin 2", "end 2"]
 
 
 @pytest.mark.skipif(not Path("/proc/driver/nvidia/version").exists(), reason="no NVIDIA driver on this machine")

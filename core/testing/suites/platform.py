@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from drivetrain.contracts.kinds import KINDS
 from drivetrain.contracts.platform import (
+    CapturesPieces,
     MemoryInfo,
     Platform,
     PlatformFacts,
@@ -20,7 +22,12 @@ from drivetrain.contracts.platform import (
 from drivetrain.contracts.plugin import ProbeContext
 from drivetrain.testing.suite import Suite, about
 
-ABILITIES = {"streams": SupportsStreams, "graphs": SupportsGraphs, "shares": SharesMachine}
+ABILITIES = {
+    "streams": SupportsStreams,
+    "graphs": SupportsGraphs,
+    "graph_pieces": CapturesPieces,
+    "shares": SharesMachine,
+}
 """Every ability that a platform can claim, and the methods it then has."""
 
 _MIB = 2**20
@@ -187,3 +194,35 @@ class PlatformSuite(Suite):
             replay()
             platform.synchronize()
             assert float(result.sum()) == 3 * value * 64
+
+    def test_work_between_captured_pieces_is_done_anew(self, platform: Platform) -> None:
+        """In its place, and not while the pieces are captured; memory of a piece lasts into those behind it."""
+        self.require_claim("graph_pieces")
+        given = torch.zeros(64, device=platform.device())
+        handed = torch.zeros(64, device=platform.device())
+        result = torch.zeros(64, device=platform.device())
+        factor = 2.0
+        done: list[float] = []
+
+        def work() -> None:
+            done.append(factor)
+            handed.mul_(factor)
+
+        def function(between: Callable[[Callable[[], None]], None]) -> None:
+            kept = given + 1
+            handed.copy_(given * 3)
+            between(work)
+            handed.add_(kept)
+            between(work)
+            result.copy_(handed + kept)
+
+        replay = cast(CapturesPieces, platform).capture_pieces(function)
+        assert not done
+        for value in (1.0, 5.0):
+            factor = value + 2
+            given.fill_(value)
+            replay()
+            platform.synchronize()
+            wanted = (3 * value * factor + value + 1) * factor + value + 1
+            assert float(result.sum()) == wanted * 64
+        assert done == [3.0, 3.0, 7.0, 7.0]
