@@ -23,6 +23,8 @@ _MASK64 = (1 << 64) - 1
 _TOP_P_FIRST_TRY = 256
 _WIDTHS = (64, 256, 1024)
 """Best tokens that a row with top-k is drawn from: sorting out 64 first takes a tenth of filtering a vocabulary."""
+_PARTS = 64
+"""Parts of a vocabulary that a GPU looks for the best token in, or as many as divide it."""
 _LEAST_TEMPERATURE = 1e-30
 """Anything less is no normal float32, and draws the most likely token just the same."""
 
@@ -301,11 +303,23 @@ def _is_adjusted(request: Request) -> bool:
 def most_likely(scores_SV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's best score and its token. NaN counts as the best, so that it shows."""
     if scores_SV.device.type != "cpu":
-        best_S, token_S = scores_SV.max(dim=-1)
-        return best_S, token_S
+        return _most_likely_in_parts(scores_SV)
     # numpy's is 3.6 times as fast as torch's: 0.09 ms against 0.34 for 16 rows of 49,152 on one thread.
     token_S = torch.from_numpy(scores_SV.numpy().argmax(axis=-1))
     return scores_SV.gather(1, token_S.unsqueeze(1)).squeeze(1), token_S
+
+
+def _most_likely_in_parts(scores_SV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of a vocabulary in parts, each of them reduced at the same time: torch gives a row to one group of a
+    GPU's threads, which leaves most of it idle."""
+    vocab_size = scores_SV.shape[-1]
+    parts = math.gcd(vocab_size, _PARTS)
+    if parts == 1:
+        best_S, token_S = scores_SV.max(dim=-1)
+        return best_S, token_S
+    best_SP, token_SP = scores_SV.unflatten(-1, (parts, vocab_size // parts)).max(dim=-1)
+    best_S, part_S = best_SP.max(dim=-1)
+    return best_S, token_SP.gather(1, part_S.unsqueeze(1)).squeeze(1) + part_S * (vocab_size // parts)
 
 
 def _width(params: SamplingParams, vocab_size: int) -> int:

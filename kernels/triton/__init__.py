@@ -159,7 +159,7 @@ class TritonKernels(KernelProvider):
             "gelu_tanh_mul": lambda spec: activations.make_gated_activation(spec, tuner),
             "rope": lambda spec: rotary.make_rope(spec, tuner),
             "rope_write": lambda spec: rotary.make_rope_write(spec, tuner),
-            "linear": products.make_linear,
+            "linear": lambda spec: products.make_linear(spec, tuner),
             "gated_linear": lambda spec: products.make_gated_linear(spec, tuner),
             "linear_cross_entropy": lambda spec: cross_entropy.make_linear_cross_entropy(spec, chunk_bytes),
             "linear_int8": lambda spec: products.make_linear_by_row(spec, tuner),

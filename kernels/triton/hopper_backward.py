@@ -102,6 +102,7 @@ def _add_gradients(
     row_layout: gl.constexpr = gl.SliceLayout(0, score_layout)
     keys = first + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, score_layout))
     offsets = gl.arange(0, BLOCK_M, layout=row_layout)
+    q_offsets = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, q_layout))
     no_scores = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, score_layout)
     no_q_grad = gl.zeros([BLOCK_M, D], gl.float32, q_layout)
     v_grad = gl.zeros([BLOCK_N, D], gl.float32, kv_layout)
@@ -143,7 +144,6 @@ def _add_gradients(
         mean = mean_buffers.index(at).load(row_layout)
         dp = warpgroup_mma_wait(1, (dp_token,)) - mean[None, :]
         if is_cut:
-            # What is found for rows behind the end is added to another sequence's: it must not be a NaN of this one.
             dp = gl.where((block * BLOCK_M + offsets < length)[None, :], dp, 0.0)
         ds_buffer.store((p * dp).to(dtype))
         fence_async_shared()
@@ -151,6 +151,9 @@ def _add_gradients(
         k_token = warpgroup_mma(ds_buffer, q_buffers.index(at), k_token, is_async=True)
         v_grad, q_grad, p_half = warpgroup_mma_wait(1, (v_token, q_token, p_half))
         mbarrier.arrive(grad_empty.index(at), count=1)
+        if is_cut:
+            # What is found for rows behind the end is added to another sequence's, and a key of this one may be NaN.
+            q_grad = gl.where((block * BLOCK_M + q_offsets < length)[:, None], q_grad, 0.0)
         tma.store_wait(0)
         q_sums_buffer.store(q_grad)
         fence_async_shared()

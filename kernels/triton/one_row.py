@@ -13,16 +13,43 @@ import torch
 import triton
 import triton.language as tl
 
+from drivetrain.contracts.kernels import KernelSpec
 from drivetrain.kernels.triton.activations import activated
 from drivetrain.kernels.triton.launch import INTERPRETED, power_of_two
-from drivetrain.kernels.triton.tuning import FUSED
+from drivetrain.kernels.triton.tuning import Blocks, Choice, Tuner
 
-_BLOCK = 2048
-_ELEMENTS_OF_A_WARP = 256
-"""16 bytes a thread where numbers take two."""
+_TRIED = ((4096, 512), (2048, 256), (2048, 512))
+"""Inputs that a program goes through at a time, and how many of them a warp has: 256 are a load of 16 bytes a thread
+where numbers take two."""
+
+_LEAST_EVEN = 1024
+"""Inputs at a time for which masks are done without."""
+
+_WORTH_TIMING_BYTES = 1 << 20
 
 PLAIN = -1
 """The activation of a product without a gate."""
+
+
+@triton.jit
+def _load_row(x_ptr: tl.tensor, inputs: tl.tensor, num_inputs: tl.tensor, EVEN: tl.constexpr) -> tl.tensor:
+    """x as a row of float32, [1, inputs]."""
+    if EVEN:
+        return tl.load(x_ptr + inputs).to(tl.float32)[None, :]
+    else:
+        return tl.load(x_ptr + inputs, mask=inputs < num_inputs, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _load_weights(
+    rows: tl.tensor, inputs: tl.tensor, num_inputs: tl.tensor, is_output: tl.tensor, EVEN: tl.constexpr
+) -> tl.tensor:
+    """Weights in float32, [outputs, inputs]; none is read twice."""
+    if EVEN:
+        return tl.load(rows, eviction_policy="evict_first").to(tl.float32)
+    else:
+        is_in = is_output[:, None] & (inputs < num_inputs)[None, :]
+        return tl.load(rows, mask=is_in, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -51,21 +78,18 @@ def _product(
     is_output = outputs < num_outputs
     weight_rows = weight_ptr + outputs[:, None] * weight_stride + inputs[None, :]
     up_rows = up_ptr + outputs[:, None] * up_stride + inputs[None, :]
-    total = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
-    up_total = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
-    for start in range(0, num_inputs, BLOCK_I):
-        if EVEN:
-            x = tl.load(x_ptr + start + inputs).to(tl.float32)
-            total += x[None, :] * tl.load(weight_rows + start, eviction_policy="evict_first").to(tl.float32)
-            if KIND >= 0:
-                up_total += x[None, :] * tl.load(up_rows + start, eviction_policy="evict_first").to(tl.float32)
-        else:
-            is_input = start + inputs < num_inputs
-            is_in = is_output[:, None] & is_input[None, :]
-            x = tl.load(x_ptr + start + inputs, mask=is_input, other=0.0).to(tl.float32)
-            total += x[None, :] * tl.load(weight_rows + start, mask=is_in, other=0.0).to(tl.float32)
-            if KIND >= 0:
-                up_total += x[None, :] * tl.load(up_rows + start, mask=is_in, other=0.0).to(tl.float32)
+    weight = _load_weights(weight_rows, inputs, num_inputs, is_output, EVEN)
+    if KIND >= 0:
+        up = _load_weights(up_rows, inputs, num_inputs, is_output, EVEN)
+    x = _load_row(x_ptr, inputs, num_inputs, EVEN)
+    total = x * weight
+    if KIND >= 0:
+        up_total = x * up
+    for start in range(BLOCK_I, num_inputs, BLOCK_I):
+        x = _load_row(x_ptr, start + inputs, num_inputs, EVEN)
+        total += x * _load_weights(weight_rows + start, start + inputs, num_inputs, is_output, EVEN)
+        if KIND >= 0:
+            up_total += x * _load_weights(up_rows + start, start + inputs, num_inputs, is_output, EVEN)
     out = tl.sum(total, axis=1)
     if HAS_BIAS:
         out += tl.load(bias_ptr + outputs, mask=is_output, other=0.0).to(tl.float32)
@@ -74,34 +98,54 @@ def _product(
     tl.store(out_ptr + outputs, out.to(out_ptr.dtype.element_ty), mask=is_output)
 
 
-def multiply(
-    x_I: torch.Tensor,
-    weight_OI: torch.Tensor,
-    bias_O: torch.Tensor | None,
-    up_OI: torch.Tensor | None = None,
-    kind: int = PLAIN,
-) -> torch.Tensor:
-    """[O] from dense [I] and weights with dense rows; with ``up_OI``, gated by the activation ``kind``."""
-    num_outputs, num_inputs = weight_OI.shape
-    out_O = torch.empty(num_outputs, dtype=x_I.dtype, device=x_I.device)
-    depth = min(_BLOCK, power_of_two(num_inputs))
-    width = min(32, power_of_two(num_outputs)) if INTERPRETED else 1
-    _product[(triton.cdiv(num_outputs, width),)](
-        x_I,
-        weight_OI,
-        weight_OI if up_OI is None else up_OI,
-        bias_O,
-        out_O,
-        num_outputs,
-        num_inputs,
-        weight_OI.stride(0),
-        0 if up_OI is None else up_OI.stride(0),
-        KIND=kind,
-        HAS_BIAS=bias_O is not None,
-        EVEN=num_inputs % depth == 0 and num_outputs % width == 0,
-        BLOCK_O=width,
-        BLOCK_I=depth,
-        num_warps=max(1, depth // _ELEMENTS_OF_A_WARP),
-        **FUSED,
-    )
-    return out_O
+def _candidates(num_outputs: int, num_inputs: int) -> list[Blocks]:
+    """Steps that divide the inputs where it can be, so that nothing is masked."""
+    even = num_inputs & -num_inputs
+    most = even if even >= _LEAST_EVEN else power_of_two(num_inputs)
+    if INTERPRETED:
+        return [Blocks.of(BLOCK_O=min(32, power_of_two(num_outputs)), BLOCK_I=min(2048, most))]
+    found = ((min(inputs, most), of_warp) for inputs, of_warp in _TRIED)
+    return [
+        Blocks.of(max(1, inputs // of_warp), 3, BLOCK_O=1, BLOCK_I=inputs) for inputs, of_warp in dict.fromkeys(found)
+    ]
+
+
+class RowProduct:
+    """The launches of one use."""
+
+    def __init__(self, spec: KernelSpec, tuner: Tuner) -> None:
+        self._choice = Choice(tuner, f"{spec.operation}/{spec.dtype}/row")
+
+    def __call__(
+        self,
+        x_I: torch.Tensor,
+        weight_OI: torch.Tensor,
+        bias_O: torch.Tensor | None,
+        up_OI: torch.Tensor | None = None,
+        kind: int = PLAIN,
+    ) -> torch.Tensor:
+        """[O] from dense [I] and weights with dense rows; with ``up_OI``, gated by the activation ``kind``."""
+        num_outputs, num_inputs = weight_OI.shape
+        out_O = torch.empty(num_outputs, dtype=x_I.dtype, device=x_I.device)
+
+        def launch(blocks: Blocks) -> None:
+            _product[(triton.cdiv(num_outputs, blocks["BLOCK_O"]),)](
+                x_I,
+                weight_OI,
+                weight_OI if up_OI is None else up_OI,
+                bias_O,
+                out_O,
+                num_outputs,
+                num_inputs,
+                weight_OI.stride(0),
+                0 if up_OI is None else up_OI.stride(0),
+                KIND=kind,
+                HAS_BIAS=bias_O is not None,
+                EVEN=num_inputs % blocks["BLOCK_I"] == 0 and num_outputs % blocks["BLOCK_O"] == 0,
+                **blocks.launch,
+            )
+
+        worth_it = num_outputs * num_inputs * weight_OI.itemsize >= _WORTH_TIMING_BYTES
+        shape = (num_outputs, num_inputs)
+        launch(self._choice(shape, lambda: _candidates(num_outputs, num_inputs), launch, worth_it))
+        return out_O

@@ -17,11 +17,11 @@ import triton.language as tl
 from torch.nn import functional
 
 from drivetrain.contracts.kernels import KernelSpec
-from drivetrain.kernels.triton import one_row
 from drivetrain.kernels.triton.activations import GELU, SILU, Activation, activated, backward_operator
 from drivetrain.kernels.triton.float8 import from_fp8
 from drivetrain.kernels.triton.launch import INTERPRETED, as_rows, dot, needs_gradient
-from drivetrain.kernels.triton.operators import NAMESPACE, define, name_of
+from drivetrain.kernels.triton.one_row import RowProduct
+from drivetrain.kernels.triton.operators import define, name_of
 from drivetrain.kernels.triton.product_tiles import Product, quantized, scale_and_least, store_tile, tile_of
 from drivetrain.kernels.triton.tuning import Tuner
 from drivetrain.operators import Operator, visible
@@ -392,20 +392,21 @@ def _is_one_row(x: torch.Tensor, weight_OI: torch.Tensor) -> bool:
     return x.numel() == x.shape[-1] > 0 and weight_OI.stride(1) == 1 and x.dtype == weight_OI.dtype
 
 
-def _multiply_row(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
-    return one_row.multiply(x.reshape(-1).contiguous(), weight_OI, bias_O).view(*x.shape[:-1], -1)
-
-
-def make_linear(spec: KernelSpec) -> Callable[..., torch.Tensor]:
+def make_linear(spec: KernelSpec, tuner: Tuner) -> Callable[..., torch.Tensor]:
     """``linear``: one row by a kernel of its own, and the others by torch, whose library is the fastest for them, as is
     its backward; both are operators."""
+    product = RowProduct(spec, tuner)
+
+    def multiply(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+        return product(x.reshape(-1).contiguous(), weight_OI, bias_O).view(*x.shape[:-1], -1)
+
     overload = define(
-        f"{NAMESPACE}::multiply_row",
+        f"{name_of(spec, tuner)}_row",
         "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-        _multiply_row,
+        multiply,
         fake=lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
     )
-    multiply_row = visible(_multiply_row, Operator(overload))
+    multiply_row = visible(multiply, Operator(overload))
 
     def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
         if _is_one_row(x, weight_OI) and not needs_gradient(x, weight_OI, bias_O):
@@ -422,13 +423,14 @@ class _GatedProduct(Product):
     def __init__(self, spec: KernelSpec, tuner: Tuner) -> None:
         super().__init__(spec, tuner)
         self.kind = GELU if spec.params.get("activation", 0.0) == 1 else SILU
+        self._row_product = RowProduct(spec, tuner)
         self.activation = Activation(self.kind, f"{spec.operation}/{spec.dtype}/{self.kind}", tuner)
 
     def __call__(self, x: torch.Tensor, gate_OI: torch.Tensor, up_OI: torch.Tensor) -> torch.Tensor:
         gate_OI, up_OI = as_rows(gate_OI), as_rows(up_OI)
         if _is_one_row(x, gate_OI):
             row_I = x.reshape(-1).contiguous()
-            return one_row.multiply(row_I, gate_OI, None, up_OI, self.kind).view(*x.shape[:-1], -1)
+            return self._row_product(row_I, gate_OI, None, up_OI, self.kind).view(*x.shape[:-1], -1)
         if x.numel() > _FEW_ROWS * x.shape[-1]:
             return self.activation.forward(functional.linear(x, gate_OI), functional.linear(x, up_OI))
         return self._in_one_launch(x, gate_OI, up_OI)

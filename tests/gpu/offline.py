@@ -15,6 +15,7 @@ import argparse
 import re
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -78,11 +79,25 @@ def install(folder: Path) -> None:
     venv = ROOT / ".venv"
     # Without pip of its own: some distributions leave out what would put it there.
     run([sys.executable, "-m", "venv", "--system-site-packages", "--without-pip", str(venv)])
+    if sys.prefix != sys.base_prefix:
+        # The machine's torch is in an environment of its own, whose packages no environment made from it would see.
+        own = Path(sysconfig.get_path("purelib", "venv", {"base": str(venv)}))
+        others = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
+        (own / "of_the_machine.pth").write_text("\n".join(others) + "\n", encoding="utf-8")
     tools = [one for one in requirements(ROOT / "pyproject.toml") if name_of(one) in (*TOOLS, "setuptools")]
-    pip = [sys.executable, "-m", "pip", "--python", str(venv / "bin" / "python"), "install", "-q"]
+    pip = [sys.executable, "-m", "pip", "--python", str(venv / "bin" / "python"), "install", "-q", "--no-compile"]
     offline = ["--no-index", f"--find-links={folder}"]
-    # Even where the machine has them: .venv/bin/pytest has to be there.
-    run([*pip, *offline, "--ignore-installed", *tools])
+    # Even where the machine has them: .venv/bin/pytest has to be there. Of the rest, what it lacks.
+    run(
+        [
+            *pip,
+            *offline,
+            "--ignore-installed",
+            "--no-deps",
+            *(one for one in tools if name_of(one).startswith("pytest")),
+        ]
+    )
+    run([*pip, *offline, *tools])
     run([*pip, *offline, "--no-build-isolation", "-e", str(ROOT)])
     for stamp in (".base", ".dev"):  # what the Makefile looks at
         (venv / stamp).touch()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from drivetrain import LLM, SamplingParams
+from drivetrain import LLM, SamplingParams, assembly
 from drivetrain.errors import ConfigError
 from support.gguf_models import KIND, write_llama
 from support.quantized_models import save_round_sizes
@@ -214,16 +215,22 @@ def test_drawn_tokens_are_those_of_the_reference_and_reproducible(folder: Path) 
     assert found[0] == found[1] == found[2]
 
 
-def test_drawing_waits_for_nothing_on_the_device(folder: Path) -> None:
+@pytest.mark.parametrize("pieces", ["off", "on"])
+def test_drawing_waits_for_nothing_on_the_device(folder: Path, monkeypatch: pytest.MonkeyPatch, pieces: str) -> None:
     """A step behind another is launched while that one still computes, whatever its sampling."""
+    if pieces == "off":
+        monkeypatch.setattr(assembly, "_capture_pieces", lambda parts: None)
     params = SamplingParams(max_tokens=40, temperature=0.8, top_p=0.9, seed=1, ignore_eos=True)
     with served(folder) as llm:
         answers(llm, params)
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it does not see all of them
+                torch.cuda.set_sync_debug_mode("error")
             assert all(len(tokens) == 40 for tokens in answers(llm, params))
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        assert llm.stats()["fallbacks"] == 0
 
 
 # --- captured steps --------------------------------------------------------------------------------------------------

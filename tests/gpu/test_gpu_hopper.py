@@ -60,10 +60,11 @@ def wanted(inputs: list[torch.Tensor], lengths: list[int], grad: torch.Tensor) -
 
 
 def assert_near(found: list[torch.Tensor], right: list[torch.Tensor]) -> None:
-    """Half precision rounds probabilities, their gradients and the results: under 1% of the whole together."""
+    """Half precision rounds probabilities, their gradients and the results: under 1% of the whole together. Gradients
+    of a query that sees one key alone are 0, but for the order of sums."""
     for one, other in zip(found, right, strict=True):
         assert torch.isfinite(one).all()
-        error = (one.float() - other).norm() / other.norm().clamp_min(1e-3)
+        error = (one.float() - other).norm() / other.norm().clamp_min(1e-2)
         assert error < 0.01, float(error)
 
 

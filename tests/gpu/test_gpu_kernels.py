@@ -31,6 +31,7 @@ def both(operation: str, dtype: str, **params: float) -> tuple[Any, Any]:
 
 def check(operation: str, dtype: str, found: torch.Tensor, wanted: torch.Tensor, factor: float = 1.0) -> None:
     relative, absolute = OPERATIONS[operation].tolerance[dtype]
+    found, wanted = found.detach(), wanted.detach()
     scale = max(1.0, float(wanted.abs().max())) if wanted.numel() else 1.0
     torch.testing.assert_close(found.double(), wanted.double(), rtol=relative, atol=absolute * factor * scale)
 

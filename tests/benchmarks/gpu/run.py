@@ -1,11 +1,11 @@
 """The Triton kernels against the ceilings of this GPU, and serving beside them; writes docs/benchmarks/gpu.md.
 
-    python tests/benchmarks/gpu/run.py [--quick] [--output docs/benchmarks/gpu.md]
+    python tests/benchmarks/gpu/run.py [--quick] [--only decode serving] [--output docs/benchmarks/gpu.md]
 
 Pointwise kernels and decode attention are bound by memory: their bytes a second are shown as a share of what a plain
 copy of 1 GiB reaches here. Prefill attention is compared with the fastest of torch's own backends, forward and back. A
-figure is the median of eleven launches, each after the cache of the device was overwritten, which takes longer than
-Python takes to launch: what is timed is the device.
+figure is the median of eleven launches, each after the cache of the device was filled with other numbers, which takes
+longer than Python takes to launch: what is timed is the device.
 
 Decodes are timed as a server runs them, in a graph that is replayed: several layers one after another, each with keys
 and values of its own, and the figure is for one of them. Where little is read, no kernel comes near the bandwidth:
@@ -71,15 +71,15 @@ class Clock:
     """Times launches with a cold cache."""
 
     def __init__(self) -> None:
-        self._cache = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+        self._others = torch.zeros(64 << 20, dtype=torch.float32, device="cuda")
 
     def milliseconds(self, launch: Callable[[], object]) -> float:
         for _ in range(3):
             launch()
         times = []
         for _ in range(REPEATS):
-            for _ in range(2):
-                self._cache.zero_()
+            for _ in range(4):
+                self._others.sum()  # read, not written: what a kernel has to write back is then its own
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             launch()
@@ -108,7 +108,7 @@ def copy_bandwidth(clock: Clock) -> float:
     return 2 * source.nbytes / clock.milliseconds(lambda: target.copy_(source)) * 1e3
 
 
-def pointwise(clock: Clock, bandwidth: float) -> Iterator[Line]:
+def pointwise(clock: Clock, bandwidth: float, quick: bool) -> Iterator[Line]:
     kernels = TritonKernels(TritonKernels.Config())
 
     def make(operation: str) -> Callable[..., object]:
@@ -226,7 +226,7 @@ def _bytes(*shape: int) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
 
 
-def prefill(clock: Clock, quick: bool) -> Iterator[Line]:
+def prefill(clock: Clock, bandwidth: float, quick: bool) -> Iterator[Line]:
     """Milliseconds of torch's fastest backend, as a share of ours."""
     layer = LayerAttention(HEADS, KV_HEADS, SIZE, SIZE**-0.5)
     spec, device = AttentionSpec((layer,), "bfloat16"), torch.device("cuda")
@@ -281,6 +281,20 @@ def _times(clock: Clock, attend: Callable[[], torch.Tensor], inputs: list[torch.
     return clock.milliseconds(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
 
 
+SECTIONS: dict[str, tuple[str, str, str, Callable[[Clock, float, bool], Iterator[Line]]]] = {
+    "pointwise": (
+        "Norms, activations, rotary embedding",
+        "GB/s",
+        "| kernel | ms | rate | share of copy | 85% |",
+        pointwise,
+    ),
+    "decode": ("Decode attention", "GB/s", "| batch | ms | rate | share of copy | 80% |", decode),
+    "packed": ("Products by packed weights", "GB/s", "| product, rows | ms | rate | share of copy | 60% |", packed),
+    "prefill": ("Prefill attention", "TFLOP/s", "| sequences | ms | rate | of torch's best | 90% |", prefill),
+}
+"""name -> title, unit, head of the table, and what measures its lines."""
+
+
 def page(tables: dict[str, tuple[str, str, list[Line]]], bandwidth: float, command: str) -> str:
     properties = torch.cuda.get_device_properties(0)
     lines = [
@@ -301,8 +315,10 @@ def page(tables: dict[str, tuple[str, str, list[Line]]], bandwidth: float, comma
 
 
 def main() -> None:
+    parts = [*SECTIONS, "serving"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer shapes; prints and writes nothing")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="some parts; prints and writes nothing")
     parser.add_argument("--output", type=Path, default=PAGE, help="the page to write")
     serving.add_options(parser)
     options = parser.parse_args()
@@ -312,34 +328,17 @@ def main() -> None:
     clock = Clock()
     bandwidth = copy_bandwidth(clock)
     tables = {
-        "Norms, activations, rotary embedding": (
-            "GB/s",
-            "| kernel | ms | rate | share of copy | 85% |",
-            list(pointwise(clock, bandwidth)),
-        ),
-        "Decode attention": (
-            "GB/s",
-            "| batch | ms | rate | share of copy | 80% |",
-            list(decode(clock, bandwidth, options.quick)),
-        ),
-        "Products by packed weights": (
-            "GB/s",
-            "| product, rows | ms | rate | share of copy | 60% |",
-            list(packed(clock, bandwidth, options.quick)),
-        ),
-        "Prefill attention": (
-            "TFLOP/s",
-            "| sequences | ms | rate | of torch's best | 90% |",
-            list(prefill(clock, options.quick)),
-        ),
+        title: (unit, head, list(lines(clock, bandwidth, options.quick)))
+        for name, (title, unit, head, lines) in SECTIONS.items()
+        if name in options.only
     }
     text = page(tables, bandwidth, "make bench-gpu")
     del clock
     serving.free_memory()
-    if not options.quick:
+    if "serving" in options.only and not options.quick:
         text += "\n".join(["", *serving.section(options, bandwidth), ""])
     print(text)
-    if not options.quick:
+    if not options.quick and set(options.only) == set(parts):
         options.output.write_text(text, encoding="utf-8")
 
 

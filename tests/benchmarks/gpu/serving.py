@@ -1,12 +1,16 @@
 """Serving an 8B Llama with made-up weights on this GPU: decodes beside the floor of memory, and many requests beside
 transformers' compiled generation.
 
-    python tests/benchmarks/gpu/serving.py [--layers 4] [--running 64,256] [--peer-batches 128,64,32]
+    python tests/benchmarks/gpu/serving.py [--layers 4] [--running 64,256] [--peer-batches 256,128,64]
 
 Weights are drawn on the device. One stream is measured as a share of the floor: the bytes of weights that a step reads
-over what a plain copy reaches. Rates of many requests are whole runs, prompts included; the peer's is ``generate`` with
-a static cache, which compiles its decode step, at its best batch, after a run that compiled it. It has a process and a
-time limit of its own: batches that it did not come to are left out.
+over what a plain copy reaches. Rates of many requests are whole runs, prompts included, of two workloads: ``even``, all
+prompts and answers of one length, and ``mixed``, that of the benchmarks on CPUs, with prompts of 32 to 256 tokens and
+answers of 32 to 128.
+
+The peer's rate is that of ``generate`` with a static cache, which compiles its decode step, at its best batch, after a
+run that compiled it. A batch is padded to its longest prompt and goes on to its longest answer, of which only what was
+asked for is counted. The peer has a process and a time limit of its own: batches that it did not come to are left out.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ import torch
 
 from drivetrain import LLM
 from drivetrain.bench.measure import run_latency, run_throughput
-from drivetrain.bench.workloads import WorkItem
+from drivetrain.bench.workloads import WorkItem, mixed
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -51,6 +55,9 @@ CONFIG: dict[str, Any] = {
 """The shape of an 8B Llama 3."""
 
 FLOOR_TARGET, PEER_TARGET = 0.80, 3.0
+MOST_OF_MIXED = 256 + 128
+"""Tokens of the longest request of that workload."""
+
 WAVES = 3
 """How often as many requests come as run at a time."""
 
@@ -71,17 +78,22 @@ class Row:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"], help="layers of the model")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
-    parser.add_argument("--answer", type=int, default=128, help="tokens of each answer")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt of even length")
+    parser.add_argument("--answer", type=int, default=128, help="tokens of each answer of even length")
+    parser.add_argument("--workloads", default="even,mixed", help="of many requests")
     parser.add_argument("--running", default="64,256", help="numbers of requests that run at a time")
-    parser.add_argument("--batched-tokens", type=int, default=2048, help="most tokens of a step")
+    parser.add_argument("--batched-tokens", type=int, default=8192, help="most tokens of a step")
     parser.add_argument("--iterations", type=int, default=3, help="runs of one stream")
-    parser.add_argument("--peer-batches", default="128,64,32", help="the peer's batches; empty for no peer")
+    parser.add_argument("--peer-batches", default="256,128,64", help="the peer's batches; empty for no peer")
     parser.add_argument("--peer-seconds", type=float, default=900.0, help="time limit of the peer, compiling included")
 
 
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
 def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",") if number]
+    return [int(number) for number in _names(text)]
 
 
 def _say(text: str) -> None:
@@ -120,7 +132,9 @@ def opened(folder: Path, running: int, batched_tokens: int, length: int) -> LLM:
     return llm
 
 
-def requests(count: int, options: argparse.Namespace, seed: int) -> list[WorkItem]:
+def requests(workload: str, count: int, options: argparse.Namespace, seed: int) -> list[WorkItem]:
+    if workload == "mixed":
+        return mixed(count, CONFIG["vocab_size"] - 1000, seed)
     generator = torch.Generator().manual_seed(seed)
     prompts = torch.randint(1000, CONFIG["vocab_size"] - 1000, (count, options.prompt), generator=generator).tolist()
     return [WorkItem(tuple(prompt), options.answer) for prompt in prompts]
@@ -140,14 +154,19 @@ def one_stream(folder: Path, options: argparse.Namespace, bandwidth: float) -> R
     return Row("decode, one stream", rate, told, f"{share:.0%} of the floor", f"{FLOOR_TARGET:.0%}: {verdict}")
 
 
-def many_streams(folder: Path, options: argparse.Namespace, running: int) -> tuple[float, str]:
-    """Output tokens a second, and where the time went."""
-    with opened(folder, running, options.batched_tokens, options.prompt + options.answer) as llm:
-        run_throughput(llm, requests(running, options, seed=1))  # what is tuned or compiled on first use
-        figures = run_throughput(llm, requests(WAVES * running, options, seed=2))
-    rate, per_token = float(figures["output_tokens_per_second"]), figures["time_per_token_seconds"]["p50"]
-    _say(json.dumps({key: figures[key] for key in ("seconds", "steps", "step_phase_seconds", "peak_memory_bytes")}))
-    return rate, f"{per_token * 1e3:.1f} ms a token in the median; {figures['seconds']:.1f} s"
+def many_streams(folder: Path, options: argparse.Namespace, running: int) -> dict[str, tuple[float, str]]:
+    """workload -> output tokens a second, and where the time went."""
+    found = {}
+    length = max(options.prompt + options.answer, MOST_OF_MIXED)
+    with opened(folder, running, options.batched_tokens, length) as llm:
+        for workload in _names(options.workloads):
+            run_throughput(llm, requests(workload, running, options, seed=1))  # what is compiled on first use
+            figures = run_throughput(llm, requests(workload, WAVES * running, options, seed=2))
+            rate, per_token = float(figures["output_tokens_per_second"]), figures["time_per_token_seconds"]["p50"]
+            told = ("output_tokens_per_second", "seconds", "steps", "step_phase_seconds", "peak_memory_bytes")
+            _say(f"{workload}, {running} running: {json.dumps({key: figures[key] for key in told})}")
+            found[workload] = rate, f"{per_token * 1e3:.1f} ms a token in the median; {figures['seconds']:.1f} s"
+    return found
 
 
 def free_memory() -> None:
@@ -155,9 +174,10 @@ def free_memory() -> None:
     torch.cuda.empty_cache()
 
 
-def peer_rates(options: argparse.Namespace, batches: Sequence[int]) -> dict[int, float]:
-    """transformers' output tokens a second by batch, as far as it came in its time."""
+def peer_rates(options: argparse.Namespace, batches: Sequence[int]) -> dict[tuple[str, int], float]:
+    """transformers' output tokens a second by workload and batch, as far as it came in its time."""
     command = [sys.executable, __file__, "--peer-only", "--peer-batches", ",".join(map(str, batches))]
+    command += ["--workloads", options.workloads]
     command += ["--layers", str(options.layers), "--prompt", str(options.prompt), "--answer", str(options.answer)]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, timeout=options.peer_seconds, check=True)
@@ -166,36 +186,45 @@ def peer_rates(options: argparse.Namespace, batches: Sequence[int]) -> dict[int,
         _say(f"the peer was stopped after {options.peer_seconds:.0f} s")
         told = error.stdout or b""
     measured = [json.loads(line) for line in told.decode().splitlines() if line.startswith("[")]
-    return {int(batch): float(rate) for batch, rate in measured}
+    return {(str(workload), int(batch)): float(rate) for workload, batch, rate in measured}
 
 
 def run_peer(options: argparse.Namespace, batches: Sequence[int]) -> None:
-    """Print batch and rate of each, measured after a run that compiled the decode step."""
+    """Print workload, batch and rate of each, measured after a run that compiled the decode step."""
     import transformers
 
     config = transformers.LlamaConfig(**{**CONFIG, "num_hidden_layers": options.layers})
     with torch.device("cuda"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     for batch in batches:
-        ids = torch.tensor([item.prompt for item in requests(batch, options, seed=2)], device="cuda")
-        for name in ("compiling", "measured"):
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            with torch.inference_mode():
-                out = model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    min_new_tokens=options.answer,
-                    max_new_tokens=options.answer,
-                    do_sample=False,
-                    pad_token_id=0,
-                    cache_implementation="static",
-                )
-            torch.cuda.synchronize()
-            seconds = time.perf_counter() - started
-            assert out.shape[1] == options.prompt + options.answer
-            _say(f"transformers, batch {batch}, {name}: {seconds:.1f} s")
-        print(json.dumps([batch, batch * options.answer / seconds]), flush=True)
+        for workload in _names(options.workloads):
+            items = requests(workload, batch, options, seed=2)
+            prompt = max(len(item.prompt) for item in items)
+            answer = max(item.max_tokens for item in items)
+            ids, mask = torch.zeros(2, batch, prompt, dtype=torch.int64)
+            for row, item in enumerate(items):
+                ids[row, prompt - len(item.prompt) :] = torch.tensor(item.prompt)
+                mask[row, prompt - len(item.prompt) :] = 1
+            torch._dynamo.reset()  # each has steps compiled for its own sizes
+            for name in ("compiling", "measured"):
+                torch.cuda.synchronize()
+                started = time.perf_counter()
+                with torch.inference_mode():
+                    out = model.generate(
+                        ids.cuda(),
+                        attention_mask=mask.cuda(),
+                        min_new_tokens=answer,
+                        max_new_tokens=answer,
+                        do_sample=False,
+                        pad_token_id=0,
+                        cache_implementation="static",
+                    )
+                torch.cuda.synchronize()
+                seconds = time.perf_counter() - started
+                assert out.shape[1] == prompt + answer
+                _say(f"transformers, {workload}, batch {batch}, {name}: {seconds:.1f} s")
+            wanted = sum(item.max_tokens for item in items)
+            print(json.dumps([workload, batch, wanted / seconds]), flush=True)
 
 
 def rows(options: argparse.Namespace, bandwidth: float) -> list[Row]:
@@ -207,23 +236,29 @@ def rows(options: argparse.Namespace, bandwidth: float) -> list[Row]:
         ours = {}
         for running in _numbers(options.running):
             ours[running] = many_streams(folder, options, running)
-            _say(f"{running} running: {ours[running]}")
             free_memory()
     batches = _numbers(options.peer_batches)
     peer = peer_rates(options, batches) if batches else {}
     free_memory()
-    best = max(peer, key=lambda batch: peer[batch], default=None)
-    for running, (rate, told) in ours.items():
-        share = target = ""
-        if best is not None:
-            ratio = rate / peer[best]
-            share = f"{ratio:.1f} times the peer"
-            target = f"{PEER_TARGET:g} times: {'yes' if ratio >= PEER_TARGET else 'no'}"
-        found.append(Row(f"{running} running", rate, told, share, target))
-    found += [
-        Row(f"transformers, batch {batch}", rate, "static cache, compiled decode" + ", its best" * (batch == best))
-        for batch, rate in peer.items()
-    ]
+    for workload in _names(options.workloads):
+        rates = {batch: rate for (name, batch), rate in peer.items() if name == workload}
+        best = max(rates, key=lambda batch: rates[batch], default=None)
+        for running, measured in ours.items():
+            rate, told = measured[workload]
+            share = target = ""
+            if best is not None:
+                ratio = rate / rates[best]
+                share = f"{ratio:.1f} times the peer"
+                target = f"{PEER_TARGET:g} times: {'yes' if ratio >= PEER_TARGET else 'no'}"
+            found.append(Row(f"{workload}, {running} running", rate, told, share, target))
+        found += [
+            Row(
+                f"{workload}, transformers, batch {batch}",
+                rate,
+                "static cache, compiled decode" + ", its best" * (batch == best),
+            )
+            for batch, rate in rates.items()
+        ]
     return found
 
 
@@ -232,9 +267,10 @@ def section(options: argparse.Namespace, bandwidth: float) -> list[str]:
     return [
         "## Serving",
         "",
-        f"An 8B Llama with made-up weights, {options.layers} layers: prompts of {options.prompt} tokens, answers of",
-        f"{options.answer}, greedy; output tokens a second of whole runs with {WAVES} times as many requests as run at",
-        "a time, all there at once. The floor is the time in which a copy moves the weights that a step reads.",
+        f"An 8B Llama with made-up weights, {options.layers} layers, greedy. Even: prompts of {options.prompt} tokens,",
+        f"answers of {options.answer}; mixed: prompts of 32 to 256, answers of 32 to 128. Output tokens a second of",
+        f"whole runs with {WAVES} times as many requests as run at a time, all there at once. The floor is the time in",
+        "which a copy moves the weights that a step reads.",
         "",
         "| measured | tok/s | details | share | asked |",
         "|---|---|---|---|---|",

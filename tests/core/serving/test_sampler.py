@@ -23,6 +23,7 @@ from drivetrain.serving.request import Request
 from drivetrain.serving.sampler import (
     Sampler,
     _keep_top_p,
+    _most_likely_in_parts,
     distributions,
     most_likely,
     sequence_seed,
@@ -307,6 +308,19 @@ def test_the_most_likely_token_is_the_first_of_equals_and_nothing_that_is_no_num
     best, tokens = most_likely(scores)
     assert tokens.tolist() == [1, 1, 0, 1]
     assert [math.isfinite(value) for value in best.tolist()] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("vocab_size", [64, 96, 192, 97, 1])
+def test_a_vocabulary_in_parts_has_the_same_most_likely_token(vocab_size: int) -> None:
+    """Also where the best scores are equal and lie in several parts, and where one is no number."""
+    generator = torch.Generator().manual_seed(vocab_size)
+    scores = torch.randint(-4, 5, (40, vocab_size), generator=generator).float()
+    scores[3, vocab_size // 2] = math.nan
+    scores[4] = -math.inf
+    best, tokens = _most_likely_in_parts(scores)
+    wanted_best, wanted = most_likely(scores)
+    assert torch.equal(tokens, wanted)
+    torch.testing.assert_close(best, wanted_best, equal_nan=True)
 
 
 def test_greedy_rows_are_not_touched_by_their_neighbours() -> None:
