@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import importlib_metadata
+import pluggy
 import pytest
 
 import drivetrain
@@ -113,6 +116,21 @@ def test_the_command_is_where_the_entry_point_says() -> None:
     module, _, function = PROJECT["project"]["scripts"]["drivetrain"].partition(":")
     tree = ast.parse(source_of(module).read_text(encoding="utf-8"))
     assert function in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+
+
+def test_gpu_tests_find_the_packages_of_the_machine_they_are_taken_to(tmp_path: Path) -> None:
+    """Also where its Python is one of an environment, as here."""
+    spec = importlib.util.spec_from_file_location("offline", ROOT / "tests" / "gpu" / "offline.py")
+    assert spec is not None
+    assert spec.loader is not None
+    offline = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(offline)
+    offline.make_environment(tmp_path / "made")
+    asked = "import pluggy, sys; print(sys.prefix, pluggy.__file__)"
+    done = subprocess.run(
+        [tmp_path / "made" / "bin" / "python", "-c", asked], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(tmp_path / "made"), pluggy.__file__]
 
 
 def test_install_lines_in_errors_name_extras_that_exist() -> None:

@@ -148,8 +148,9 @@ class ModelRunner:
             self._do_without_pieces(error)
 
     def _do_without_graphs(self, error: GraphCaptureError) -> None:
+        """What a decode step can't be recorded for lies in other steps too, but for their attention."""
         self._fall_back(error)
-        self._graphs = None
+        self._graphs = self._pieces = None
 
     def _do_without_pieces(self, error: GraphCaptureError) -> None:
         self._fall_back(error)

@@ -72,18 +72,22 @@ def fetch(folder: Path, python: str) -> None:
     )
 
 
+def make_environment(folder: Path) -> None:
+    """A virtual environment that sees the packages of this Python, which may be in an environment of its own."""
+    # Without pip of its own: some distributions leave out what would put it there.
+    run([sys.executable, "-m", "venv", "--system-site-packages", "--without-pip", str(folder)])
+    if sys.prefix != sys.base_prefix:  # venv itself goes by the Python that this one was made from
+        own = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
+        others = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
+        (own / "of_the_machine.pth").write_text("\n".join(others) + "\n", encoding="utf-8")
+
+
 def install(folder: Path) -> None:
     """Make ``.venv``, on top of this Python's own packages, with the package in editable form."""
     if not any(folder.glob("*.whl")):
         sys.exit(f"{folder} holds no wheels; fill it with: python tests/gpu/offline.py fetch {folder}")
     venv = ROOT / ".venv"
-    # Without pip of its own: some distributions leave out what would put it there.
-    run([sys.executable, "-m", "venv", "--system-site-packages", "--without-pip", str(venv)])
-    if sys.prefix != sys.base_prefix:
-        # The machine's torch is in an environment of its own, whose packages no environment made from it would see.
-        own = Path(sysconfig.get_path("purelib", "venv", {"base": str(venv)}))
-        others = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
-        (own / "of_the_machine.pth").write_text("\n".join(others) + "\n", encoding="utf-8")
+    make_environment(venv)
     tools = [one for one in requirements(ROOT / "pyproject.toml") if name_of(one) in (*TOOLS, "setuptools")]
     pip = [sys.executable, "-m", "pip", "--python", str(venv / "bin" / "python"), "install", "-q", "--no-compile"]
     offline = ["--no-index", f"--find-links={folder}"]

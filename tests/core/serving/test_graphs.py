@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from drivetrain.config import EngineSettings
-from drivetrain.contracts.attention import AttentionBatch, AttentionSpec, AttentionStep
 from drivetrain.contracts.source import silent
 from drivetrain.errors import GraphCaptureError
 from drivetrain.serving.blocks import KVManager
@@ -17,6 +16,7 @@ from drivetrain.serving.engine import Engine, EngineLimits
 from drivetrain.serving.graphs import captured_sizes, why_no_graphs
 from drivetrain.serving.runner import ModelRunner
 from drivetrain.serving.types import FinishReason
+from support.captures import GraphSafeAttention, Recorder
 from support.fake_model import (
     END_TOKENS,
     VOCAB_SIZE,
@@ -24,7 +24,6 @@ from support.fake_model import (
     FakeClock,
     FakeLM,
     LetterDecoder,
-    _FakeStep,
     add,
     finish,
     greedy,
@@ -35,44 +34,6 @@ from support.fake_model import (
 
 torch.set_num_threads(1)
 WINDOWS = (None, 5)
-
-
-class GraphSafeAttention(FakeAttention):
-    """Reads of a batch only what lies on the device, at the time when it attends."""
-
-    @classmethod
-    def abilities(cls) -> frozenset[str]:
-        return frozenset({"graph_safe"})
-
-    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: list[torch.Tensor] | None) -> AttentionStep:
-        assert cache is not None
-        lengths = batch.query_starts.diff().tolist()
-        contexts = [length - own for length, own in zip(batch.kv_lengths.tolist(), lengths, strict=True)]
-        on_device = AttentionBatch(
-            lengths, contexts, batch.query_starts, batch.kv_lengths, batch.block_tables, batch.slots
-        )
-        return _FakeStep(spec, on_device, cache)
-
-
-class Recorder:
-    """A platform's capture: keeps what was recorded, and runs it again when it is replayed."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.num_captured = 0
-        self.num_replayed = 0
-        self._error = error
-
-    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        if self._error is not None:
-            raise self._error
-        self.num_captured += 1
-        function()
-
-        def replay() -> None:
-            self.num_replayed += 1
-            function()
-
-        return replay
 
 
 def make(

@@ -16,9 +16,12 @@ from drivetrain.contracts.source import silent
 from drivetrain.errors import GraphCaptureError
 from drivetrain.serving.blocks import KVManager
 from drivetrain.serving.engine import Engine, EngineLimits
+from drivetrain.serving.graphs import Capture
 from drivetrain.serving.pieces import piece_sizes
 from drivetrain.serving.runner import ModelRunner
 from drivetrain.serving.types import FinishReason
+from support.captures import GraphSafeAttention
+from support.captures import Recorder as DecodeRecorder
 from support.fake_model import (
     END_TOKENS,
     VOCAB_SIZE,
@@ -64,14 +67,20 @@ class Recorder:
 
 
 def make(
-    recorder: Recorder | None, *, overlap: str = "off", max_tokens: int = 40, must_capture: bool = False
+    recorder: Recorder | None,
+    *,
+    capture: Capture | None = None,
+    overlap: str = "off",
+    max_tokens: int = 40,
+    must_capture: bool = False,
 ) -> Engine:
-    model, backend, num_blocks = FakeLM(WINDOWS, 64), FakeAttention(4), (60, 60)
+    model, num_blocks = FakeLM(WINDOWS, 64), (60, 60)
+    backend = FakeAttention(4) if capture is None else GraphSafeAttention(4)
     groups = model.spec.attention.groups
     kv = KVManager(groups, num_blocks, 4, max_running=6, max_tokens=64, prefix_cache=True, salt="fake")
     return Engine(
         ModelRunner(
-            model, backend, num_blocks, torch.device("cpu"), capture_pieces=recorder, must_capture=must_capture
+            model, backend, num_blocks, torch.device("cpu"), capture, capture_pieces=recorder, must_capture=must_capture
         ),
         kv,
         make_scheduler("fcfs", max_tokens, 6),
@@ -170,6 +179,31 @@ def test_a_capture_that_fails_is_a_warning_or_an_error(caplog: pytest.LogCapture
     engine = make(Recorder(error))
     engine.runner.capture_ahead(silent)
     assert engine.metrics.snapshot()["fallbacks"] == 1
+
+
+def test_where_decode_steps_cannot_be_captured_nothing_else_is_tried() -> None:
+    """But decode steps are, where others can't be."""
+
+    def fail(function: object) -> Callable[[], None]:
+        raise RuntimeError("not permitted")
+
+    pieces = Recorder()
+    engine = make(pieces, capture=fail)
+    engine.runner.capture_ahead(silent)
+    assert pieces.num_captured == 0
+    decodes = DecodeRecorder()
+    engine = make(Recorder(RuntimeError("not permitted")), capture=decodes)
+    engine.runner.capture_ahead(silent)
+    assert outputs(engine) == outputs(make(None))
+    assert decodes.num_replayed > 5
+    assert engine.metrics.snapshot()["fallbacks"] == 1
+
+
+def test_both_kinds_of_steps_are_replayed_in_one_engine() -> None:
+    pieces, decodes = Recorder(), DecodeRecorder()
+    assert outputs(make(pieces, capture=decodes, overlap="on")) == outputs(make(None))
+    assert pieces.num_replayed > 2
+    assert decodes.num_replayed > 5
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""What stands for a platform that captures steps, and an attention backend whose steps can be captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from drivetrain.contracts.attention import AttentionBatch, AttentionSpec, AttentionStep
+from support.fake_model import FakeAttention, _FakeStep
+
+
+class GraphSafeAttention(FakeAttention):
+    """Reads of a batch only what lies on the device, at the time when it attends."""
+
+    @classmethod
+    def abilities(cls) -> frozenset[str]:
+        return frozenset({"graph_safe"})
+
+    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: list[torch.Tensor] | None) -> AttentionStep:
+        assert cache is not None
+        lengths = batch.query_starts.diff().tolist()
+        contexts = [length - own for length, own in zip(batch.kv_lengths.tolist(), lengths, strict=True)]
+        on_device = AttentionBatch(
+            lengths, contexts, batch.query_starts, batch.kv_lengths, batch.block_tables, batch.slots
+        )
+        return _FakeStep(spec, on_device, cache)
+
+
+class Recorder:
+    """A platform's capture: keeps what was recorded, and runs it again when it is replayed."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.num_captured = 0
+        self.num_replayed = 0
+        self._error = error
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        if self._error is not None:
+            raise self._error
+        self.num_captured += 1
+        function()
+
+        def replay() -> None:
+            self.num_replayed += 1
+            function()
+
+        return replay
