@@ -29,8 +29,8 @@ test: $(VENV)/.dev  ## run every test, in WORKERS processes
 test-quick: $(VENV)/.dev  ## run the tests that take seconds
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
-test-gpu: $(VENV)/.dev  ## run the tests that need a GPU; without one each is skipped
-	$(BIN)/pytest tests/gpu
+test-gpu: $(VENV)/.dev  ## run the tests that need a GPU, in WORKERS processes; without one each is skipped
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal tests/gpu
 
 lint: $(VENV)/.dev  ## style and import law
 	$(BIN)/ruff check .
