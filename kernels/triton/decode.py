@@ -33,7 +33,11 @@ CHUNK_STEP = 64
 ITEM = 8
 """int32 numbers in the list for each chunk; a power of two, so that one load of a sector has all of them."""
 
-_PROGRAMS_PER_PROCESSOR = 2
+_PROGRAMS_PER_PROCESSOR, _MOST_PROGRAMS_PER_PROCESSOR = 2, 3
+_MANY_KEYS = 32_768
+"""From so many keys in a step on, few sequences are cut into more chunks: two programs for each processor of an H200
+compute no faster than 78% of what its memory gives. All have to run at once."""
+
 _MERGED_NUMBERS = 8192
 _REHEARSED_SEQUENCES, _REHEARSED_KEYS = 16, 65536
 
@@ -81,7 +85,9 @@ def _list(
     done_ptr: tl.tensor,
     num_sequences: tl.tensor,
     wanted: tl.tensor,
+    most: tl.tensor,
     WINDOW: tl.constexpr,
+    MANY: tl.constexpr,
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
     G: tl.constexpr,
@@ -90,17 +96,22 @@ def _list(
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ) -> None:
-    """The chunks of BLOCK_S sequences a program. CHUNK is the size of each; 0 makes about ``wanted`` of them in all,
-    those of a sequence alike."""
+    """The chunks of BLOCK_S sequences a program. CHUNK is the size of each; 0 makes about ``wanted`` of them in all, or
+    up to ``most`` of MANY keys, those of a sequence alike."""
     program = tl.program_id(0)
     size = CHUNK
     if CHUNK == 0:
         total = 0
+        decodes = 0
         for first in range(0, num_sequences, BLOCK_S):
             others = first + tl.arange(0, BLOCK_S)
             seen, _, _ = _num_keys(others, num_sequences, query_starts_ptr, kv_lengths_ptr, WINDOW)
             total += tl.sum(seen, axis=0)
+            decodes += tl.sum((seen > 0).to(tl.int32), axis=0)
         size = tl.maximum(1, tl.cdiv(total, wanted * STEP)) * STEP
+        if total >= MANY:
+            # A sequence's last chunk counts as a whole one.
+            size = tl.minimum(size, tl.cdiv(total, tl.maximum(1, most - decodes) * STEP) * STEP)
     before = 0
     for first in range(0, program * BLOCK_S, BLOCK_S):
         others = first + tl.arange(0, BLOCK_S)
@@ -442,11 +453,14 @@ def cut(
     chunk_size: keys of each chunk; None divides all of them over the device.
     """
     device, count = batch.query_starts.device, batch.num_sequences
-    wanted = triton.cdiv(num_processors(device) * _PROGRAMS_PER_PROCESSOR, num_kv_heads)
+    wanted, most = (
+        triton.cdiv(num_processors(device) * programs, num_kv_heads)
+        for programs in (_PROGRAMS_PER_PROCESSOR, _MOST_PROGRAMS_PER_PROCESSOR)
+    )
     longest = longest if window is None else min(longest, window)
     room = count * triton.cdiv(longest, chunk_size or CHUNK_STEP)
     if chunk_size is None:
-        room = min(room, count + wanted)
+        room = min(room, max(count + wanted, most))
     memory = torch.empty(ITEM * (room + 1) + count * num_kv_heads, dtype=torch.int32, device=device)
     items, num_items, done = memory.split((ITEM * room, ITEM, count * num_kv_heads))
     block = min(256, max(16, power_of_two(count)))
@@ -458,7 +472,9 @@ def cut(
         done,
         count,
         wanted,
+        most,
         WINDOW=window or 0,
+        MANY=_MANY_KEYS,
         CHUNK=chunk_size or 0,
         STEP=CHUNK_STEP,
         G=num_kv_heads,

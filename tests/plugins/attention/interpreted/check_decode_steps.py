@@ -65,7 +65,19 @@ def test_the_list_of_more_sequences_than_a_program_takes() -> None:
     assert [(item[1], item[2]) for item in items] == wanted
 
 
-@pytest.mark.parametrize("lengths", [[512], [131_072], [512] * 256, [8192] * 64, [131_072] + [512] * 63])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [512],
+        [131_072],
+        [32_768] * 4,
+        [8192] * 30,
+        [512] * 256,
+        [8192] * 64,
+        [131_072] + [512] * 63,
+        [65_536, 32_768, 64],
+    ],
+)
 @pytest.mark.parametrize("groups", [1, 8])
 def test_chunks_give_every_processor_work_and_are_not_too_short(
     groups: int, lengths: list[int], monkeypatch: pytest.MonkeyPatch
@@ -77,11 +89,13 @@ def test_chunks_give_every_processor_work_and_are_not_too_short(
     items = chunks.items[: int(chunks.num_items)]
     sizes = (items[:, 3] - items[:, 2]).tolist()
     assert all(size % decode.CHUNK_STEP == 0 for size in sizes)
-    wanted = 132 * decode._PROGRAMS_PER_PROCESSOR
+    wanted, most = 132 * decode._PROGRAMS_PER_PROCESSOR, 132 * decode._MOST_PROGRAMS_PER_PROCESSOR
+    if sum(lengths) >= decode._MANY_KEYS and len(lengths) * groups < most // 4:
+        assert most * 3 / 4 <= len(items) * groups <= most + groups
     assert len(items) * groups >= wanted / 2 or max(sizes) == decode.CHUNK_STEP
-    assert len(items) * groups <= wanted + len(lengths) * groups + groups
+    assert len(items) * groups <= max(most, wanted + len(lengths) * groups) + groups
     assert max(sizes) <= max(decode.CHUNK_STEP, 2 * -(-sum(lengths) * groups // wanted))
-    assert len(chunks.items) * groups <= wanted + groups * (len(lengths) + 1), "idle programs cost time"
+    assert len(chunks.items) * groups <= max(most, wanted + groups * len(lengths)) + groups, "idle programs cost time"
 
 
 # --- steps that are recorded ---------------------------------------------------------------------------------------
