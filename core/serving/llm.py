@@ -253,7 +253,7 @@ class LLM:
 
     def _submit(self, request: GenerationRequest, arrivals: queue.SimpleQueue[tuple[Ticket, list[Chunk]]]) -> Ticket:
         # Whoever calls from this process waits for all answers anyway: the bound on waiting protects servers.
-        return self._loop.submit(request, _Gathering(arrivals), is_bounded=False)
+        return self._loop.submit(request, lambda ticket, chunks: arrivals.put((ticket, chunks)), is_bounded=False)
 
     def _recommended(self, prompt: Prompt) -> SamplingParams:
         """The default parameters, with no more new tokens than the context has room for behind this prompt."""
@@ -326,26 +326,6 @@ class ChunkStream(Iterator[Chunk]):
     def __del__(self) -> None:
         if hasattr(self, "_ticket"):  # it was submitted
             self.close()
-
-
-_CHUNKS_AT_A_TIME = 256
-
-
-class _Gathering:
-    """Receives a request that nobody reads before it is done: hands its chunks over many at a time.
-
-    A thread that is woken for each token of each request takes the interpreter from the one that makes steps.
-    """
-
-    def __init__(self, arrivals: queue.SimpleQueue[tuple[Ticket, list[Chunk]]]) -> None:
-        self._arrivals = arrivals
-        self._chunks: list[Chunk] = []
-
-    def __call__(self, ticket: Ticket, chunks: list[Chunk]) -> None:
-        self._chunks += chunks
-        if not ticket.open_indexes or len(self._chunks) >= _CHUNKS_AT_A_TIME:
-            self._arrivals.put((ticket, self._chunks))
-            self._chunks = []
 
 
 class _Collector:

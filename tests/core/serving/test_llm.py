@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +20,6 @@ from drivetrain.errors import (
     RequestFailedError,
     RequestTimeoutError,
 )
-from drivetrain.serving import llm as serving_llm
 from drivetrain.serving.llm import LLM
 from drivetrain.serving.types import FinishReason, SamplingParams
 from support.fake_model import expected_tokens, fake_lm, greedy, prompts
@@ -50,25 +47,6 @@ def assert_freed(llm: LLM) -> None:
 
 
 # --- generate --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("at_a_time", "times"), [(256, 1), (3, 3)])
-def test_who_waits_for_whole_answers_is_not_woken_for_each_token(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch, at_a_time: int, times: int
-) -> None:
-    """Nor is all kept until the end where an answer is long."""
-    puts: list[object] = []
-
-    class Counting(queue.SimpleQueue[Any]):
-        def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
-            puts.append(item)
-            super().put(item)
-
-    monkeypatch.setattr(serving_llm, "queue", SimpleNamespace(SimpleQueue=Counting))
-    monkeypatch.setattr(serving_llm, "_CHUNKS_AT_A_TIME", at_a_time)
-    results = llm.generate(list(prompts(5)), greedy(8))
-    assert [list(result.token_ids) for result in results] == [expected_tokens(prompt, 8) for prompt in prompts(5)]
-    assert len(puts) == 5 * times
 
 
 def test_results_come_in_the_order_of_the_prompts(llm: LLM) -> None:
