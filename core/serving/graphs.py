@@ -10,10 +10,13 @@ vocabulary.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -58,28 +61,78 @@ def captured_sizes(max_running: int) -> list[int]:
     return [size for size, smaller in zip(sizes, [0, *sizes], strict=False) if smaller < max_running]
 
 
-class DecodeGraphs:
-    """The captured decode steps of one model, backend and cache; a size is captured ahead, or when it first comes."""
+@dataclass(frozen=True, eq=False)
+class StepParts:
+    """What captured steps compute with."""
 
-    def __init__(
-        self,
-        capture: Capture,
-        model: CausalLM,
-        attention: AttentionBackend,
-        spec: AttentionSpec,
-        cache: KVCache,
-        limits: GraphLimits,
-        device: torch.device,
-    ) -> None:
+    model: CausalLM
+    attention: AttentionBackend
+    spec: AttentionSpec
+    cache: KVCache
+    limits: GraphLimits
+    device: torch.device
+
+
+class CapturedSteps(ABC):
+    """Steps that are captured for each of a few sizes: ahead, or when a size first comes.
+
+    unit: what a size counts.
+    """
+
+    unit: ClassVar[str]
+
+    def __init__(self, parts: StepParts, sizes: Sequence[int]) -> None:
+        self._parts = parts
+        self._sizes = sizes
+        self._replays: dict[int, Callable[[], None]] = {}
+
+    def capture_ahead(self, progress: Progress) -> None:
+        """Capture every size now, the largest first: smaller ones then find room in the memory that it took."""
+        what = f"capturing steps by {self.unit}"
+        for index, size in enumerate(reversed(self._sizes)):
+            progress(what, index, len(self._sizes), "sizes")
+            self._replay_of(size)
+        progress(what, len(self._sizes), len(self._sizes), "sizes")
+
+    def _size_for(self, count: int) -> int:
+        return next(size for size in self._sizes if size >= count)
+
+    def _replay_of(self, size: int) -> Callable[[], None]:
+        """Raises GraphCaptureError."""
+        if size not in self._replays:
+            self._replays[size] = self._record(size)
+        return self._replays[size]
+
+    def _record(self, size: int) -> Callable[[], None]:
+        started = time.perf_counter()
+        capture = self._rehearse(size)
+        try:
+            replay = capture()
+        except Exception as error:  # the platform's code, on what a model or backend launches
+            raise GraphCaptureError(
+                f"a step of {size} {self.unit} could not be captured: {type(error).__name__}: {error}",
+                where="engine.graphs",
+                hint="Set engine.graphs to off.",
+            ) from error
+        _log.debug("a step of %d %s was captured in %.2f s", size, self.unit, time.perf_counter() - started)
+        return replay
+
+    @abstractmethod
+    def _rehearse(self, size: int) -> Callable[[], Callable[[], None]]:
+        """Compute such a step once, as what is compiled or set up on first use must not be recorded; returns what
+        captures it."""
+
+
+class DecodeGraphs(CapturedSteps):
+    """Decode steps, captured whole."""
+
+    unit = "sequences"
+
+    def __init__(self, capture: Capture, parts: StepParts) -> None:
+        super().__init__(parts, captured_sizes(parts.limits.max_running))
         self._capture = capture
-        self._model = model
-        self._attention = attention
-        self._spec = spec
-        self._cache = cache
-        self._limits = limits
-        self._sizes = captured_sizes(limits.max_running)
-        self._replays: dict[int, tuple[Callable[[], None], list[torch.Tensor]]] = {}
-        self._buffers = _Buffers(self._sizes[-1], limits, device)
+        self._logits: dict[int, torch.Tensor] = {}
+        self._buffers = _Buffers(self._sizes[-1], parts.limits, parts.device)
 
     def takes(self, inputs: StepInputs) -> bool:
         """Whether the step is one that can be replayed: one token a sequence, and each gives the next."""
@@ -94,43 +147,21 @@ class DecodeGraphs:
     def run(self, inputs: StepInputs) -> torch.Tensor:
         """Compute such a step; returns the logits [S, V], good until the next call."""
         count = inputs.attention.num_sequences
-        size = next(size for size in self._sizes if size >= count)
+        size = self._size_for(count)
         self._buffers.fill(inputs, count)
-        if size not in self._replays:
-            self._replays[size] = self._record(size)
-        replay, logits = self._replays[size]
-        replay()
-        return logits[0][:count]
+        self._replay_of(size)()
+        return self._logits[size][:count]
 
-    def capture_ahead(self, progress: Progress) -> None:
-        """Capture every size now, the largest first: smaller ones then find room in the memory that it took."""
-        for index, size in enumerate(reversed(self._sizes)):
-            progress("capturing decode steps", index, len(self._sizes), "sizes")
-            if size not in self._replays:
-                self._replays[size] = self._record(size)
-        progress("capturing decode steps", len(self._sizes), len(self._sizes), "sizes")
-
-    def _record(self, size: int) -> tuple[Callable[[], None], list[torch.Tensor]]:
-        started = time.perf_counter()
-        logits: list[torch.Tensor] = []
+    def _rehearse(self, size: int) -> Callable[[], Callable[[], None]]:
+        parts = self._parts
 
         def decode() -> None:
-            batch = self._buffers.batch(size)
-            step = self._attention.begin(self._spec, batch, self._cache)
-            hidden_bE = self._model.forward(self._buffers.ids_M[:size], self._buffers.positions_M[:size], step)
-            logits[:] = [self._model.logits(hidden_bE)]
+            step = parts.attention.begin(parts.spec, self._buffers.batch(size), parts.cache)
+            hidden_bE = parts.model.forward(self._buffers.ids_M[:size], self._buffers.positions_M[:size], step)
+            self._logits[size] = parts.model.logits(hidden_bE)
 
-        decode()  # whatever is compiled or set up on first use must not be recorded
-        try:
-            replay = self._capture(decode)
-        except Exception as error:  # the platform's code, on what a model or backend launches
-            raise GraphCaptureError(
-                f"a decode step of {size} sequences could not be captured: {type(error).__name__}: {error}",
-                where="engine.graphs",
-                hint="Set engine.graphs to off.",
-            ) from error
-        _log.debug("a decode step of %d sequences was captured in %.2f s", size, time.perf_counter() - started)
-        return replay, logits
+        decode()
+        return functools.partial(self._capture, decode)
 
 
 class _Buffers:

@@ -13,30 +13,16 @@ Shapes: T tokens of a step; t tokens of a captured size; M the largest one; H he
 
 from __future__ import annotations
 
-import logging
+import functools
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from drivetrain.contracts.attention import (
-    AttentionBackend,
-    AttentionBatch,
-    AttentionSpec,
-    AttentionStep,
-    KVCache,
-    LayerPages,
-    TakesWritten,
-)
-from drivetrain.contracts.model import CausalLM
-from drivetrain.contracts.source import Progress
-from drivetrain.errors import GraphCaptureError
-from drivetrain.serving.graphs import GraphLimits
+from drivetrain.contracts.attention import AttentionBatch, AttentionStep, LayerPages, TakesWritten
+from drivetrain.serving.graphs import CapturedSteps, GraphLimits, StepParts
 from drivetrain.serving.packing import StepInputs
-
-_log = logging.getLogger("drivetrain")
 
 CapturePieces = Callable[[Callable[[Callable[[Callable[[], None]], None]], None]], Callable[[], None]]
 """``CapturesPieces.capture_pieces``."""
@@ -58,27 +44,15 @@ def piece_sizes(most: int) -> list[int]:
     return [*(size for size in sizes if size < most), most]
 
 
-class StepPieces:
-    """The captured steps of one model, backend and cache; a size is captured ahead, or when it first comes."""
+class StepPieces(CapturedSteps):
+    """Any steps, captured but for their attention."""
 
-    def __init__(
-        self,
-        capture: CapturePieces,
-        model: CausalLM,
-        attention: AttentionBackend,
-        spec: AttentionSpec,
-        cache: KVCache,
-        limits: GraphLimits,
-        device: torch.device,
-    ) -> None:
+    unit = "tokens"
+
+    def __init__(self, capture: CapturePieces, parts: StepParts) -> None:
+        super().__init__(parts, piece_sizes(min(parts.limits.max_tokens, MOST_TOKENS)))
         self._capture = capture
-        self._model = model
-        self._attention = attention
-        self._spec = spec
-        self._cache = cache
-        self._sizes = piece_sizes(min(limits.max_tokens, MOST_TOKENS))
-        self._replays: dict[int, Callable[[], None]] = {}
-        self._buffers = _Buffers(self._sizes[-1], limits, device)
+        self._buffers = _Buffers(self._sizes[-1], parts.limits, parts.device)
         self._exchange = _Exchange(self._sizes[-1])
 
     def takes(self, inputs: StepInputs) -> bool:
@@ -87,50 +61,31 @@ class StepPieces:
 
     def run(self, inputs: StepInputs) -> torch.Tensor:
         """The hidden states behind the step's tokens, [T, E], good until the next call. Raises GraphCaptureError."""
-        count = len(inputs.ids_T)
-        size = next(size for size in self._sizes if size >= count)
+        parts, count = self._parts, len(inputs.ids_T)
         self._buffers.fill(inputs, count)
-        if size not in self._replays:
-            self._replays[size] = self._record(size)
-        self._exchange.step = self._attention.begin(self._spec, inputs.attention, self._cache)
+        replay = self._replay_of(self._size_for(count))
+        self._exchange.step = parts.attention.begin(parts.spec, inputs.attention, parts.cache)
         self._exchange.count = count
         try:
-            self._replays[size]()
+            replay()
         finally:
             self._exchange.step = None
         return self._exchange.place("hidden")[:count]
 
-    def capture_ahead(self, progress: Progress) -> None:
-        """Capture every size now, the largest first: smaller ones then find room in the memory that it took."""
-        for index, size in enumerate(reversed(self._sizes)):
-            progress("capturing steps", index, len(self._sizes), "sizes")
-            if size not in self._replays:
-                self._replays[size] = self._record(size)
-        progress("capturing steps", len(self._sizes), len(self._sizes), "sizes")
-
-    def _record(self, size: int) -> Callable[[], None]:
-        started = time.perf_counter()
+    def _rehearse(self, size: int) -> Callable[[], Callable[[], None]]:
+        parts = self._parts
         ids_t, positions_t, batch = self._buffers.of(size)
         # Of this step nothing is attended to: it only tells where keys and values go.
-        pages = self._attention.begin(self._spec, batch, self._cache)
+        pages = parts.attention.begin(parts.spec, batch, parts.cache)
         kind = _WritesItself if isinstance(pages, TakesWritten) else _Interrupted
 
         def compute(between: Callable[[Callable[[], None]], None]) -> None:
             step = kind(pages, self._exchange, between)
-            hidden_tE = self._model.forward(ids_t, positions_t, step)
+            hidden_tE = parts.model.forward(ids_t, positions_t, step)
             self._exchange.keep("hidden", hidden_tE)
 
-        compute(lambda work: None)  # whatever is compiled or set up on first use must not be recorded
-        try:
-            replay = self._capture(compute)
-        except Exception as error:  # the platform's code, on what a model launches
-            raise GraphCaptureError(
-                f"a step of {size} tokens could not be captured: {type(error).__name__}: {error}",
-                where="engine.graphs",
-                hint="Set engine.graphs to off.",
-            ) from error
-        _log.debug("a step of %d tokens was captured in %.2f s", size, time.perf_counter() - started)
-        return replay
+        compute(lambda work: None)
+        return functools.partial(self._capture, compute)
 
 
 class _Exchange:

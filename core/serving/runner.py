@@ -16,7 +16,7 @@ from drivetrain.contracts.model import CausalLM
 from drivetrain.contracts.source import Progress
 from drivetrain.errors import GraphCaptureError
 from drivetrain.serving.blocks import KVManager
-from drivetrain.serving.graphs import Capture, DecodeGraphs, GraphLimits, why_no_graphs, with_scratch
+from drivetrain.serving.graphs import Capture, DecodeGraphs, GraphLimits, StepParts, why_no_graphs, with_scratch
 from drivetrain.serving.packing import Scheduled, StepBuffers, StepInputs, bytes_of_step, pack
 from drivetrain.serving.pieces import CapturePieces, StepPieces
 from drivetrain.serving.request import Request
@@ -89,12 +89,12 @@ class ModelRunner:
         """Capture steps anew, each size when it first comes."""
         scratch = tuple(pool.total for pool in kv.pools)
         limits = GraphLimits(max_running, max_batched_tokens, kv.tables[0].shape[1], kv.block_size, scratch)
-        parts = (self.model, self.attention, self.spec, self.cache, limits, self.device)
+        parts = StepParts(self.model, self.attention, self.spec, self.cache, limits, self.device)
         self._graph_limits, self._graphs, self._pieces = limits, None, None
         if self._capture is not None and why_no_graphs(self._capture, self.attention) is None:
-            self._graphs = DecodeGraphs(self._capture, *parts)
+            self._graphs = DecodeGraphs(self._capture, parts)
         if self._capture_pieces is not None:
-            self._pieces = StepPieces(self._capture_pieces, *parts)
+            self._pieces = StepPieces(self._capture_pieces, parts)
 
     def reserve(self, kv: KVManager, max_batched_tokens: int, max_running: int) -> None:
         """Make the buffers for steps within these limits."""
@@ -134,18 +134,17 @@ class ModelRunner:
     def capture_ahead(self, progress: Progress) -> None:
         """Capture steps before the first request, so that none waits for it. Raises GraphCaptureError where they must
         be captured."""
-        try:
-            with torch.inference_mode():
+        with torch.inference_mode():
+            try:
                 if self._graphs is not None:
                     self._graphs.capture_ahead(progress)
-        except GraphCaptureError as error:
-            self._do_without_graphs(error)
-        try:
-            with torch.inference_mode():
+            except GraphCaptureError as error:
+                self._do_without_graphs(error)
+            try:
                 if self._pieces is not None:
                     self._pieces.capture_ahead(progress)
-        except GraphCaptureError as error:
-            self._do_without_pieces(error)
+            except GraphCaptureError as error:
+                self._do_without_pieces(error)
 
     def _do_without_graphs(self, error: GraphCaptureError) -> None:
         """What a decode step can't be recorded for lies in other steps too, but for their attention."""
