@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import gc
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from drivetrain.contracts.partitioner import PartitionContext, Partitioner
@@ -24,6 +23,7 @@ from drivetrain.plugins.checkpoint.selective import SelectiveCheckpointing
 from drivetrain.plugins.partitioner.none import NoPartitioner
 from drivetrain.plugins.partitioner.zero import Zero1Partitioner, Zero2Partitioner, Zero3Partitioner
 from drivetrain.plugins.store.dcp import DcpStore
+from drivetrain.testing.ranks import spawn_ranks
 from drivetrain.testing.tiny import HIDDEN_SIZE, VOCAB_SIZE, Block, loss_of, make_batch, make_net
 
 PARTITIONERS: dict[str, type[Partitioner]] = {
@@ -35,6 +35,7 @@ PARTITIONERS: dict[str, type[Partitioner]] = {
 DTYPES = {"fp32": Dtypes("float32", "float32"), "bf16": Dtypes("bfloat16", "float32", "float32")}
 UNITS = ("layers.0", "layers.1", "layers.2")
 STEPS, ROWS, MAX_NORM = 3, 8, 0.5
+_RANK_SECONDS = 240.0
 
 
 class OddNet(nn.Module):
@@ -317,11 +318,20 @@ def measure_state(case: Case, mesh: Any, rank: int, ranks: int) -> str:
             with partitioner.accumulating(net, is_last=is_last):
                 net(inputs).float().square().mean().backward()
             if step == 1 and not is_last:
-                counted = sum(size for place, size in _storages().items() if place not in before)
+                counted = _newly_held(before)
         partitioner.clip_grad_norm(net, MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
     return str(counted)
+
+
+def _newly_held(before: Mapping[int, int]) -> int:
+    """Bytes that are held beside ``before``, once threads of Gloo have let go of what they sent."""
+    counted = []
+    for _ in range(4):
+        counted.append(sum(size for place, size in _storages().items() if place not in before))
+        time.sleep(0.03)
+    return min(counted)
 
 
 def _storages() -> dict[int, int]:
@@ -352,7 +362,7 @@ def run_ranks(work: Work, ranks: int, folder: Path) -> list[dict[str, Outcome | 
     folder.mkdir(parents=True, exist_ok=True)
     if ranks == 1:
         return [run_work(work, None, 0, 1)]
-    torch.multiprocessing.spawn(_main, args=(work, ranks, str(folder)), nprocs=ranks, join=True)
+    spawn_ranks(_main, (work, ranks, str(folder)), meet=folder / "store", count=ranks, seconds=_RANK_SECONDS)
     return [
         cast("dict[str, Outcome | str]", torch.load(folder / f"rank{rank}.pt", weights_only=False))
         for rank in range(ranks)
@@ -362,14 +372,9 @@ def run_ranks(work: Work, ranks: int, folder: Path) -> list[dict[str, Outcome | 
 def _main(rank: int, work: Work, ranks: int, folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
     try:
         mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("data",))
         torch.save(run_work(work, mesh, rank, ranks), Path(folder, f"rank{rank}.pt"))
     except BaseException:
         traceback.print_exc()
         raise
-    finally:
-        dist.destroy_process_group()

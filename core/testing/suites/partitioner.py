@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from drivetrain.contracts.partitioner import PartitionContext, Partitioner
 from drivetrain.contracts.precision import Dtypes
 from drivetrain.errors import ConfigError
 from drivetrain.registry import PluginRef, load
+from drivetrain.testing.ranks import spawn_ranks
 from drivetrain.testing.suite import Suite, not_run
 from drivetrain.testing.tiny import (
     SHARD_UNITS,
@@ -270,19 +270,8 @@ def run_ranks(
     if not torch.distributed.is_available():
         not_run("this build of torch has no torch.distributed")
     folder.mkdir()
-    context = torch.multiprocessing.spawn(
-        _rank_main, args=(ref, dict(options), str(folder), count, list(trainings)), nprocs=count, join=False
-    )
-    assert context is not None
-    try:
-        deadline = time.monotonic() + _RANK_SECONDS
-        while not context.join(1.0):  # true once all have ended; raises what the first of them raised
-            if time.monotonic() > deadline:
-                pytest.fail(f"the ranks did not end within {_RANK_SECONDS:g} s")
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
+    arguments = (ref, dict(options), str(folder), count, list(trainings))
+    spawn_ranks(_train_rank, arguments, meet=folder / "store", count=count, seconds=_RANK_SECONDS)
     refusal = folder / "refused"
     if refusal.exists():
         return refusal.read_text(encoding="utf-8")
@@ -290,7 +279,7 @@ def run_ranks(
     return [[Run(**run) for run in of_rank] for of_rank in found]
 
 
-def _rank_main(
+def _train_rank(
     rank: int,
     ref: PluginRef,
     options: Mapping[str, Any],
@@ -300,9 +289,6 @@ def _rank_main(
 ) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=count)
     try:
         mesh = init_device_mesh("cpu", (count,), mesh_dim_names=("data",))
         plugin = load(ref)
@@ -315,5 +301,3 @@ def _rank_main(
     except ConfigError as error:
         # A partitioner for one process says so when it sees the mesh: a refusal, and no failure.
         Path(folder, "refused").write_text(error.what, encoding="utf-8")
-    finally:
-        torch.distributed.destroy_process_group()

@@ -17,6 +17,7 @@ import torch
 from drivetrain.contracts.store import Saving, Store, StoredTensor
 from drivetrain.errors import DamagedStateError, StateNotFoundError, StoreError
 from drivetrain.registry import PluginRef, load
+from drivetrain.testing.ranks import spawn_ranks
 from drivetrain.testing.suite import Suite, about, not_run
 
 State = dict[str, torch.Tensor]
@@ -413,19 +414,8 @@ class StoreSuite(Suite):
 
     def _run_ranks(self, work: Callable[[Store, int], None], folder: Path, tmp_path: Path) -> None:
         options = {**self.options, "folder": str(folder)}
-        context = torch.multiprocessing.spawn(
-            _rank_main, args=(work, self.ref(), options, str(tmp_path / "rendezvous")), nprocs=2, join=False
-        )
-        assert context is not None
-        try:
-            deadline = time.monotonic() + self.rank_seconds
-            while not context.join(1.0):  # true once all have ended; raises what the first of them raised
-                if time.monotonic() > deadline:
-                    pytest.fail(f"the ranks did not end within {self.rank_seconds:g} s")
-        finally:
-            for process in context.processes:
-                if process.is_alive():
-                    process.kill()
+        arguments = (work, self.ref(), options)
+        spawn_ranks(_rank_main, arguments, meet=tmp_path / "rendezvous", count=2, seconds=self.rank_seconds)
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -452,14 +442,8 @@ def _save_for_ever(ref: PluginRef, options: Mapping[str, Any], step: int) -> Non
         step += 1
 
 
-def _rank_main(
-    rank: int, work: Callable[[Store, int], None], ref: PluginRef, options: Mapping[str, Any], rendezvous: str
-) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    try:
-        work(_made(ref, options), rank)
-    finally:
-        torch.distributed.destroy_process_group()
+def _rank_main(rank: int, work: Callable[[Store, int], None], ref: PluginRef, options: Mapping[str, Any]) -> None:
+    work(_made(ref, options), rank)
 
 
 def whole_tensors() -> State:

@@ -1,0 +1,58 @@
+"""Processes that are joined by Gloo, for suites of what works over ranks."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+def spawn_ranks(
+    work: Callable[..., None], arguments: tuple[Any, ...], *, meet: Path, count: int, seconds: float
+) -> None:
+    """Call ``work(rank, *arguments)`` in ``count`` processes, and wait for all of them.
+
+    work:    a function of a module, which the processes import.
+    meet:    a file that does not exist yet, by which they find each other.
+    seconds: after which the test fails and what still runs is killed.
+
+    Raises what the first rank that failed raised (``torch.multiprocessing.ProcessRaisedException``).
+    """
+    context = torch.multiprocessing.spawn(
+        _rank_main, args=(work, arguments, str(meet), count, seconds), nprocs=count, join=False
+    )
+    assert context is not None
+    try:
+        deadline = time.monotonic() + seconds
+        while not context.join(1.0):  # true once all have ended; raises what the first of them raised
+            if time.monotonic() > deadline:
+                pytest.fail(f"the ranks did not end within {seconds:g} s")
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+
+
+def _rank_main(
+    rank: int, work: Callable[..., None], arguments: tuple[Any, ...], meet: str, count: int, seconds: float
+) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{meet}", rank=rank, world_size=count, timeout=timedelta(seconds=seconds)
+    )
+    try:
+        work(rank, *arguments)
+    finally:
+        torch.distributed.destroy_process_group()
+    # Not taken apart by the interpreter: a thread of torch's process groups that still lets go of a tensor then ends
+    # the process with SIGABRT, now and then, after all was done.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
