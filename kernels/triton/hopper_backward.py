@@ -144,6 +144,7 @@ def _add_gradients(
         mean = mean_buffers.index(at).load(row_layout)
         dp = warpgroup_mma_wait(1, (dp_token,)) - mean[None, :]
         if is_cut:
+            # Its weight is 0 there, which does not undo a value that is NaN.
             dp = gl.where((block * BLOCK_M + offsets < length)[None, :], dp, 0.0)
         ds_buffer.store((p * dp).to(dtype))
         fence_async_shared()

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 
 from drivetrain.contracts.attention import AttentionBatch, AttentionSpec, AttentionStep
-from support.fake_model import FakeAttention, _FakeStep
+from drivetrain.serving.engine import Engine
+from support.fake_model import FakeAttention, _FakeStep, add, finish, greedy, prompts
 
 
 class GraphSafeAttention(FakeAttention):
@@ -46,3 +47,16 @@ class Recorder:
             function()
 
         return replay
+
+
+def expect_the_same_blocks(capturing: Engine, plain: Engine, num_blocks: int) -> None:
+    """Every block that a sequence can get is as a plain run leaves it; there is one more, which is nobody's."""
+    caches = []
+    for engine, more in ((capturing, 1), (plain, 0)):
+        for number, prompt in enumerate(prompts(3)):
+            add(engine, f"r{number}", prompt, greedy(9))
+        finish(engine)
+        caches.append(engine.runner.cache)
+        assert [len(layer) for layer in engine.runner.cache] == [num_blocks + more] * 2
+    for mine, theirs in zip(*caches, strict=True):
+        assert torch.equal(mine[:num_blocks].nan_to_num(-1), theirs.nan_to_num(-1))

@@ -16,7 +16,7 @@ from drivetrain.serving.engine import Engine, EngineLimits
 from drivetrain.serving.graphs import captured_sizes, why_no_graphs
 from drivetrain.serving.runner import ModelRunner
 from drivetrain.serving.types import FinishReason
-from support.captures import GraphSafeAttention, Recorder
+from support.captures import GraphSafeAttention, Recorder, expect_the_same_blocks
 from support.fake_model import (
     END_TOKENS,
     VOCAB_SIZE,
@@ -90,16 +90,7 @@ def test_a_size_is_captured_once_and_prompts_are_not_replayed() -> None:
 
 def test_rows_that_fill_up_a_size_touch_no_block_of_anybody() -> None:
     """Their block is one more than the books know: every block of a sequence is as a plain run leaves it."""
-    caches = []
-    for capture in (Recorder(), None):
-        engine = make(capture)
-        for number, prompt in enumerate(prompts(3)):
-            add(engine, f"r{number}", prompt, greedy(9))
-        finish(engine)
-        caches.append(engine.runner.cache)
-        assert [len(layer) for layer in engine.runner.cache] == [40 + (capture is not None)] * 2
-    for captured, plain in zip(*caches, strict=True):
-        assert torch.equal(captured[:-1].nan_to_num(-1), plain.nan_to_num(-1))
+    expect_the_same_blocks(make(Recorder()), make(None), 40)
 
 
 def test_what_is_exchanged_is_captured_anew() -> None:

@@ -20,7 +20,7 @@ from drivetrain.serving.graphs import Capture
 from drivetrain.serving.pieces import piece_sizes
 from drivetrain.serving.runner import ModelRunner
 from drivetrain.serving.types import FinishReason
-from support.captures import GraphSafeAttention
+from support.captures import GraphSafeAttention, expect_the_same_blocks
 from support.captures import Recorder as DecodeRecorder
 from support.fake_model import (
     END_TOKENS,
@@ -134,16 +134,7 @@ def test_all_sizes_are_captured_ahead_and_none_later() -> None:
 
 
 def test_rows_that_fill_up_a_size_touch_no_block_of_anybody() -> None:
-    caches = []
-    for recorder in (Recorder(), None):
-        engine = make(recorder)
-        for number, prompt in enumerate(prompts(3)):
-            add(engine, f"r{number}", prompt, greedy(9))
-        finish(engine)
-        caches.append(engine.runner.cache)
-        assert [len(layer) for layer in engine.runner.cache] == [60 + (recorder is not None)] * 2
-    for captured, plain in zip(*caches, strict=True):
-        assert torch.equal(captured[:60].nan_to_num(-1), plain.nan_to_num(-1))
+    expect_the_same_blocks(make(Recorder()), make(None), 60)
 
 
 def test_what_is_exchanged_is_captured_anew() -> None:
