@@ -291,9 +291,9 @@ class Engine:
         return self._flying is None
 
     def close(self) -> None:
-        """No step comes any more; what one that runs would give is dropped."""
+        """No step comes any more; what one that runs would give is dropped, once it has run (or is stalled)."""
         self._flying = None
-        self._lane.close()
+        self._lane.close(self.settings.stall_seconds)
 
     # --- the step --------------------------------------------------------------------------------------------------
 

@@ -59,8 +59,8 @@ class Lane(Protocol):
     def run(self, work: Callable[[], T]) -> Outcome[T]:
         """Start ``work`` once all that came before has run. What it raises comes out of ``Outcome.wait``."""
 
-    def close(self) -> None:
-        """No more work comes. What was given still runs; nobody waits for it here."""
+    def close(self, timeout_seconds: float) -> None:
+        """No more work comes. Waits until what was given has run, or for so long."""
 
 
 class InlineLane:
@@ -71,7 +71,7 @@ class InlineLane:
         outcome.run()
         return outcome
 
-    def close(self) -> None:
+    def close(self, timeout_seconds: float) -> None:
         pass
 
 
@@ -90,10 +90,12 @@ class ThreadLane:
         self._inbox.put(outcome)  # type: ignore[arg-type]
         return outcome
 
-    def close(self) -> None:
-        if self._thread is not None:
+    def close(self, timeout_seconds: float) -> None:
+        thread, self._thread = self._thread, None
+        if thread is not None:
             self._inbox.put(None)
-            self._thread = None
+            # A daemon thread that frees tensors while the interpreter ends aborts the process.
+            thread.join(timeout_seconds)
 
     def _run(self) -> None:
         import torch
@@ -102,3 +104,4 @@ class ThreadLane:
         torch.set_num_threads(torch.get_num_threads())
         while (outcome := self._inbox.get()) is not None:
             outcome.run()
+            del outcome  # what it gave is not kept until the next one comes

@@ -6,6 +6,7 @@ received differs.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import threading
@@ -113,9 +114,14 @@ class EngineLoop:
     # --- life ------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the thread. Calling it again does nothing."""
+        """Start the thread. Calling it again does nothing.
+
+        Who ends the interpreter without :meth:`shutdown` gets it then: a daemon thread that computes while the
+        interpreter comes apart aborts the process.
+        """
         with self._wake:
             if self._thread is None:
+                atexit.register(self.shutdown)
                 self._thread = threading.Thread(target=self._run, name="drivetrain-engine", daemon=True)
                 self._thread.start()
 
@@ -132,6 +138,7 @@ class EngineLoop:
 
         A step that does not return within ``stall_seconds`` is left to itself, and all that is left ends with an error.
         """
+        atexit.unregister(self.shutdown)
         with self._wake:
             self._is_draining = True
             self._is_stopping = True

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ from drivetrain.errors import (
 )
 from drivetrain.serving.llm import LLM
 from drivetrain.serving.types import FinishReason, SamplingParams
+from support.command_line import make_tiny_folder
 from support.fake_model import expected_tokens, fake_lm, greedy, prompts
 from support.fake_stack import assert_nothing_is_held, held_model, make_stack, text_of, wait_until
 
@@ -219,6 +223,31 @@ def test_closing_ends_what_is_under_way_and_refuses_the_rest() -> None:
     llm.close()
     with pytest.raises(DrainingError):
         llm.generate(PROMPT)
+
+
+LEAVES = """
+import sys
+from drivetrain import LLM, SamplingParams
+
+llm = LLM(
+    sys.argv[1],
+    platform={{"name": "cpu", "threads": 1}},
+    kernels="reference",
+    engine={{"overlap": "{overlap}"}},
+)
+streams = [llm.stream([5, 6, number], SamplingParams(max_tokens=1900, ignore_eos=True)) for number in range(4)]
+for stream in streams:
+    next(stream)
+print("leaves")
+"""
+
+
+@pytest.mark.parametrize("overlap", ["on", "off"])
+def test_a_program_may_end_while_steps_run(tmp_path: Path, overlap: str) -> None:
+    """Nothing was closed: threads that still compute must not meet an interpreter that comes apart."""
+    program = [sys.executable, "-W", "error", "-c", LEAVES.format(overlap=overlap), str(make_tiny_folder(tmp_path))]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "leaves\n", "")
 
 
 def test_what_can_be_looked_at(llm: LLM) -> None:

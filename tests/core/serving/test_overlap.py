@@ -409,16 +409,21 @@ def test_a_lane_runs_in_order_and_hands_out_what_was_raised(lane: str) -> None:
     with pytest.raises(ValueError, match="two"):
         outcomes[2].wait()
     assert order == [0, 1, 2, 3]
-    runner.close()
-    runner.close()
+    runner.close(10)
+    runner.close(10)
 
 
 def test_a_closed_thread_lane_leaves_no_thread() -> None:
     runner = ThreadLane()
     thread_id = runner.run(threading.get_ident).wait()
     assert thread_id != threading.get_ident()
-    runner.close()
-    give_up = time.monotonic() + 10
-    while any(thread.ident == thread_id for thread in threading.enumerate()):
-        assert time.monotonic() < give_up
-        time.sleep(0.001)
+    runner.close(10)
+    assert all(thread.ident != thread_id for thread in threading.enumerate())
+
+
+def test_closing_waits_for_work_that_hangs_no_longer_than_it_may() -> None:
+    runner, goes_on = ThreadLane(), threading.Event()
+    outcome = runner.run(goes_on.wait)
+    runner.close(0.05)
+    goes_on.set()
+    assert outcome.wait()
