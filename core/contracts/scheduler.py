@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from drivetrain.contracts.plugin import Plugin
@@ -48,6 +49,11 @@ class Candidate:
     request_id: str
     key: OrderKey
     pending_tokens: int
+
+    @cached_property
+    def whole_grant(self) -> Grant:
+        """The grant of all that is pending. Made once: a request that decodes is the same candidate in every step."""
+        return Grant(self.request_id, self.pending_tokens)
 
 
 @dataclass(frozen=True)

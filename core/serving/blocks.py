@@ -89,10 +89,6 @@ class BlockPool:
         """The block that holds this content."""
         return self._block_of.get(content)
 
-    def is_private(self, block: int) -> bool:
-        """Whether one request alone refers to ``block`` and the index does not know it: it may be written."""
-        return self._references[block] == 1 and block not in self._hash_of
-
     def is_indexed(self, block: int) -> bool:
         return block in self._hash_of
 
@@ -145,15 +141,18 @@ def most_blocks(group: KVGroup, num_tokens: int, chunk: int, block_size: int) ->
 class SequenceBlocks:
     """One running request's blocks.
 
-    row:    its row in the manager's tables.
-    blocks: for each KV group, the block of tokens 0..N-1, N..2N-1, ...; GONE where a window has moved on.
-    gone:   for each KV group, how many leading entries are GONE.
+    row:      its row in the manager's tables.
+    blocks:   for each KV group, the block of tokens 0..N-1, N..2N-1, ...; GONE where a window has moved on.
+    gone:     for each KV group, how many leading entries are GONE.
+    writable: first token and end of what may be written without another look: in blocks that were private when they were
+              last looked at, and that nobody can have got hold of since, as only full ones are found by their content.
     """
 
     def __init__(self, row: int, num_groups: int) -> None:
         self.row = row
         self.blocks: list[list[int]] = [[] for _ in range(num_groups)]
         self.gone = [0] * num_groups
+        self.writable = (0, 0)
 
 
 class KVManager:
@@ -261,6 +260,7 @@ class KVManager:
     def fork(self, parent: SequenceBlocks, child: SequenceBlocks, num_tokens: int) -> None:
         """Let ``child`` share the parent's blocks of the first ``num_tokens`` tokens."""
         count = -(-num_tokens // self.block_size)
+        parent.writable = (0, 0)
         for index, pool in enumerate(self.pools):
             for block in parent.blocks[index][:count]:
                 if block != GONE:
@@ -280,12 +280,10 @@ class KVManager:
         A block that others share is copied before it is written (``pending_copies``); one that only the index knows is
         taken out of the index instead.
         """
-        first, end = computed // self.block_size, -(-(computed + num_tokens) // self.block_size)
-        if all(
-            first < len(blocks) and end <= len(blocks) and pool.is_private(blocks[first])
-            for blocks, pool in zip(sequence.blocks, self.pools, strict=True)
-        ):
+        begin, until = sequence.writable
+        if begin <= computed and computed + num_tokens <= until:
             return True  # a decode inside its last block, which is what most steps are made of
+        first, end = computed // self.block_size, -(-(computed + num_tokens) // self.block_size)
         for index, pool in enumerate(self.pools):
             if self._num_new(sequence, index, first, end) > pool.num_free:
                 return False
@@ -295,6 +293,7 @@ class KVManager:
                 self._make_private(sequence, index, first)
             while len(held) < end:
                 self._append(sequence, index, pool.take())
+        sequence.writable = first * self.block_size, min(map(len, sequence.blocks)) * self.block_size
         return True
 
     def computed(

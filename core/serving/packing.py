@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +23,7 @@ from drivetrain.serving.request import Request
 _ALIGNMENT = 64
 
 
-@dataclass(frozen=True, eq=False)
-class Scheduled:
+class Scheduled(NamedTuple):
     """A request and how many of its pending tokens a step computes, as things stood when it was planned.
 
     begin:       tokens that were computed before.
@@ -38,9 +39,10 @@ class Scheduled:
 
     @classmethod
     def of(cls, request: Request, num_tokens: int) -> Scheduled:
-        assert request.blocks is not None, f"{request.name} runs without blocks"
-        begin = request.num_computed
-        return cls(request, num_tokens, begin, num_tokens == request.pending_tokens, request.blocks)
+        blocks, begin = request.blocks, request.num_computed
+        assert blocks is not None, f"{request.name} runs without blocks"
+        gives_token = begin + num_tokens == len(request.tokens) + request.num_expected
+        return cls(request, num_tokens, begin, gives_token, blocks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,12 +124,11 @@ def pack(scheduled: Sequence[Scheduled], kv: KVManager, buffers: StepBuffers, be
     before: the requests for which a step that still runs chooses tokens, in the order of its rows.
     """
     count = len(scheduled)
-    query_lengths = [item.num_tokens for item in scheduled]
-    context_lengths = [item.begin for item in scheduled]
+    requests, query_lengths, context_lengths, gives_token, blocks = map(list, zip(*scheduled, strict=True))
     lengths, contexts = np.array(query_lengths, dtype=np.int64), np.array(context_lengths, dtype=np.int64)
     starts = np.zeros(count + 1, dtype=np.int64)
     lengths.cumsum(out=starts[1:])
-    table_rows = np.array([item.blocks.row for item in scheduled], dtype=np.int64)
+    table_rows = np.array([own.row for own in blocks], dtype=np.int64)
     ends = contexts + lengths
     if int(starts[-1]) == count:  # every sequence has one token: no need to spread anything over tokens
         positions, row_of_token = contexts, np.arange(count)
@@ -137,7 +138,7 @@ def pack(scheduled: Sequence[Scheduled], kv: KVManager, buffers: StepBuffers, be
         positions = np.arange(starts[-1]) + np.repeat(contexts - starts[:-1], lengths)
     ids, unknown = _ids(scheduled, starts, before)
     tables, slots = addresses(kv, table_rows, row_of_token, positions, int(ends.max()))
-    rows, sampling, prompt_rows = _wanted_rows(scheduled, starts)
+    rows, sampling, prompt_rows = _wanted_rows(scheduled, requests, gives_token, starts)
     packed = buffers.fill(
         [
             np.array(ids, dtype=np.int64),
@@ -170,20 +171,25 @@ def _ids(
     """The step's token ids, 0 for those that are not chosen yet, and where these are to come from."""
     ids: list[int] = []
     places: list[int] = []
-    sources: list[int] = []
-    row_of = {request: row for row, request in enumerate(before)}
-    for index, item in enumerate(scheduled):
-        tokens = item.request.tokens
-        end = item.begin + item.num_tokens
-        if item.num_tokens == 1 and end <= len(tokens):
-            ids.append(tokens[item.begin])
+    waiting: list[Request] = []
+    for index, (request, num_tokens, begin, _, _) in enumerate(scheduled):
+        tokens = request.tokens
+        if num_tokens == 1 and begin < len(tokens):
+            ids.append(tokens[begin])
             continue
-        ids += tokens[item.begin : end]
-        if end > len(tokens):
+        ids += tokens[begin : begin + num_tokens]
+        if begin + num_tokens > len(tokens):
             ids.append(0)
-            places.append(int(starts[index + 1]) - 1)
-            sources.append(row_of[item.request])
-    return ids, np.array([places, sources], dtype=np.int64) if places else None
+            places.append(index)
+            waiting.append(request)
+    if not places:
+        return ids, None
+    if waiting == before:  # as in most steps of a steady batch
+        sources: Sequence[int] = range(len(waiting))
+    else:
+        row_of = {request: row for row, request in enumerate(before)}
+        sources = [row_of[request] for request in waiting]
+    return ids, np.array([starts[1:][places] - 1, sources], dtype=np.int64)
 
 
 def addresses(
@@ -201,14 +207,14 @@ def addresses(
 
 
 def _wanted_rows(
-    scheduled: Sequence[Scheduled], starts: np.ndarray
+    scheduled: Sequence[Scheduled], requests: list[Request], gives_token: Sequence[bool], starts: np.ndarray
 ) -> tuple[list[int], list[Request], list[tuple[Request, int, int, int]]]:
     """Rows of the flat batch whose logits are wanted: those that give a token first, then those that score prompts."""
-    lasts = (starts[1:] - 1).tolist()
-    giving = [index for index, item in enumerate(scheduled) if item.gives_token]
-    rows = [lasts[index] for index in giving]
-    sampling = [scheduled[index].request for index in giving]
+    lasts: list[int] = (starts[1:] - 1).tolist()
+    rows, sampling = list(compress(lasts, gives_token)), list(compress(requests, gives_token))
     prompt_rows: list[tuple[Request, int, int, int]] = []
+    if all(request.params.prompt_logprobs is None for request in requests):
+        return rows, sampling, prompt_rows
     for index, item in enumerate(scheduled):
         request = item.request
         if request.wants_prompt_logprobs:

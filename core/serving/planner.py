@@ -54,57 +54,61 @@ class StepPlanner:
         return Candidate(request.name, request.key, len(request.tokens) - self._num_reusable(request))
 
     def _check_plan(self, plan: StepPlan) -> None:
-        limits = self._roster.scheduler.limits()
-        names = [grant.request_id for grant in plan.grants]
-        total = sum(grant.num_tokens for grant in plan.grants)
+        limits, running = self._roster.scheduler.limits(), self._roster.running
+        names = {grant.request_id for grant in plan.grants}
+        counts = [grant.num_tokens for grant in plan.grants]
+        newcomers = [name for name in names if name not in running]
         problem = None
-        if len(set(names)) != len(names):
+        if len(names) != len(counts):
             problem = "a request is granted twice"
-        elif len({*names, *plan.preempt}) != len(names) + len(plan.preempt):
+        elif plan.preempt and len({*names, *plan.preempt}) != len(names) + len(plan.preempt):
             problem = "a request is preempted twice, or preempted and granted at once"
-        elif any(grant.num_tokens < 1 for grant in plan.grants):
-            problem = "a grant of less than one token"
-        elif total > limits.max_batched_tokens:
-            problem = f"{total} tokens are granted, over max_batched_tokens {limits.max_batched_tokens}"
-        elif not plan.grants:
+        elif not counts:
             problem = "nothing is granted although requests are there"
-        elif any(name not in self._roster.running for name in plan.preempt):
+        elif min(counts) < 1:
+            problem = "a grant of less than one token"
+        elif sum(counts) > limits.max_batched_tokens:
+            problem = f"{sum(counts)} tokens are granted, over max_batched_tokens {limits.max_batched_tokens}"
+        elif any(name not in running for name in plan.preempt):
             problem = "a request is preempted that does not run"
-        elif any(name not in self._roster.running and name not in self._roster.waiting for name in names):
+        elif any(name not in self._roster.waiting for name in newcomers):
             problem = "a request is granted that neither runs nor waits"
-        else:
-            newcomers = sum(name in self._roster.waiting for name in names)
-            if len(self._roster.running) - len(plan.preempt) + newcomers > limits.max_running:
-                problem = f"more than max_running {limits.max_running} requests would run"
+        elif len(running) - len(plan.preempt) + len(newcomers) > limits.max_running:
+            problem = f"more than max_running {limits.max_running} requests would run"
         if problem:
             raise EngineError(f"scheduler {type(self._roster.scheduler).__name__} made an impossible plan: {problem}")
 
     def _give_blocks(self, grants: Sequence[Grant], is_ahead: bool) -> list[Scheduled]:
+        running, kv = self._roster.running, self._roster.kv
         scheduled: dict[str, Scheduled] = {}
-        was_running = set(self._roster.running)
+        was_running = set(running)
         is_admitting = True
         for grant in grants:
-            request = self._roster.running.get(grant.request_id)
-            if request is not None:
-                if is_ahead and request.is_at_its_last:
-                    continue  # the token that is still to come ends it
-                num_running = len(self._roster.running)
-                num_tokens = min(grant.num_tokens, request.pending_tokens)
-                assert request.blocks is not None
-                if is_ahead and not self._roster.kv.extend(request.blocks, request.num_computed, num_tokens):
-                    return []
-                if self._make_room(request, num_tokens, scheduled):
-                    scheduled[request.name] = Scheduled.of(request, num_tokens)
-                # Blocks that someone gave up are not for a newcomer: it would be the next to give them up.
-                is_admitting = is_admitting and len(self._roster.running) == num_running
+            name = grant.request_id
+            request = running.get(name)
+            if request is None:
+                waiting = self._roster.waiting.get(name)
+                if waiting is None or name in was_running or not is_admitting:
+                    continue  # it gave way a moment ago, or one before it found too few blocks
+                tokens = self.admit(waiting, grant.num_tokens)
+                if tokens > 0:
+                    scheduled[name] = Scheduled.of(waiting, tokens)
+                is_admitting = tokens > 0
                 continue
-            waiting = self._roster.waiting.get(grant.request_id)
-            if waiting is None or grant.request_id in was_running or not is_admitting:
-                continue  # it gave way a moment ago, or one before it found too few blocks
-            tokens = self.admit(waiting, grant.num_tokens)
-            if tokens > 0:
-                scheduled[waiting.name] = Scheduled.of(waiting, tokens)
-            is_admitting = tokens > 0
+            if is_ahead and request.is_at_its_last:
+                continue  # the token that is still to come ends it
+            num_tokens, blocks = grant.num_tokens, request.blocks
+            if num_tokens > 1:
+                num_tokens = min(num_tokens, request.pending_tokens)
+            assert blocks is not None
+            if not kv.extend(blocks, request.num_computed, num_tokens):
+                if is_ahead:
+                    return []
+                # Blocks that someone gives up are not for a newcomer: it would be the next to give them up.
+                is_admitting = False
+                if not self._make_room(request, num_tokens, scheduled):
+                    continue
+            scheduled[name] = Scheduled.of(request, num_tokens)
         return list(scheduled.values())
 
     def _make_room(self, request: Request, num_tokens: int, scheduled: dict[str, Scheduled]) -> bool:

@@ -99,6 +99,13 @@ class Request:
         """Unique among sequences: ``ID[index]``."""
         return f"{self.request_id}[{self.index}]"
 
+    @cached_property
+    def wants_most_likely(self) -> bool:
+        """Whether nothing is ever wanted of its scores but the most likely token, as the model has them."""
+        params = self.params
+        changes_scores = params.has_penalty or bool(params.logit_bias) or params.min_tokens > 0
+        return params.is_greedy and params.logprobs is None and not changes_scores
+
     @property
     def num_output_tokens(self) -> int:
         return len(self.tokens) - self.num_prompt_tokens
@@ -115,7 +122,7 @@ class Request:
     @property
     def is_at_its_last(self) -> bool:
         """Whether a token that is expected is sure to be the last one."""
-        return self.num_output_tokens + self.num_expected >= self.max_tokens
+        return len(self.tokens) - self.num_prompt_tokens + self.num_expected >= self.max_tokens
 
     @property
     def is_finished(self) -> bool:
@@ -129,7 +136,7 @@ class Request:
 
     def candidate(self) -> Candidate:
         """The request as the scheduler sees it; the same object for as long as nothing about it changes."""
-        known, pending = self._candidate, self.pending_tokens
+        known, pending = self._candidate, len(self.tokens) + self.num_expected - self.num_computed
         if known is None or known.pending_tokens != pending or known.key is not self.key:
             known = self._candidate = Candidate(self.name, self.key, pending)
         return known

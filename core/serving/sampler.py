@@ -61,7 +61,12 @@ class SamplingPlan:
     @classmethod
     def empty(cls) -> SamplingPlan:
         """The plan of a step that gives no token."""
-        return cls([], [], [], is_adjusted=False, wants_logprobs=False)
+        return cls.plain([])
+
+    @classmethod
+    def plain(cls, requests: list[Request]) -> SamplingPlan:
+        """The most likely token for each, and nothing else."""
+        return cls(requests, [], [], is_adjusted=False, wants_logprobs=False)
 
     @property
     def is_on_device(self) -> bool:
@@ -121,6 +126,8 @@ class Sampler:
 
     def plan(self, requests: Sequence[Request]) -> SamplingPlan:
         """What the host knows before the scores are there. Changes nothing."""
+        if all(request.wants_most_likely for request in requests):
+            return SamplingPlan.plain(list(requests))
         drawn = [row for row, request in enumerate(requests) if not request.params.is_greedy]
         return SamplingPlan(
             list(requests),
@@ -171,7 +178,7 @@ class Sampler:
         scores_SV = scores_SV.clone()
         for row, request in enumerate(requests):
             params = request.params
-            if _has_penalty(params):
+            if params.has_penalty:
                 self._penalize(scores_SV[row], request)
             if params.logit_bias:
                 tokens = torch.tensor(list(params.logit_bias), device=self._device)
@@ -291,13 +298,9 @@ class _TokenCounts:
         self._num_counted = len(request.tokens)
 
 
-def _has_penalty(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0
-
-
 def _is_adjusted(request: Request) -> bool:
     params = request.params
-    return _has_penalty(params) or bool(params.logit_bias) or request.num_output_tokens < params.min_tokens
+    return params.has_penalty or bool(params.logit_bias) or request.num_output_tokens < params.min_tokens
 
 
 def most_likely(scores_SV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

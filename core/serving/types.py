@@ -151,6 +151,11 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def has_penalty(self) -> bool:
+        """Whether scores of tokens that were there before are changed."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+
 
 @dataclass(frozen=True)
 class GenerationRequest:

@@ -13,11 +13,11 @@ def fill(running: Sequence[Candidate], waiting: Iterator[Candidate], limits: Lim
     Running requests come first because they hold blocks; within them, decodes come before prefill chunks, so that a
     long prompt never stops the streams that are under way.
     """
-    budget = limits.max_batched_tokens
-    grants: list[Grant] = []
     decoding = [candidate for candidate in running if candidate.pending_tokens == 1]
-    prefilling = [candidate for candidate in running if candidate.pending_tokens > 1]
-    for candidate in (*decoding, *prefilling):
+    grants = [candidate.whole_grant for candidate in decoding[: limits.max_batched_tokens]]
+    budget = limits.max_batched_tokens - len(grants)
+    prefilling = [] if len(decoding) == len(running) else [c for c in running if c.pending_tokens > 1]
+    for candidate in prefilling:
         if budget == 0:
             break
         grants.append(Grant(candidate.request_id, min(candidate.pending_tokens, budget)))
