@@ -24,12 +24,35 @@ _LONG_TEXT = 16_384
 """Characters above which a prompt is tokenized off the event loop."""
 
 
+class _Mailbox:
+    """Chunks on their way from the engine's thread into an event loop. Waking the loop costs a system call, so it is
+    done once for all that comes until it looks."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._arrived: deque[tuple[RequestStream, Sequence[Chunk]]] = deque()
+        self._is_woken = False
+
+    def put(self, stream: RequestStream, chunks: Sequence[Chunk]) -> None:
+        """Called in the engine's thread. Raises RuntimeError when the event loop is closed."""
+        self._arrived.append((stream, chunks))
+        if not self._is_woken or self.loop.is_closed():
+            self._is_woken = True
+            self.loop.call_soon_threadsafe(self._hand_out)
+
+    def _hand_out(self) -> None:
+        self._is_woken = False  # before looking: what comes from here on wakes again
+        while self._arrived:
+            stream, chunks = self._arrived.popleft()
+            stream.arrive(chunks)
+
+
 class RequestStream:
     """The chunks of one request, all n sequences interleaved; ends when each has its finish reason."""
 
-    def __init__(self, engine: AsyncEngine, loop: asyncio.AbstractEventLoop, num_sequences: int) -> None:
+    def __init__(self, engine: AsyncEngine, mailbox: _Mailbox, num_sequences: int) -> None:
         self._engine = engine
-        self._loop = loop
+        self._mailbox = mailbox
         self._chunks: deque[Chunk] = deque()
         self._arrived = asyncio.Event()
         self._num_open = num_sequences
@@ -73,12 +96,13 @@ class RequestStream:
     def receive(self, ticket: Ticket, chunks: Sequence[Chunk]) -> None:
         """Called in the engine's thread."""
         try:
-            self._loop.call_soon_threadsafe(self._arrive, chunks)
+            self._mailbox.put(self, chunks)
         except RuntimeError:
             # The event loop is closed: nobody is left to read, so the request is of no use to anyone.
             self._engine.loop.cancel(ticket)
 
-    def _arrive(self, chunks: Sequence[Chunk]) -> None:
+    def arrive(self, chunks: Sequence[Chunk]) -> None:
+        """Called in the event loop."""
         self._chunks.extend(chunks)
         self._arrived.set()
 
@@ -90,6 +114,7 @@ class AsyncEngine:
         self.stack = stack
         self.loop = EngineLoop(stack)
         self.created = int(time.time())
+        self._mailbox: _Mailbox | None = None
 
     @classmethod
     def from_settings(
@@ -127,7 +152,10 @@ class AsyncEngine:
 
     async def submit(self, request: GenerationRequest) -> RequestStream:
         """Queue a request. Raises InvalidRequestError, PromptTooLongError, QueueFullError or DrainingError."""
-        stream = RequestStream(self, asyncio.get_running_loop(), request.params.n)
+        mailbox, loop = self._mailbox, asyncio.get_running_loop()
+        if mailbox is None or mailbox.loop is not loop:
+            mailbox = self._mailbox = _Mailbox(loop)
+        stream = RequestStream(self, mailbox, request.params.n)
         if isinstance(request.prompt, str) and len(request.prompt) > _LONG_TEXT:
             stream._ticket = await self._submit_in_thread(request, stream)
         else:

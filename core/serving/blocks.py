@@ -144,8 +144,8 @@ class SequenceBlocks:
     row:      its row in the manager's tables.
     blocks:   for each KV group, the block of tokens 0..N-1, N..2N-1, ...; GONE where a window has moved on.
     gone:     for each KV group, how many leading entries are GONE.
-    writable: first token and end of what may be written without another look: in blocks that were private when they were
-              last looked at, and that nobody can have got hold of since, as only full ones are found by their content.
+    writable: first token and end of what may be written without another look: in blocks that were private when last
+              looked at, and that nobody can have got hold of since, as only full ones are found by their content.
     """
 
     def __init__(self, row: int, num_groups: int) -> None:

@@ -33,7 +33,7 @@ from drivetrain.serving.lane import InlineLane, Lane, Outcome, ThreadLane
 from drivetrain.serving.metrics import EngineMetrics
 from drivetrain.serving.packing import Scheduled, StepInputs
 from drivetrain.serving.planner import StepPlanner
-from drivetrain.serving.request import Request, RequestState
+from drivetrain.serving.request import Request, RequestState, Untold
 from drivetrain.serving.roster import Roster
 from drivetrain.serving.runner import Copies, ModelRunner
 from drivetrain.serving.sampler import Choice, Sampled, Sampler, SamplingPlan, sequence_seed, token_logprobs
@@ -42,6 +42,10 @@ from drivetrain.serving.timing import Phase, StepClock
 from drivetrain.serving.types import Chunk, FinishReason, GenerationRequest, PromptInfo, TokenLogprob
 
 _log = logging.getLogger("drivetrain")
+
+_TOKENS_AT_ONCE = 32
+"""Tokens of a sequence that are told of at a time where somebody waits for all of them: what a chunk costs, from the
+engine to its reader, is spread over so many. Text of many more, of all sequences at once, would outlast a step."""
 
 MakeDecoder = Callable[[Sequence[int], bool], IncrementalDecoder]
 """(prompt token ids, skip special tokens) -> a decoder for what follows them."""
@@ -244,6 +248,7 @@ class Engine:
             text=TextStream(decoder, params.stop, params.include_stop),
             end_tokens=self.limits.end_tokens,
             parent=parent,
+            chunk_tokens=1 if request.is_streamed or params.stop else _TOKENS_AT_ONCE,
             state=RequestState.WAITING if parent is None else RequestState.HELD,
         )
         sequence.key = self.roster.key(sequence)
@@ -344,9 +349,9 @@ class Engine:
         if not scheduled:
             return None
         flight = self._start(scheduled, behind)
-        for item in scheduled:
-            item.request.num_computed += item.num_tokens
-            item.request.num_expected += item.gives_token
+        for request, num_tokens, _, gives_token, _ in scheduled:
+            request.num_computed += num_tokens
+            request.num_expected += gives_token
         self._step_clock.mark(Phase.MODEL)
         return flight
 
@@ -434,14 +439,14 @@ class Engine:
                 request.prompt_logprobs += token_logprobs(logits_NV[row : row + count], tokens, most)
 
     def _advance(self, flight: Flight, sampled: Sampled) -> list[Chunk]:
-        for item in flight.scheduled:
-            request = item.request
-            request.num_expected -= item.gives_token
-            if request.blocks is not item.blocks:
+        kv = self.kv
+        for request, num_tokens, begin, gives_token, blocks in flight.scheduled:
+            request.num_expected -= gives_token
+            if request.blocks is not blocks:
                 continue  # it ended, or gave way, while the step ran
-            request.num_landed = item.begin + item.num_tokens
+            request.num_landed = begin + num_tokens
             names = None if request.has_mixed_cache else request.hashes
-            self.kv.computed(item.blocks, request.tokens, names, item.begin, request.num_landed)
+            kv.computed(blocks, request.tokens, names, begin, begin + num_tokens)
         chunks: list[Chunk] = []
         now = self._clock()
         gaps: dict[float, int] = {}
@@ -454,36 +459,76 @@ class Engine:
                 self.roster.release_held(request)
             if not sampled.is_sound[row]:
                 message = "the model's scores are not finite (NaN or infinity); its weights or a kernel are at fault"
-                chunks.append(self._end(request, FinishReason.ERROR, error=message))
+                chunks += self._end(request, FinishReason.ERROR, error=message)
                 continue
             self._note_token(request, now, gaps)
-            chunks.append(self._append_token(request, sampled.token_ids[row], sampled.logprobs[row]))
+            chunks += self._append_token(request, sampled.token_ids[row], sampled.logprobs[row])
         for seconds, count in gaps.items():
             self.metrics.next_tokens(seconds, count)
         return chunks
 
-    def _append_token(self, request: Request, token: int, logprob: TokenLogprob | None) -> Chunk:
+    def _append_token(self, request: Request, token: int, logprob: TokenLogprob | None) -> Sequence[Chunk]:
         """The new token's effect: text, and perhaps the sequence's end."""
         request.tokens.append(token)
-        logprobs = (logprob,) if logprob is not None else None
-        may_stop = request.num_output_tokens > request.params.min_tokens
-        is_end = token in request.end_tokens and not request.params.ignore_eos
-        if may_stop and (is_end or token in request.params.stop_token_ids):
+        params, num_output = request.params, len(request.tokens) - request.num_prompt_tokens
+        may_stop = num_output > params.min_tokens
+        is_end = token in request.end_tokens and not params.ignore_eos
+        if may_stop and (is_end or token in params.stop_token_ids):
             # An end token is no text; what was held back before it is.
-            return self._end(
-                request, FinishReason.STOP, token=token, logprobs=logprobs, stop_reason=None if is_end else token
-            )
+            stop_reason = None if is_end else token
+            return self._end(request, FinishReason.STOP, token=token, logprob=logprob, stop_reason=stop_reason)
+        if request.chunk_tokens > 1 and num_output < request.max_tokens:
+            return self._keep(request, token, logprob)
+        told: Sequence[Chunk] = ()
         try:
+            told = self._tell(request)
             text = request.text.push((token,), may_stop=may_stop)
         except Exception as error:  # a tokenizer's code; only this sequence ends with the error
             message = _decoding_failed(request, error)
-            return self._end(request, FinishReason.ERROR, token=token, logprobs=logprobs, error=message)
-        if request.text.stopped_by is not None:
-            stop = request.text.stopped_by
-            return self._end(request, FinishReason.STOP, text=text, token=token, logprobs=logprobs, stop_reason=stop)
-        if request.num_output_tokens >= request.max_tokens:
-            return self._end(request, FinishReason.LENGTH, text=text, token=token, logprobs=logprobs)
-        return Chunk(request.request_id, request.index, text, (token,), logprobs, epoch=self.epoch)
+            return [*told, *self._end(request, FinishReason.ERROR, token=token, logprob=logprob, error=message)]
+        stop = request.text.stopped_by
+        if stop is not None:
+            return self._end(request, FinishReason.STOP, text=text, token=token, logprob=logprob, stop_reason=stop)
+        if num_output >= request.max_tokens:
+            return [*told, *self._end(request, FinishReason.LENGTH, text=text, token=token, logprob=logprob)]
+        return (self._chunk(request, text, (token,), None if logprob is None else (logprob,)),)
+
+    def _keep(self, request: Request, token: int, logprob: TokenLogprob | None) -> Sequence[Chunk]:
+        """Put a token with others that nobody has been told of; tells when they are enough, or of another epoch."""
+        told: Sequence[Chunk] = ()
+        untold = request.untold
+        try:
+            if untold is not None and untold.epoch != self.epoch:
+                told, untold = self._tell(request), None
+            if untold is None:
+                untold = request.untold = Untold(self.epoch)
+            untold.token_ids.append(token)
+            if logprob is not None:
+                untold.logprobs.append(logprob)
+            return told if len(untold.token_ids) < request.chunk_tokens else [*told, *self._tell(request)]
+        except Exception as error:  # a tokenizer's code; only this sequence ends with the error
+            return [*told, *self._end(request, FinishReason.ERROR, error=_decoding_failed(request, error))]
+
+    def _tell(self, request: Request) -> Sequence[Chunk]:
+        """A chunk of what nobody has been told of, if there is anything. Raises what the tokenizer raises."""
+        untold, request.untold = request.untold, None
+        if untold is None:
+            return ()
+        text = request.text.push(untold.token_ids)
+        logprobs = tuple(untold.logprobs) if request.params.logprobs is not None else None
+        return (self._chunk(request, text, tuple(untold.token_ids), logprobs, untold.epoch),)
+
+    def _chunk(
+        self,
+        request: Request,
+        text: str,
+        tokens: tuple[int, ...],
+        logprobs: tuple[TokenLogprob, ...] | None,
+        epoch: int | None = None,
+    ) -> Chunk:
+        return Chunk(
+            request.request_id, request.index, text, tokens, logprobs, epoch=self.epoch if epoch is None else epoch
+        )
 
     def _end(
         self,
@@ -492,16 +537,19 @@ class Engine:
         *,
         text: str = "",
         token: int | None = None,
-        logprobs: tuple[TokenLogprob, ...] | None = None,
+        logprob: TokenLogprob | None = None,
         stop_reason: str | int | None = None,
         error: str | None = None,
-    ) -> Chunk:
-        """Every way out of the engine: free what the sequence holds, and say why it ended."""
-        if reason is not FinishReason.ERROR:
-            try:
+    ) -> list[Chunk]:
+        """Every way out of the engine: free what the sequence holds, tell what was not told yet, and say why it
+        ended."""
+        told: Sequence[Chunk] = ()
+        try:
+            told = self._tell(request)
+            if reason is not FinishReason.ERROR:
                 text += request.text.flush()
-            except Exception as fault:  # a tokenizer's code; it must not keep the sequence from ending
-                reason, error = FinishReason.ERROR, _decoding_failed(request, fault)
+        except Exception as fault:  # a tokenizer's code; it must not keep the sequence from ending
+            reason, error = FinishReason.ERROR, _decoding_failed(request, fault)
         if reason is FinishReason.ERROR:
             self._scrub(request)
         self.roster.end(request)
@@ -509,12 +557,14 @@ class Engine:
         self._sampler.forget(request)
         self.metrics.request_finished(reason, self._clock() - request.arrival_seconds)
         tokens = () if token is None else (token,)
-        return Chunk(request.request_id, request.index, text, tokens, logprobs, reason, stop_reason, error, self.epoch)
+        logprobs = None if logprob is None else (logprob,)
+        last = Chunk(request.request_id, request.index, text, tokens, logprobs, reason, stop_reason, error, self.epoch)
+        return [*told, last]
 
     def _end_all(self, request_id: str, reason: FinishReason, error: str | None = None) -> list[Chunk]:
         # Held siblings first: ending the parent would otherwise let them go and wait.
-        sequences = reversed(self.roster.siblings(request_id))
-        return [self._end(sequence, reason, error=error) for sequence in list(sequences) if not sequence.is_finished]
+        sequences = [one for one in reversed(self.roster.siblings(request_id)) if not one.is_finished]
+        return [chunk for sequence in sequences for chunk in self._end(sequence, reason, error=error)]
 
     def _fail_step(self, flight: Flight, error: Exception) -> list[Chunk]:
         """A step broke: what it worked on ends with the error; everything else is untouched."""
@@ -620,7 +670,7 @@ class Engine:
         request.last_token_seconds = now
 
     def _note_step(self, flight: Flight, ran: Ran) -> None:
-        num_tokens = sum(item.num_tokens for item in flight.scheduled)
+        num_tokens = sum([item.num_tokens for item in flight.scheduled])
         levels = self.num_running, self.num_waiting, self.kv.usage
         self.metrics.step(self._step_clock.seconds, num_tokens, *levels, self._step_clock.totals)
         if self._tells_steps:

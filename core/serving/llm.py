@@ -31,6 +31,9 @@ from drivetrain.serving.types import (
     TokenLogprob,
 )
 
+_WAKE_SECONDS = 0.2
+"""An interrupt that comes right before a thread falls asleep is noticed when it wakes again."""
+
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 
@@ -113,7 +116,7 @@ class LLM:
         when the engine failed on one, RequestTimeoutError when its time ran out before the first token.
         """
         requests = [
-            GenerationRequest(prompt, own, priority, timeout_seconds, add_special_tokens)
+            GenerationRequest(prompt, own, priority, timeout_seconds, add_special_tokens, is_streamed=False)
             for prompt, own in self._pair(prompts, params)
         ]
         results: dict[int, GenerationResult] = {}
@@ -125,7 +128,10 @@ class LLM:
             order = {ticket.request_id: place for place, ticket in enumerate(tickets)}
             collected = [_Collector(request.params.n) for request in requests]
             while len(results) < len(tickets):
-                ticket, chunks = arrivals.get()
+                try:
+                    ticket, chunks = arrivals.get(timeout=_WAKE_SECONDS)
+                except queue.Empty:
+                    continue
                 place = order[ticket.request_id]
                 collected[place].add(chunks)
                 if collected[place].is_complete:

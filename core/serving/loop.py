@@ -346,7 +346,9 @@ class EngineLoop:
             if ticket.prompt_info is None and ticket.sequences:
                 # The first chunk comes with the first token: from here on nothing about the prompt changes.
                 ticket.prompt_info = self.engine.prompt_info(ticket.sequences)
-            ticket.open_indexes -= {chunk.index for chunk in own if chunk.finish_reason is not None}
+            for chunk in own:
+                if chunk.finish_reason is not None:
+                    ticket.open_indexes.discard(chunk.index)
             if not ticket.open_indexes:
                 self._tickets.pop(request_id, None)
             try:

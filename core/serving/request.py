@@ -36,6 +36,15 @@ _EDGES = {
 }
 
 
+@dataclass
+class Untold:
+    """Tokens on their way to a chunk: their log-probabilities, where these are wanted, and the parts' epoch."""
+
+    epoch: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
 @dataclass(eq=False)
 class Request:
     """One sequence. A prompt with n > 1 becomes n of them with one ``request_id``.
@@ -47,11 +56,13 @@ class Request:
         seed:       of its random draws.
         parent:     the first of the n, whose prompt blocks the others share; None for the first itself. Until the
                     parent has computed the prompt, the others are HELD.
+        chunk_tokens: how many tokens are put together before somebody is told of them.
     Changed by the engine:
         num_computed:  leading tokens whose keys and values are in the cache, or will be when running steps are done.
         num_expected:  tokens that steps which still run will choose for it: not in ``tokens`` yet, but counted on.
         num_landed:    of the computed ones, those whose step has been collected: what others may start from.
         blocks, hashes: what it holds while it runs, and the names of its full blocks.
+        untold:        tokens that no chunk has told of yet, those that end a sequence aside.
     """
 
     request_id: str
@@ -68,6 +79,7 @@ class Request:
     text: TextStream
     end_tokens: frozenset[int]
     parent: Request | None = None
+    chunk_tokens: int = 1
     key: OrderKey = ()
 
     state: RequestState = RequestState.WAITING
@@ -83,6 +95,7 @@ class Request:
     has_mixed_cache: bool = False
     first_token_seconds: float | None = None
     last_token_seconds: float | None = None
+    untold: Untold | None = None
     _candidate: Candidate | None = field(default=None, repr=False)
 
     def move(self, state: RequestState) -> None:

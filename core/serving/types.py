@@ -166,6 +166,8 @@ class GenerationRequest:
     timeout_seconds: from arrival to the last token; None waits for ever. An expired request ends with reason
                      ``timeout`` and keeps the tokens it has.
     add_special_tokens: whether encoding text adds the tokenizer's own start token; rendered chats carry theirs already.
+    is_streamed:     whether its tokens are told of as they come. Otherwise, and without stop strings, several are put
+                     together, which costs less.
     """
 
     prompt: str | Sequence[int]
@@ -173,6 +175,7 @@ class GenerationRequest:
     priority: int = 0
     timeout_seconds: float | None = None
     add_special_tokens: bool = True
+    is_streamed: bool = True
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one step added to one sequence.
+    """What a step added to one sequence, or several steps where nobody reads along.
 
     index:         which of the n sequences.
     text:          new text; may be empty while half a character or a possible stop string is held back.

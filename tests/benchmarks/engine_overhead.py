@@ -2,8 +2,10 @@
 
     .venv/bin/python tests/benchmarks/engine_overhead.py
 
-Two tables: the phases of a decode step by the number of running requests, and the step's cost by the number of requests
-that wait. The vocabulary and the layers are smollm2-135m's, so that sampling and block tables have their real sizes.
+Three tables: the phases of a decode step by the number of running requests; all that a step of many answers costs,
+those who read them included; and the step's cost by the number of requests that wait. The vocabulary and the layers are
+smollm2-135m's, so that sampling and block tables have their real sizes; for the second table the vocabulary is small,
+so that choosing tokens, which a GPU does by itself, is not what is seen.
 """
 
 from __future__ import annotations
@@ -20,11 +22,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from drivetrain.config import EngineSettings
+from drivetrain import LLM
+from drivetrain.assembly import Parts, ServingStack
+from drivetrain.binding import KernelBinder
+from drivetrain.config import EngineSettings, Settings
 from drivetrain.contracts.attention import AttentionBatch, AttentionSpec, AttentionStep, KVGroup, LayerAttention
 from drivetrain.contracts.model import ModelSpec
+from drivetrain.contracts.plugin import Purpose
 from drivetrain.observers import Observers, hookimpl
 from drivetrain.plugins.scheduler.fcfs import FcfsScheduler
+from drivetrain.registry import SelectionReport
 from drivetrain.serving.blocks import KVManager
 from drivetrain.serving.engine import Engine, EngineLimits
 from drivetrain.serving.runner import ModelRunner
@@ -35,16 +42,17 @@ from support.fake_model import FakeAttention
 from support.fake_stack import make_tokenizer
 
 VOCAB_SIZE, MAX_MODEL_LEN, BLOCK_SIZE = 49_152, 2048, 16
+_READERS = ("whole", "streamed")
 _LAYERS = tuple(LayerAttention(9, 3, 64, 0.125) for _ in range(30))
 
 
 class NoModel:
     """Gives scores that lie ready. Tokens are below 64, for a tokenizer that has no more."""
 
-    def __init__(self, most_rows: int) -> None:
-        self.spec = ModelSpec("None", VOCAB_SIZE, 1, 30, MAX_MODEL_LEN, 0, AttentionSpec(_LAYERS, "float32"))
+    def __init__(self, most_rows: int, vocab_size: int = VOCAB_SIZE) -> None:
+        self.spec = ModelSpec("None", vocab_size, 1, 30, MAX_MODEL_LEN, 0, AttentionSpec(_LAYERS, "float32"))
         generator = torch.Generator().manual_seed(0)
-        self._scores_NV = torch.randn(most_rows, VOCAB_SIZE, generator=generator)
+        self._scores_NV = torch.randn(most_rows, vocab_size, generator=generator)
         self._scores_NV[:, 64:] -= 100
         self._hidden_TE = torch.zeros(4096, 1)
 
@@ -77,8 +85,8 @@ class Steps:
         self.timings.append(timing)
 
 
-def make_engine(max_running: int, steps: Steps | None = None, overlap: str = "off") -> Engine:
-    model, attention = NoModel(max_running), NoAttention(BLOCK_SIZE)
+def make_engine(max_running: int, steps: Steps | None = None, vocab_size: int = VOCAB_SIZE) -> Engine:
+    model, attention = NoModel(max_running, vocab_size), NoAttention(BLOCK_SIZE)
     num_blocks = max_running * MAX_MODEL_LEN // BLOCK_SIZE
     scheduler = FcfsScheduler(FcfsScheduler.Config(max_batched_tokens=2048, max_running=max_running))
     kv = KVManager(
@@ -98,8 +106,8 @@ def make_engine(max_running: int, steps: Steps | None = None, overlap: str = "of
         ModelRunner(model, attention, [num_blocks], torch.device("cpu")),
         kv,
         scheduler,
-        EngineLimits(MAX_MODEL_LEN, VOCAB_SIZE, frozenset()),
-        EngineSettings(overlap=overlap),
+        EngineLimits(MAX_MODEL_LEN, vocab_size, frozenset()),
+        EngineSettings(overlap="off"),
         lambda prompt, skip: Detokenizer(tokenizer, prompt, skip),
         observers,
     )
@@ -130,6 +138,26 @@ def phases(num_running: int, params: SamplingParams, num_steps: int = 300) -> di
     medians = {phase.value: statistics.median(sums[phase] for sums in spent) for phase in Phase}
     outside = statistics.median(sum(sums[phase] for phase in OUTSIDE_THE_MODEL) for sums in spent)
     return {**medians, "outside": outside}
+
+
+def answers(num_running: int, is_streamed: bool, num_tokens: int = 400) -> float:
+    """Seconds of a step of as many answers as run, from the engine to who reads them."""
+    engine = make_engine(num_running, vocab_size=256)
+    tokenizer = make_tokenizer()
+    parts = Parts(Settings("none", engine=engine.settings), Purpose.SERVE, {}, SelectionReport(()))
+    params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
+    prompts = [[(number * 7 + i * 13) % 64 for i in range(32)] for number in range(num_running)]
+    with LLM.from_stack(ServingStack(engine, parts, tokenizer, KernelBinder([]), MAX_MODEL_LEN, {})) as llm:
+        started = time.perf_counter()
+        if is_streamed:
+            streams = [llm.stream(prompt, params) for prompt in prompts]
+            for _ in range(num_tokens):
+                for stream in streams:
+                    next(stream)
+        else:
+            llm.generate(prompts, params)
+        seconds = time.perf_counter() - started
+        return seconds / llm.stats()["steps"]
 
 
 def waiting(num_waiting: int, num_steps: int = 200) -> dict[str, float]:
@@ -168,10 +196,15 @@ def main() -> None:
     drawn = SamplingParams(max_tokens=1500, temperature=0.8, top_k=40, top_p=0.9, ignore_eos=True)
     print("milliseconds of a decode step by phase; the model computes nothing")
     print(f"{'running':>8} {'sampling':>9} " + " ".join(f"{name:>9}" for name in (*Phase, "outside")))
-    for count in (1, 16, 64):
+    for count in (1, 16, 64, 256):
         for name, params in (("greedy", greedy), ("drawn", drawn)):
             row = phases(count, params)
             print(f"{count:>8} {name:>9} " + " ".join(f"{row[key] * 1e3:>9.3f}" for key in (*Phase, "outside")))
+    print("\nmilliseconds of a decode step, readers included; median of 5")
+    print(f"{'running':>8} {'whole':>9} {'streamed':>9}")
+    for count in (16, 64, 256):
+        row = {name: statistics.median(answers(count, name == "streamed") for _ in range(5)) for name in _READERS}
+        print(f"{count:>8} " + " ".join(f"{row[name] * 1e3:>9.3f}" for name in _READERS))
     print("\nmilliseconds with 16 running, by the number that wait")
     print(f"{'waiting':>8} {'add':>9} {'steady':>9} {'turnover':>9}")
     for count in options.waiting:

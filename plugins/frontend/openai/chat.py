@@ -63,6 +63,7 @@ def to_request(body: ChatBody, service: Service) -> GenerationRequest:
         priority=body.priority or 0,
         timeout_seconds=service.resolve_timeout(body.timeout_seconds),
         add_special_tokens=False,
+        is_streamed=bool(body.stream),
     )
 
 

@@ -44,7 +44,10 @@ async def create_completion(request: Request) -> Response:
     model = service.resolve_model(body.model)
     params = _params(body, service)
     timeout_seconds = service.resolve_timeout(body.timeout_seconds)
-    requests = [GenerationRequest(prompt, params, body.priority or 0, timeout_seconds) for prompt in body.prompt]
+    requests = [
+        GenerationRequest(prompt, params, body.priority or 0, timeout_seconds, is_streamed=bool(body.stream))
+        for prompt in body.prompt
+    ]
     streams = await submit_all(service.engine, requests)
     answer = _Answer(service, body, streams, params, model, int(time.time()))
     if body.stream:

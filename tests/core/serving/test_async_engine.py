@@ -85,6 +85,25 @@ def test_sixty_four_streams_at_once_each_get_their_own_answer(make: Any) -> None
     assert_freed(engine)
 
 
+def test_the_event_loop_is_woken_once_for_all_that_came_before_it_looks(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    wakes: list[Any] = []
+
+    async def run() -> list[list[Chunk]]:
+        loop = asyncio.get_running_loop()
+        wake = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *call: (wakes.append(call), wake(*call)))
+        streams = [await engine.submit(GenerationRequest(prompt, greedy(5))) for prompt in prompts(4)]
+        wait_until(lambda: engine.loop.is_empty, "all that was asked for")  # the event loop does not look meanwhile
+        return [await read(stream) for stream in streams]
+
+    answers = asyncio.run(run())
+    assert len(wakes) == 1
+    assert [tokens_of(chunks) for chunks in answers] == [expected_tokens(prompt, 5) for prompt in prompts(4)]
+
+
 def test_a_stream_knows_its_prompt(make: Any) -> None:
     engine = make()
 

@@ -106,11 +106,23 @@ class EngineMachine(RuleBasedStateMachine):
         params=params_of,
         priority=st.integers(-2, 2),
         timeout=st.sampled_from([None, None, 0.5, 3.0]),
+        is_streamed=st.booleans(),
     )
-    def add(self, shared: int, own: list[int], params: SamplingParams, priority: int, timeout: float | None) -> None:
+    def add(
+        self,
+        shared: int,
+        own: list[int],
+        params: SamplingParams,
+        priority: int,
+        timeout: float | None,
+        is_streamed: bool,
+    ) -> None:
         prompt = [*SHARED[:shared], *own] or [1]
         request_id = f"r{next(self.numbers)}"
-        sequences = self.engine.add(request_id, GenerationRequest(prompt, params, priority, timeout), prompt)
+        request = GenerationRequest(prompt, params, priority, timeout, is_streamed=is_streamed)
+        sequences = self.engine.add(request_id, request, prompt)
+        for sequence in sequences:
+            sequence.chunk_tokens = min(sequence.chunk_tokens, 3)  # answers here are shorter than usual chunks
         self.followed[request_id] = Followed(prompt, params, sequences)
 
     @rule(data=st.data())
@@ -153,14 +165,18 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(row=st.integers(0, 7))
     def a_row_is_nan(self, row: int) -> None:
+        before = self.num_output_tokens
         fake_lm(self.engine).faults.nan_row = row
         chunks = self.engine.step()
         fake_lm(self.engine).faults.nan_row = None
-        given = [chunk for chunk in chunks if chunk.token_ids or chunk.finish_reason is FinishReason.ERROR]
-        wrong = [chunk for chunk in given if chunk.finish_reason is FinishReason.ERROR]
-        assert len(wrong) == min(1, len(given))
+        wrong = [chunk for chunk in chunks if chunk.finish_reason is FinishReason.ERROR]
+        assert len(wrong) == min(1, len(wrong) + self.num_output_tokens - before)
         assert all("not finite" in (chunk.error or "") for chunk in wrong)
         self.receive(chunks)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return sum(s.num_output_tokens for request in self.followed.values() for s in request.sequences)
 
     def receive(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
@@ -182,7 +198,8 @@ class EngineMachine(RuleBasedStateMachine):
     def what_came_so_far_is_right(self) -> None:
         request = self.followed[f"r{len(self.followed) - 1}"]
         for sequence in request.sequences:
-            assert list(sequence.output_tokens) == request.tokens(sequence.index)
+            untold = sequence.untold.token_ids if sequence.untold else []
+            assert list(sequence.output_tokens) == [*request.tokens(sequence.index), *untold]
 
     def teardown(self) -> None:
         # Each step computes at least one token of the first in order, or takes one place from the last.
@@ -239,6 +256,11 @@ def check_books(engine: Engine) -> None:
             assert kv.tables[index][sequence.blocks.row].tolist() == [max(b, 0) for b in blocks] + [0] * (
                 kv.tables[index].shape[1] - len(blocks)
             )
+            begin, end = sequence.blocks.writable
+            for position in range(max(begin, sequence.num_computed), end):
+                block = blocks[position // kv.block_size]
+                assert pool.references(block) == 1, "what may be written belongs to somebody else, too"
+                assert not pool.is_indexed(block), "what may be written can be found as something else"
         assert {block: pool.references(block) for block in range(pool.total) if pool.references(block)} == listed
         assert pool.num_used == len(listed)
         assert pool._block_of == {content: block for block, content in pool._hash_of.items()}

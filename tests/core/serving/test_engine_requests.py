@@ -16,6 +16,7 @@ from drivetrain.contracts.plugin import PluginConfig
 from drivetrain.contracts.scheduler import Grant, Limits, OrderKey, RequestFacts, Scheduler, StepPlan, View
 from drivetrain.errors import EngineError, IllegalTransitionError, InvalidRequestError, PromptTooLongError
 from drivetrain.observers import Observers, hookimpl
+from drivetrain.serving.engine import Engine
 from drivetrain.serving.request import _EDGES, Request, RequestState
 from drivetrain.serving.types import FinishReason, GenerationRequest, SamplingParams
 from support.fake_model import (
@@ -325,7 +326,7 @@ class BrokenDecoder(LetterDecoder):
 
     def push(self, ids: Sequence[int]) -> str:
         self.num_tokens += len(ids)
-        if self.at == "push" and self.num_tokens == 3:
+        if self.at == "push" and self.num_tokens >= 3:
             raise ValueError("no such byte")
         return super().push(ids)
 
@@ -337,10 +338,11 @@ class BrokenDecoder(LetterDecoder):
 
 @pytest.mark.parametrize("at", ["push", "flush"])
 @pytest.mark.parametrize("how", ["length", "cancel"])
-def test_text_that_can_not_be_decoded_ends_one_sequence(at: str, how: str) -> None:
+@pytest.mark.parametrize("tokens_at_once", [1, 3, 32])
+def test_text_that_can_not_be_decoded_ends_one_sequence(at: str, how: str, tokens_at_once: int) -> None:
     broken = [BrokenDecoder(at), LetterDecoder()]
     engine = make_engine(make_decoder=lambda prompt, skip: broken.pop(0))
-    add(engine, "a", PROMPT, greedy(4))
+    add(engine, "a", PROMPT, greedy(4))[0].chunk_tokens = tokens_at_once
     add(engine, "b", PROMPT, greedy(4))
     run = Run()
     if how == "cancel" and at == "flush":
@@ -350,6 +352,50 @@ def test_text_that_can_not_be_decoded_ends_one_sequence(at: str, how: str) -> No
     assert run.last["a", 0].finish_reason is FinishReason.ERROR
     assert "ValueError: no such byte" in (run.last["a", 0].error or "")
     assert run.tokens["b", 0] == expected_tokens(PROMPT, 4)
+
+
+def add_whole(engine: Engine, name: str, params: SamplingParams) -> Request:
+    (sequence,) = engine.add(name, GenerationRequest(PROMPT, params, is_streamed=False), PROMPT)
+    return sequence
+
+
+def test_tokens_of_a_whole_answer_are_put_together() -> None:
+    engine, expected = make_engine(num_blocks=128, max_model_len=128), expected_tokens(PROMPT, 70)
+    add_whole(engine, "a", greedy(70, logprobs=1))
+    add_whole(engine, "b", greedy(70, stop="no such text"))
+    run = finish(engine)
+    chunks = [chunk for chunk in run.chunks if chunk.request_id == "a"]
+    assert [len(chunk.token_ids) for chunk in chunks] == [32, 32, 5, 1]
+    assert [chunk.finish_reason for chunk in chunks] == [None, None, None, FinishReason.LENGTH]
+    assert [entry.token_id for chunk in chunks for entry in chunk.logprobs or ()] == expected
+    assert run.tokens["a", 0] == run.tokens["b", 0] == expected
+    assert run.text["a", 0] == run.text["b", 0] == "".join(map(piece, expected))
+    assert all(len(chunk.token_ids) == 1 for chunk in run.chunks if chunk.request_id == "b")
+
+
+@pytest.mark.parametrize("how", ["cancel", "error"])
+def test_what_ends_early_tells_of_all_tokens_it_has(how: str) -> None:
+    engine, run = make_engine(), Run()
+    add_whole(engine, "a", greedy(20))
+    for _ in range(6):
+        run.add(engine.step())
+    assert not run.chunks
+    run.add(engine.cancel("a") if how == "cancel" else engine.fail_all("all is lost"))
+    assert run.tokens["a", 0] == expected_tokens(PROMPT, 6)
+    assert run.text["a", 0] == "".join(map(piece, expected_tokens(PROMPT, 6)))
+    assert run.last["a", 0].finish_reason is (FinishReason.CANCELLED if how == "cancel" else FinishReason.ERROR)
+
+
+def test_a_chunk_is_of_one_epoch() -> None:
+    """Other parts made what comes now: what they did not make is told apart."""
+    engine = make_engine()
+    add_whole(engine, "a", greedy(12))
+    for _ in range(4):
+        assert not engine.step()
+    engine.epoch = 1
+    run = finish(engine)
+    assert [(len(chunk.token_ids), chunk.epoch) for chunk in run.chunks] == [(4, 0), (7, 1), (1, 1)]
+    assert run.tokens["a", 0] == expected_tokens(PROMPT, 12)
 
 
 def test_a_request_whose_decoder_can_not_be_made_is_not_taken() -> None:

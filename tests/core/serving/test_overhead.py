@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from drivetrain.config import EngineSettings
 from drivetrain.serving.engine import Engine
+from drivetrain.serving.types import GenerationRequest
 from support.fake_model import add, greedy, make_engine
 
 torch.set_num_threads(1)
@@ -23,13 +25,13 @@ PROMPT = [1, 2, 3]
 FEW, MANY = 100, 20_000
 
 
-def calls(work: Callable[[], Any]) -> int:
+def calls(work: Callable[[], Any], kinds: tuple[str, ...] = ("call", "c_call")) -> int:
     """How many functions are called, of Python and of C. The garbage collector, whose hooks are calls too, waits."""
     count = 0
 
     def note(frame: object, event: str, argument: object) -> None:
         nonlocal count
-        count += event in ("call", "c_call")
+        count += event in kinds
 
     gc.disable()
     sys.setprofile(note)
@@ -82,3 +84,35 @@ def test_a_step_makes_as_many_calls_however_long_its_sequences_are() -> None:
         engine.step()
     late = [calls(engine.step) for _ in range(32)]
     assert sorted(late) == sorted(early)
+
+
+def calls_of_one(is_streamed: bool) -> float:
+    """Functions of Python that a decode step calls for each running request, those of the model aside: it has a thread
+    of its own."""
+    counts = []
+    for num_running in (8, 40):
+        engine = make_engine(
+            windows=(None,),
+            num_blocks=40 * 30,
+            max_running=num_running,
+            max_batched_tokens=num_running,
+            max_model_len=2000,
+            settings=EngineSettings(overlap="on"),
+        )
+        for number in range(num_running):
+            request = GenerationRequest([number, 2, 3], greedy(100), is_streamed=is_streamed)
+            engine.add(f"r{number}", request, [number, 2, 3])
+        for _ in range(10):
+            engine.step()
+        # Some steps fill a block, or a chunk.
+        counts.append(sum(calls(engine.step, ("call",)) for _ in range(32)) / 32)
+        engine.cancel_all()
+        engine.close()
+    return (counts[1] - counts[0]) / 32
+
+
+def test_a_request_costs_a_step_few_calls() -> None:
+    """What a step costs for each of hundreds of requests is what a fast device waits for."""
+    streamed, whole = calls_of_one(is_streamed=True), calls_of_one(is_streamed=False)
+    assert whole < 17
+    assert streamed < 21

@@ -83,7 +83,8 @@ def test_a_request_reaches_the_engine_with_every_setting(server: LiveServer, eng
         skip_special_tokens=False,
     )
     prompt = "\x1euser: " + str(HELLO[0]["content"])
-    assert engine.requests[-1] == GenerationRequest(prompt, params, -3, 9.5, add_special_tokens=False)
+    expected = GenerationRequest(prompt, params, -3, 9.5, add_special_tokens=False, is_streamed=False)
+    assert engine.requests[-1] == expected
 
 
 def test_what_a_request_leaves_out_comes_from_the_model_and_then_from_openai() -> None:
