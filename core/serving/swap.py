@@ -29,7 +29,6 @@ from drivetrain.assembly import (
     apply_rules,
     build_model,
     kv_format,
-    make_kv,
     prefer_quantizer,
     rank_kernels,
     weigh_model,
@@ -55,6 +54,7 @@ from drivetrain.contracts.scheduler import Scheduler
 from drivetrain.errors import DrivetrainError, SwapError
 from drivetrain.registry import PartRequest, Plan, Selection, SelectionReport, Selector
 from drivetrain.serving.blocks import KVManager
+from drivetrain.serving.cache_size import make_kv
 from drivetrain.serving.engine import Engine, Probation
 from drivetrain.serving.master_copy import Weights
 from drivetrain.serving.types import FinishReason, GenerationRequest, SamplingParams
@@ -439,6 +439,16 @@ def _check_limits(stack: ServingStack, new: LiveParts) -> None:
         raise SwapError(
             f"{stack.max_model_len} tokens, {limits.max_batched_tokens} at a time, would not fit the cache",
             hint="Give a smaller max_batched_tokens.",
+        )
+    needs = stack.needs
+    if needs is None or (step_bytes := needs.step_bytes_within(limits)) <= needs.step_bytes:
+        return
+    free = stack.parts.platform.memory().free_bytes
+    if step_bytes > free:
+        raise SwapError(
+            f"a step of {limits.max_batched_tokens} tokens of up to {limits.max_running} requests would take "
+            f"{step_bytes / 2**20:.1f} MiB beside the weights and the cache, and {free / 2**20:.1f} MiB are free",
+            hint="Give a smaller max_batched_tokens or max_running, or start with a smaller engine.kv_memory.",
         )
 
 
