@@ -342,6 +342,7 @@ def _settle_cache(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run:
         count * new.attention.bytes_per_block(new.spec, group)
         for count, group in zip(counts, new.spec.groups, strict=True)
     )
+    _check_room(stack, extra)
     if ours.block_size == theirs.block_size and _converter(live, new) is not None:
         return CacheFate.CONVERT, extra
     if not dry_run:
@@ -402,6 +403,7 @@ def _settle_model(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run:
     # Counted before anything is made: what does not fit its rules or its groups is an error here.
     ledger = weigh_model(stack.parts, quantizer, new.report)
     kept = ledger.total_bytes
+    _check_room(stack, ledger.peak_bytes)
     if not dry_run:
         kernels = cast(KernelProvider, new.plugins["kernels"])
         new.model, new.binder = build_model(stack.parts, kernels, quantizer, report=new.report)
@@ -441,14 +443,28 @@ def _check_limits(stack: ServingStack, new: LiveParts) -> None:
             hint="Give a smaller max_batched_tokens.",
         )
     needs = stack.needs
-    if needs is None or (step_bytes := needs.step_bytes_within(limits)) <= needs.step_bytes:
+    if needs is not None and (step_bytes := needs.step_bytes_within(limits)) > needs.step_bytes:
+        free = stack.parts.platform.memory().free_bytes
+        if step_bytes > free:
+            raise SwapError(
+                f"a step of {limits.max_batched_tokens} tokens of up to {limits.max_running} requests would take "
+                f"{step_bytes / 2**20:.1f} MiB beside the weights and the cache, and {free / 2**20:.1f} MiB are free",
+                hint="Give a smaller max_batched_tokens or max_running, or start with a smaller engine.kv_memory.",
+            )
+
+
+def _check_room(stack: ServingStack, num_bytes: int) -> None:
+    """Raise SwapError where steps would find too little memory while new parts of this size are made beside the old.
+
+    Only where it is known what steps take: there the cache was given what they leave."""
+    if stack.needs is None:
         return
     free = stack.parts.platform.memory().free_bytes
-    if step_bytes > free:
+    if num_bytes > free - stack.needs.step_bytes:
         raise SwapError(
-            f"a step of {limits.max_batched_tokens} tokens of up to {limits.max_running} requests would take "
-            f"{step_bytes / 2**20:.1f} MiB beside the weights and the cache, and {free / 2**20:.1f} MiB are free",
-            hint="Give a smaller max_batched_tokens or max_running, or start with a smaller engine.kv_memory.",
+            f"the new parts take {num_bytes / 2**20:.1f} MiB beside the old ones and a step "
+            f"{stack.needs.step_bytes / 2**20:.1f}, and {free / 2**20:.1f} MiB are free",
+            hint="Start with an engine.kv_memory that leaves room for swaps.",
         )
 
 

@@ -119,12 +119,15 @@ def test_a_cache_that_is_told_to_take_all_leaves_too_little(
 
 
 def _expect_swaps_within_the_memory(stack: ServingStack) -> None:
-    """A scheduler with larger limits is taken only where a step of these has room."""
+    """A scheduler with larger limits is taken only where a step of these has room, and a second cache beside a step."""
     for changed in ({"max_running": 16}, {"max_batched_tokens": 300}):
         prepare(stack, _scheduler(**changed), dry_run=True)
     for changed in ({"max_batched_tokens": 1000}, {"max_running": 256}):
         with pytest.raises(SwapError, match=r"would take .* beside the weights and the cache, and .* are free"):
             prepare(stack, _scheduler(**changed), dry_run=True)
+    other_blocks = {"attention": PartRequest("attention", "sdpa", {"block_size": 8})}
+    with pytest.raises(SwapError, match=r"new parts take .* beside the old ones and a step .* leaves room for swaps"):
+        prepare(stack, other_blocks)
 
 
 def _scheduler(**changed: int) -> dict[str, PartRequest]:
