@@ -11,6 +11,7 @@ from pydantic import Field
 
 from drivetrain.contracts.platform import (
     CapturesPieces,
+    MeasuresPeaks,
     MemoryInfo,
     Platform,
     PlatformFacts,
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     import torch
 
 
+_FORGOTTEN_PEAKS: dict[tuple[str, int], int] = {}
+"""Peaks since the start of the process, by device, which torch has forgotten: a measurement resets its one figure."""
+
+
 class AcceleratorConfig(PluginConfig):
     """Options of every GPU platform."""
 
@@ -36,6 +41,7 @@ class AcceleratorPlatform(Platform):
 
     device_type: ClassVar[str]
 
+    contract_version = "1.1"
     Config = AcceleratorConfig
     config: AcceleratorConfig
     tier = Tier.VENDOR
@@ -47,6 +53,7 @@ class AcceleratorPlatform(Platform):
             "streams": SupportsStreams,
             "graphs": SupportsGraphs,
             "graph_pieces": CapturesPieces,
+            "peaks": MeasuresPeaks,
             "shares": SharesMachine,
         }
         return frozenset(name for name, protocol in claimed.items() if issubclass(cls, protocol))
@@ -85,7 +92,24 @@ class AcceleratorPlatform(Platform):
 
     def peak_memory_bytes(self) -> int:
         """The most bytes torch's allocator held in tensors; what the driver itself takes is not in it."""
-        return int(self._module().max_memory_allocated(self.config.device))
+        highest = int(self._module().max_memory_allocated(self.config.device))
+        return max(highest, _FORGOTTEN_PEAKS.get((self.device_type, self.config.device), 0))
+
+    def peak_of(self, work: Callable[[], object]) -> int:
+        """Counted in what torch's allocator takes from the driver, so that what lies idle between tensors, before and
+        meanwhile, is in it."""
+        module, device = self._module(), self.config.device
+        self.synchronize()
+        module.empty_cache()
+        _FORGOTTEN_PEAKS[self.device_type, device] = self.peak_memory_bytes()
+        module.reset_peak_memory_stats(device)
+        before = module.memory_allocated(device)
+        try:
+            work()
+            self.synchronize()
+            return int(module.max_memory_reserved(device) - before)
+        finally:
+            module.empty_cache()
 
     def synchronize(self) -> None:
         self._module().synchronize(self.config.device)

@@ -48,6 +48,7 @@ def describe(processor: Processor, memory: HostMemory) -> PlatformFacts:
 class CpuPlatform(Platform):
     """The processor and main memory of this machine."""
 
+    contract_version = "1.1"
     tier = Tier.PORTABLE
     preferences = {"precision": ("fp32",), "attention": ("paged-cpu", "sdpa"), "kernels": ("cpu",)}
 

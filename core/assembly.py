@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from drivetrain.config import Settings
-from drivetrain.contracts.attention import FULL_KV, AttentionBackend, AttentionSpec, KVGroup
+from drivetrain.contracts.attention import FULL_KV, AttentionBackend
 from drivetrain.contracts.frontend import Frontend
 from drivetrain.contracts.kernels import BuildsAhead, KernelProvider
 from drivetrain.contracts.kinds import KINDS
@@ -24,14 +24,13 @@ from drivetrain.contracts.platform import CapturesPieces, PlacesWeights, Platfor
 from drivetrain.contracts.plugin import Plugin, ProbeContext, Purpose
 from drivetrain.contracts.precision import Precision
 from drivetrain.contracts.quantizer import Quantizer, QuantizerConfig
-from drivetrain.contracts.scheduler import Limits, Scheduler
+from drivetrain.contracts.scheduler import Scheduler
 from drivetrain.contracts.source import ListsNames, Progress, Source, silent
 from drivetrain.errors import (
     ConfigError,
     FusionError,
     KernelBuildError,
     LoaderError,
-    MemoryBudgetError,
     ModelNotFoundError,
     NoCandidateError,
     PluginError,
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
     from drivetrain.binding import KernelBinder
     from drivetrain.fusion import FusionReport
     from drivetrain.packed.ledger import Ledger
-    from drivetrain.serving.blocks import KVManager
+    from drivetrain.serving.cache_size import StepNeeds
     from drivetrain.serving.engine import Engine
     from drivetrain.serving.graphs import Capture
     from drivetrain.serving.master_copy import MasterCopy
@@ -56,9 +55,6 @@ if TYPE_CHECKING:
     from drivetrain.serving.tokenizer import Tokenizer
 
 _log = logging.getLogger("drivetrain")
-
-_KV_SHARE = {"cpu": 0.25}
-"""Share of the free memory that ``kv_memory: auto`` may take; devices that do nothing else give 0.9."""
 
 _NOT_QUANTIZED = "none"
 """The quantizer that quantizes nothing."""
@@ -345,6 +341,7 @@ class ServingStack:
     """A built engine and what stands around it.
 
     defaults: sampling defaults that the model's authors recommend, by SamplingParams field.
+    needs:    what steps were found to take of the device's memory; None where that was not measured.
     """
 
     engine: Engine
@@ -353,6 +350,7 @@ class ServingStack:
     binder: KernelBinder
     max_model_len: int
     defaults: Mapping[str, Any]
+    needs: StepNeeds | None = None
 
     def selection_dict(self) -> dict[str, Any]:
         """What was chosen, what was refused and why, with the plan's digest and the bound operations."""
@@ -375,9 +373,11 @@ class ServingStack:
 def build_engine(parts: Parts, *, observers: Observers | None = None, progress: Progress = silent) -> ServingStack:
     """Load the weights and make everything a step needs. Raises LoaderError, MemoryBudgetError, ..."""
     from drivetrain.binding import bind_sample
+    from drivetrain.serving.cache_size import check_room, make_kv, size_cache
     from drivetrain.serving.engine import Engine, EngineLimits
     from drivetrain.serving.master_copy import check_kept
     from drivetrain.serving.metrics import EngineMetrics
+    from drivetrain.serving.rehearsal import Performers, rehearse
     from drivetrain.serving.runner import ModelRunner
     from drivetrain.serving.tokenizer import Detokenizer, Tokenizer
 
@@ -394,7 +394,11 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
         parts.notes.append(f"a master copy of the weights takes {master.num_bytes / 2**20:.1f} MiB of host memory")
     parts.report = with_fallbacks(parts.report, binder)
     limits = parts.scheduler.limits()
-    max_model_len, num_blocks = _size_cache(parts, parts.spec, limits)
+    draw = bind_sample(binder, device.type, parts.spec.vocab_size)
+    capture, capture_pieces = _capture(parts), _capture_pieces(parts)
+    weight_bytes = None if binder.ledger is None else binder.ledger.total_bytes
+    needs = rehearse(parts, Performers(model, draw, capture, capture_pieces, weight_bytes), limits, progress)
+    max_model_len, num_blocks = size_cache(parts, limits, needs)
     kv = make_kv(parts, parts.attention, num_blocks, limits, max_model_len)
     metrics = EngineMetrics()
     metrics.fell_back(len(parts.report.fallbacks))
@@ -404,8 +408,8 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
             parts.attention,
             num_blocks,
             device,
-            _capture(parts),
-            capture_pieces=_capture_pieces(parts),
+            capture,
+            capture_pieces=capture_pieces,
             must_capture=parts.settings.engine.graphs == "on",
             spec=parts.spec.attention,
         ),
@@ -416,15 +420,17 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
         lambda prompt, skip_special: Detokenizer(tokenizer, prompt, skip_special),
         observers,
         metrics,
-        draw=bind_sample(binder, device.type, parts.spec.vocab_size),
+        draw=draw,
     )
     engine.runner.capture_ahead(progress)
+    if needs is not None:
+        check_room(parts, needs)
     defaults = {
         name: parts.checkpoint.generation_config[name]
         for name in _SAMPLING_DEFAULTS
         if parts.checkpoint.generation_config.get(name) is not None
     }
-    return ServingStack(engine, parts, tokenizer, binder, max_model_len, defaults)
+    return ServingStack(engine, parts, tokenizer, binder, max_model_len, defaults, needs)
 
 
 def build_attention(parts: Parts, progress: Progress) -> None:
@@ -600,115 +606,3 @@ def _capture_pieces(parts: Parts) -> CapturePieces | None:
     if parts.settings.engine.graphs == "off" or not isinstance(parts.platform, CapturesPieces):
         return None
     return parts.platform.capture_pieces
-
-
-def make_kv(
-    parts: Parts,
-    attention: AttentionBackend,
-    num_blocks: Sequence[int],
-    limits: Limits,
-    max_model_len: int,
-    spec: AttentionSpec | None = None,
-) -> KVManager:
-    """Empty books for a cache of ``attention`` with these numbers of blocks.
-
-    spec: where keys and values are not kept as the parts say.
-    """
-    from drivetrain.serving.blocks import KVManager
-
-    assert parts.spec is not None
-    spec = spec or parts.spec.attention
-    contract = attention.kv_contract(spec)
-    return KVManager(
-        spec.groups,
-        num_blocks,
-        contract.block_size,
-        max_running=limits.max_running,
-        max_tokens=max_model_len,
-        prefix_cache=parts.settings.engine.prefix_cache,
-        salt=repr(contract),
-    )
-
-
-def _size_cache(parts: Parts, spec: ModelSpec, limits: Limits) -> tuple[int, list[int]]:
-    """How long a request may get, and how many blocks each KV group has."""
-    groups = spec.attention.groups
-    block_size = parts.attention.kv_contract(spec.attention).block_size
-    block_bytes = [parts.attention.bytes_per_block(spec.attention, group) for group in groups]
-    settings = parts.settings.engine
-    wanted = settings.max_model_len or spec.max_position
-    if settings.max_model_len and settings.max_model_len > spec.max_position:
-        raise ConfigError(
-            "max_model_len is more than the model was made for",
-            where="engine.max_model_len",
-            found=settings.max_model_len,
-            allowed=f"1..{spec.max_position}",
-        )
-    budget = settings.kv_bytes
-    if budget is None:
-        memory = parts.platform.memory()
-        budget = int(memory.free_bytes * _KV_SHARE.get(parts.platform.device().type, 0.9))
-    length = _longest_that_fits(wanted, groups, block_bytes, block_size, limits.max_batched_tokens, budget)
-    if length < wanted:
-        if settings.max_model_len or length < 1:
-            needed = _bytes_of_one(wanted, groups, block_bytes, block_size, limits.max_batched_tokens)
-            shorter = f"Set engine.max_model_len to at most {length}, or give" if length else "Give"
-            raise MemoryBudgetError(
-                f"one request of {wanted} tokens needs {needed / 2**20:.1f} MiB of keys and values, "
-                f"but {budget / 2**20:.1f} MiB are there",
-                where="engine.kv_memory",
-                hint=f"{shorter} more memory with engine.kv_memory.",
-            )
-        parts.notes.append(
-            f"max_model_len is {length}, not the model's {wanted}: as fits in {budget / 2**20:.0f} MiB of cache"
-        )
-    least = [_blocks_of_one(length, group, block_size, limits.max_batched_tokens) for group in groups]
-    return length, share_blocks(budget, block_bytes, least, [limits.max_running * count for count in least])
-
-
-def _blocks_of_one(num_tokens: int, group: KVGroup, block_size: int, chunk: int) -> int:
-    from drivetrain.serving.blocks import most_blocks
-
-    return most_blocks(group, num_tokens, chunk, block_size)
-
-
-def _bytes_of_one(
-    num_tokens: int, groups: Sequence[KVGroup], block_bytes: Sequence[int], block_size: int, chunk: int
-) -> int:
-    return sum(
-        size * _blocks_of_one(num_tokens, group, block_size, chunk)
-        for group, size in zip(groups, block_bytes, strict=True)
-    )
-
-
-def _longest_that_fits(
-    wanted: int, groups: Sequence[KVGroup], block_bytes: Sequence[int], block_size: int, chunk: int, budget: int
-) -> int:
-    """The most tokens, up to ``wanted``, that one request can have within ``budget`` bytes (bisection)."""
-    low, high = 0, wanted
-    while low < high:
-        middle = (low + high + 1) // 2
-        if _bytes_of_one(middle, groups, block_bytes, block_size, chunk) <= budget:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def share_blocks(budget: int, block_bytes: Sequence[int], least: Sequence[int], most: Sequence[int]) -> list[int]:
-    """Blocks for each KV group within ``budget`` bytes: ``least``, and what is left in equal numbers up to ``most``.
-
-    A group that needs less than the equal share leaves the rest to the others.
-    """
-    counts = list(least)
-    budget -= sum(count * size for count, size in zip(counts, block_bytes, strict=True))
-    open_groups = [g for g in range(len(most)) if most[g] > counts[g]]
-    while open_groups:
-        equal = budget // sum(block_bytes[g] for g in open_groups)
-        content = [g for g in open_groups if most[g] - counts[g] <= equal]
-        for g in content or open_groups:
-            more = min(most[g] - counts[g], equal)
-            counts[g] += more
-            budget -= more * block_bytes[g]
-        open_groups = [g for g in open_groups if g not in content] if content else []
-    return counts

@@ -294,4 +294,4 @@ class SwapError(EngineError):
 
 
 class MemoryBudgetError(EngineError):
-    """The memory left after the weights does not hold the smallest useful KV cache."""
+    """The memory left after the weights does not hold what a step takes and the smallest useful KV cache."""

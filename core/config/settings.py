@@ -40,7 +40,7 @@ class EngineSettings(BaseModel):
     )
     kv_memory: str = Field(
         default="auto",
-        description="bytes for keys and values, such as 2GiB; auto: what max_running requests can use, if free",
+        description="bytes for keys and values, such as 2GiB; auto: what max_running requests can use, beside a step",
     )
     prefix_cache: bool = Field(
         default=True, description="reuse keys and values of a prefix that an earlier request had too"

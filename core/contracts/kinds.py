@@ -43,7 +43,7 @@ class Kind:
 
 
 _ORDERED = (
-    Kind("platform", "drivetrain.contracts.platform:Platform", "devices, memory, streams, graph capture"),
+    Kind("platform", "drivetrain.contracts.platform:Platform", "devices, memory, streams, graph capture", minor=1),
     Kind("precision", "drivetrain.contracts.precision:Precision", "parameter, compute and reduction types"),
     Kind("source", "drivetrain.contracts.source:Source", "where a model name is fetched from"),
     Kind("loader", "drivetrain.contracts.loader:Loader", "how weight files are read"),

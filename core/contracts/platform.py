@@ -99,6 +99,19 @@ class SharesMachine(Protocol):
 
 
 @runtime_checkable
+class MeasuresPeaks(Protocol):
+    """Ability ``peaks``: what a piece of work takes of the device's memory for a while is measured."""
+
+    def peak_of(self, work: Callable[[], object]) -> int:
+        """Run ``work`` to its end; return the most bytes of the device that were taken for it at once, beyond what
+        tensors held before. Memory that is handed out in larger pieces than were asked for counts whole.
+
+        Nothing else may use the device meanwhile. What no tensor holds any more is given back to the device, before and
+        afterwards. ``peak_memory_bytes`` goes on counting from the start. What ``work`` raises comes out as it is.
+        """
+
+
+@runtime_checkable
 class SupportsStreams(Protocol):
     """Ability ``streams``: work on a second queue beside the current one."""
 
@@ -128,7 +141,8 @@ class CapturesPieces(Protocol):
     """Ability ``graph_pieces``: launches are recorded in pieces, between which other work is done at each replay."""
 
     def capture_pieces(self, function: Callable[[Callable[[Callable[[], None]], None]], None]) -> Callable[[], None]:
-        """Run ``function(between)`` once under capture; return a callable that replays it on the same buffers.
+        """Run ``function(between)`` once under capture; return a callable that replays it on the same buffers. Captures
+        share memory, but for tensors that are still held: one of them is replayed at a time.
 
         ``between(work)`` ends a piece and begins the next: each replay calls ``work`` there, the capture does not. What
         ``work`` launches is not recorded; it finds what the pieces before it left in memory, and they what it left.

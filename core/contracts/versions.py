@@ -165,6 +165,12 @@ def _lifted(plugin: type[Plugin], version: str, **more: Any) -> type[Plugin]:
     return type(plugin.__name__, (plugin,), content)
 
 
+@adapter("platform", from_minor=0)
+def _peaks(plugin: type[Plugin]) -> type[Plugin]:
+    """1.1 brought the ability ``peaks``."""
+    return _as_it_is(plugin, "1.1")
+
+
 @adapter("kernels", from_minor=0)
 def _more_operations(plugin: type[Plugin]) -> type[Plugin]:
     """1.1 brought operations, and more fields of :class:`Operation`."""

@@ -31,6 +31,10 @@ _log = logging.getLogger("drivetrain")
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """``SupportsGraphs.capture``."""
 
+_DRIVER_BYTES_PER_LAYER = 2**18
+"""What a driver keeps of a captured layer: the launches with their parameters. An estimate on the safe side, as no
+driver tells: some ten launches a layer, and some KiB each, where captures end and begin again more."""
+
 
 @dataclass(frozen=True)
 class GraphLimits:
@@ -85,6 +89,20 @@ class CapturedSteps(ABC):
         self._parts = parts
         self._sizes = sizes
         self._replays: dict[int, Callable[[], None]] = {}
+
+    def rehearse_largest(self) -> None:
+        """Compute a step of the largest size as it is when captured; nothing is."""
+        self._rehearse(self._sizes[-1])
+
+    def bytes_kept(self, bytes_of_largest: int) -> int:
+        """What all sizes together keep of the device's memory once they are captured, by what the largest takes at
+        most while it is computed."""
+        driver = len(self._sizes) * len(self._parts.spec.layers) * _DRIVER_BYTES_PER_LAYER
+        return driver + self._tensor_bytes_kept(bytes_of_largest)
+
+    @abstractmethod
+    def _tensor_bytes_kept(self, bytes_of_largest: int) -> int:
+        """The same without what the driver keeps of each capture."""
 
     def capture_ahead(self, progress: Progress) -> None:
         """Capture every size now, the largest first: smaller ones then find room in the memory that it took."""
@@ -151,6 +169,10 @@ class DecodeGraphs(CapturedSteps):
         self._buffers.fill(inputs, count)
         self._replay_of(size)()
         return self._logits[size][:count]
+
+    def _tensor_bytes_kept(self, bytes_of_largest: int) -> int:
+        """Logits of every size are held; what else a size takes may be its own. Both grow with the rows."""
+        return bytes_of_largest * sum(self._sizes) // self._sizes[-1]
 
     def _rehearse(self, size: int) -> Callable[[], Callable[[], None]]:
         parts = self._parts

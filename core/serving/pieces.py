@@ -72,6 +72,10 @@ class StepPieces(CapturedSteps):
             self._exchange.step = None
         return self._exchange.place("hidden")[:count]
 
+    def _tensor_bytes_kept(self, bytes_of_largest: int) -> int:
+        """Sizes share what they hand over, and by the platform's contract the rest."""
+        return bytes_of_largest
+
     def _rehearse(self, size: int) -> Callable[[], Callable[[], None]]:
         parts = self._parts
         ids_t, positions_t, batch = self._buffers.of(size)

@@ -16,7 +16,15 @@ from drivetrain.contracts.model import CausalLM
 from drivetrain.contracts.source import Progress
 from drivetrain.errors import GraphCaptureError
 from drivetrain.serving.blocks import KVManager
-from drivetrain.serving.graphs import Capture, DecodeGraphs, GraphLimits, StepParts, why_no_graphs, with_scratch
+from drivetrain.serving.graphs import (
+    Capture,
+    CapturedSteps,
+    DecodeGraphs,
+    GraphLimits,
+    StepParts,
+    why_no_graphs,
+    with_scratch,
+)
 from drivetrain.serving.packing import Scheduled, StepBuffers, StepInputs, bytes_of_step, pack
 from drivetrain.serving.pieces import CapturePieces, StepPieces
 from drivetrain.serving.request import Request
@@ -101,6 +109,11 @@ class ModelRunner:
         for buffers in self._buffers:
             buffers.reserve(bytes_of_step(kv, max_batched_tokens, max_running))
         self._plan_graphs(kv, max_batched_tokens, max_running)
+
+    @property
+    def captured(self) -> tuple[CapturedSteps, ...]:
+        """The kinds of steps that are captured."""
+        return tuple(steps for steps in (self._graphs, self._pieces) if steps is not None)
 
     def clear_blocks(self, kv: KVManager, blocks: Sequence[Sequence[int]]) -> None:
         """Make these blocks of each KV group finite again."""

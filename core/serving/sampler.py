@@ -25,6 +25,8 @@ _WIDTHS = (64, 256, 1024)
 """Best tokens that a row with top-k is drawn from: sorting out 64 first takes a tenth of filtering a vocabulary."""
 _PARTS = 64
 """Parts of a vocabulary that a GPU looks for the best token in, or as many as divide it."""
+_SCORED_BYTES = 64 * 2**20
+"""Bytes of float32 scores that are turned into log-probabilities at a time."""
 _LEAST_TEMPERATURE = 1e-30
 """Anything less is no normal float32, and draws the most likely token just the same."""
 
@@ -398,7 +400,19 @@ def _keep_top_p(probs_SV: torch.Tensor, top_p_S: torch.Tensor) -> torch.Tensor:
 
 
 def token_logprobs(scores_NV: torch.Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
-    """Log-probability and rank of one token a row, and the ``count`` most likely tokens there."""
+    """Log-probability and rank of one token a row, and the ``count`` most likely tokens there.
+
+    Some rows at a time: the tokens of a whole prompt may be asked for, and a row of float32 is large.
+    """
+    num_rows = max(1, _SCORED_BYTES // (4 * scores_NV.shape[-1]))
+    return [
+        entry
+        for first in range(0, len(tokens), num_rows)
+        for entry in _rows_logprobs(scores_NV[first : first + num_rows], tokens[first : first + num_rows], count)
+    ]
+
+
+def _rows_logprobs(scores_NV: torch.Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
     logprobs_NV = scores_NV.float().log_softmax(dim=-1)
     token_N1 = torch.tensor(list(tokens), device=scores_NV.device).unsqueeze(1)
     chosen_N1 = logprobs_NV.gather(1, token_N1)

@@ -29,7 +29,6 @@ from drivetrain.assembly import (
     apply_rules,
     build_model,
     kv_format,
-    make_kv,
     prefer_quantizer,
     rank_kernels,
     weigh_model,
@@ -55,6 +54,7 @@ from drivetrain.contracts.scheduler import Scheduler
 from drivetrain.errors import DrivetrainError, SwapError
 from drivetrain.registry import PartRequest, Plan, Selection, SelectionReport, Selector
 from drivetrain.serving.blocks import KVManager
+from drivetrain.serving.cache_size import make_kv
 from drivetrain.serving.engine import Engine, Probation
 from drivetrain.serving.master_copy import Weights
 from drivetrain.serving.types import FinishReason, GenerationRequest, SamplingParams
@@ -342,6 +342,7 @@ def _settle_cache(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run:
         count * new.attention.bytes_per_block(new.spec, group)
         for count, group in zip(counts, new.spec.groups, strict=True)
     )
+    _check_room(stack, extra)
     if ours.block_size == theirs.block_size and _converter(live, new) is not None:
         return CacheFate.CONVERT, extra
     if not dry_run:
@@ -402,6 +403,7 @@ def _settle_model(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run:
     # Counted before anything is made: what does not fit its rules or its groups is an error here.
     ledger = weigh_model(stack.parts, quantizer, new.report)
     kept = ledger.total_bytes
+    _check_room(stack, ledger.peak_bytes)
     if not dry_run:
         kernels = cast(KernelProvider, new.plugins["kernels"])
         new.model, new.binder = build_model(stack.parts, kernels, quantizer, report=new.report)
@@ -439,6 +441,30 @@ def _check_limits(stack: ServingStack, new: LiveParts) -> None:
         raise SwapError(
             f"{stack.max_model_len} tokens, {limits.max_batched_tokens} at a time, would not fit the cache",
             hint="Give a smaller max_batched_tokens.",
+        )
+    needs = stack.needs
+    if needs is not None and (step_bytes := needs.step_bytes_within(limits)) > needs.step_bytes:
+        free = stack.parts.platform.memory().free_bytes
+        if step_bytes > free:
+            raise SwapError(
+                f"a step of {limits.max_batched_tokens} tokens of up to {limits.max_running} requests would take "
+                f"{step_bytes / 2**20:.1f} MiB beside the weights and the cache, and {free / 2**20:.1f} MiB are free",
+                hint="Give a smaller max_batched_tokens or max_running, or start with a smaller engine.kv_memory.",
+            )
+
+
+def _check_room(stack: ServingStack, num_bytes: int) -> None:
+    """Raise SwapError where steps would find too little memory while new parts of this size are made beside the old.
+
+    Only where it is known what steps take: there the cache was given what they leave."""
+    if stack.needs is None:
+        return
+    free = stack.parts.platform.memory().free_bytes
+    if num_bytes > free - stack.needs.step_bytes:
+        raise SwapError(
+            f"the new parts take {num_bytes / 2**20:.1f} MiB beside the old ones and a step "
+            f"{stack.needs.step_bytes / 2**20:.1f}, and {free / 2**20:.1f} MiB are free",
+            hint="Start with an engine.kv_memory that leaves room for swaps.",
         )
 
 

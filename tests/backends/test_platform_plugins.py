@@ -16,10 +16,19 @@ from pydantic import ValidationError
 
 from drivetrain.backends import accelerator, cpu, cuda, rocm, xpu
 from drivetrain.backends.accelerator import AcceleratorPlatform
-from drivetrain.contracts.platform import CapturesPieces, Platform, SupportsGraphs, SupportsStreams
+from drivetrain.contracts.platform import (
+    CapturesPieces,
+    MeasuresPeaks,
+    Platform,
+    PlatformFacts,
+    SupportsGraphs,
+    SupportsStreams,
+)
 from drivetrain.contracts.plugin import ProbeContext
 from drivetrain.hardware import HostMemory, Processor, read_processor
 from drivetrain.registry.discovery import discover, load
+from drivetrain.testing.suites.platform import PlatformSuite
+from support.card import Card
 
 PLATFORMS: list[type[Platform]] = [cpu.CpuPlatform, cuda.CudaPlatform, rocm.RocmPlatform, xpu.XpuPlatform]
 
@@ -40,6 +49,7 @@ def test_an_ability_is_claimed_exactly_when_its_methods_are_there() -> None:
         assert ("streams" in platform.abilities()) == issubclass(platform, SupportsStreams)
         assert ("graphs" in platform.abilities()) == issubclass(platform, SupportsGraphs)
         assert ("graph_pieces" in platform.abilities()) == issubclass(platform, CapturesPieces)
+        assert ("peaks" in platform.abilities()) == issubclass(platform, MeasuresPeaks)
     assert cpu.CpuPlatform.abilities() == frozenset()
 
 
@@ -145,6 +155,72 @@ def test_peak_memory_counts_what_was_held_once() -> None:
 
 
 # --- graphs and devices --------------------------------------------------------------------------------------------
+
+
+class _Memory:
+    """What torch tells of a device's memory, of one that is played by the processor; each figure comes from a count."""
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self.times_emptied = 0
+
+    def memory_allocated(self, device: int) -> int:
+        return self.card.held_bytes
+
+    def max_memory_allocated(self, device: int) -> int:
+        return self.card.peak_bytes
+
+    def max_memory_reserved(self, device: int) -> int:
+        return -(-self.card.peak_bytes // 2**21) * 2**21
+
+    def memory_reserved(self, device: int) -> int:
+        return -(-self.card.held_bytes // 2**21) * 2**21
+
+    def mem_get_info(self, device: int) -> tuple[int, int]:
+        return self.card.total_bytes - self.memory_reserved(device), self.card.total_bytes
+
+    def reset_peak_memory_stats(self, device: int) -> None:
+        self.card.peak_bytes = self.card.held_bytes
+
+    def empty_cache(self) -> None:
+        self.times_emptied += 1
+
+    def synchronize(self, device: int) -> None: ...
+
+
+class _OnTheProcessor(AcceleratorPlatform):
+    """What the GPU platforms share, on such a device."""
+
+    device_type = "cpu"
+    memory_of_torch: _Memory
+
+    @classmethod
+    def abilities(cls) -> frozenset[str]:
+        return frozenset({"peaks"})
+
+    def facts(self) -> PlatformFacts:
+        raise NotImplementedError
+
+    def _module(self) -> Any:
+        return self.memory_of_torch
+
+
+class _PeakSuite(PlatformSuite):
+    plugin = _OnTheProcessor
+    allocation_bytes = 16 * 2**20
+
+
+def test_a_measured_peak_is_that_of_the_work_and_the_one_since_the_start_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the test of the conformance suite, which runs on a GPU where one is."""
+    monkeypatch.setattr(accelerator, "_FORGOTTEN_PEAKS", {})
+    platform = _OnTheProcessor(AcceleratorPlatform.Config())
+    with Card(2**30) as card:
+        platform.memory_of_torch = _Memory(card)
+        _PeakSuite().test_the_peak_of_work_is_what_it_takes_at_once(platform)
+        assert card.peak_bytes < platform.peak_memory_bytes() == 80 * 2**20
+        assert platform.memory_of_torch.times_emptied == 8
 
 
 class _Graph:

@@ -95,12 +95,13 @@ def test_every_split_of_a_chunked_prefill(model: tuple[Path, list[Any]], chunk: 
 
 def _tight_memory(folder: Path, chunk: int) -> str:
     """Room for no more than the longest request alone, so that requests push each other out."""
-    from drivetrain.assembly import _bytes_of_one, resolve_parts
+    from drivetrain.assembly import resolve_parts
     from drivetrain.config import load_settings
+    from drivetrain.contracts.scheduler import Limits
+    from drivetrain.serving.cache_size import BlockSizes
 
     settings = load_settings(None, {"model": str(folder), "attention": {"name": "sdpa", "block_size": 4}})
     parts = resolve_parts(settings, leave_out=("frontend",))
     assert parts.spec is not None
-    spec = parts.spec.attention
-    sizes = [parts.attention.bytes_per_block(spec, group) for group in spec.groups]
-    return f"{_bytes_of_one(40, spec.groups, sizes, 4, chunk)}B"
+    sizes = BlockSizes.of(parts.attention, parts.spec.attention, Limits(chunk, 1))
+    return f"{sizes.bytes_of_one(40)}B"

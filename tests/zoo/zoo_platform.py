@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -33,6 +34,18 @@ class PeakIsCurrent(CpuPlatform):
 
     def peak_memory_bytes(self) -> int:
         return 1 << 20
+
+
+class CountsWhatWasThere(CpuPlatform):
+    """Takes the peak of the whole process for the peak of a piece of work."""
+
+    @classmethod
+    def abilities(cls) -> frozenset[str]:
+        return frozenset({"peaks"})
+
+    def peak_of(self, work: Callable[[], object]) -> int:
+        work()
+        return self.peak_memory_bytes()
 
 
 class MadeUpDtype(CpuPlatform):
@@ -87,6 +100,7 @@ ZOO: dict[type[Plugin], str] = {
     FallsBackToTheCpu: "test_device_is_of_the_type_that_the_facts_tell",
     FreeBeyondTotal: "test_memory_makes_sense",
     PeakIsCurrent: "test_peak_sees_an_allocation",
+    CountsWhatWasThere: "test_the_peak_of_work_is_what_it_takes_at_once",
     MadeUpDtype: "test_dtypes_exist",
     ClaimsGraphs: "test_claims_match_methods",
     OpensTheDeviceInItsProbe: "test_import_and_probe_open_no_device",

@@ -12,6 +12,7 @@ import torch
 from drivetrain.contracts.kinds import KINDS
 from drivetrain.contracts.platform import (
     CapturesPieces,
+    MeasuresPeaks,
     MemoryInfo,
     Platform,
     PlatformFacts,
@@ -26,6 +27,7 @@ ABILITIES = {
     "streams": SupportsStreams,
     "graphs": SupportsGraphs,
     "graph_pieces": CapturesPieces,
+    "peaks": MeasuresPeaks,
     "shares": SharesMachine,
 }
 """Every ability that a platform can claim, and the methods it then has."""
@@ -161,6 +163,39 @@ class PlatformSuite(Suite):
         slack = _COUNTING_SLACK_BYTES
         assert with_it >= max(before, self.allocation_bytes) - slack, "the allocation is not in the peak"
         assert platform.peak_memory_bytes() >= with_it - slack, "the peak went down"
+
+    def test_the_peak_of_work_is_what_it_takes_at_once(self, platform: Platform) -> None:
+        """What was held before is not in it, nor is what was freed before the next was made; a failure comes out."""
+        self.require_claim("peaks")
+        measures = cast(MeasuresPeaks, platform)
+        num_floats, size = self.allocation_bytes // 4, self.allocation_bytes
+
+        def make(count: int) -> list[torch.Tensor]:
+            return [torch.ones(num_floats, dtype=torch.float32, device=platform.device()) for _ in range(count)]
+
+        def work() -> None:
+            make(2)
+            make(1)
+
+        def fail() -> None:
+            make(1)
+            raise KeyError("of the work")
+
+        held = make(3)
+        highest = platform.peak_memory_bytes()
+        found = [measures.peak_of(lambda: None), measures.peak_of(work), measures.peak_of(work)]
+        with pytest.raises(KeyError, match="of the work"):
+            measures.peak_of(fail)
+        assert found[0] < size / 2, "the peak counts what was held before"
+        assert 2 * size - _COUNTING_SLACK_BYTES <= found[1] < 2.5 * size, "two tensors at once are the peak"
+        assert abs(found[2] - found[1]) < size / 2, "the same work has another peak"
+        assert platform.peak_memory_bytes() >= highest - _COUNTING_SLACK_BYTES, "the peak since the start was forgotten"
+        del held
+        free = platform.memory().free_bytes
+        made = make(1)
+        platform.synchronize()
+        assert free - platform.memory().free_bytes > size / 2, "what is made after a measurement is not counted"
+        del made
 
     def test_synchronize_waits_for_queued_work(self, platform: Platform) -> None:
         """After synchronize the results of queued work are there."""

@@ -282,7 +282,7 @@ def test_our_own_platforms_pass_and_tell_the_facts_of_the_device() -> None:
     assert health["cpu"].facts is not None
     assert health["cpu"].facts["dtypes"] == ["bfloat16", "float32"]
     assert health["cuda"].pci_vendors == (NVIDIA,)
-    assert health["cuda"].abilities == ("graph_pieces", "graphs", "shares", "streams")
+    assert health["cuda"].abilities == ("graph_pieces", "graphs", "peaks", "shares", "streams")
     assert not any(entry.notes for entry in health.values())
 
 

@@ -32,6 +32,7 @@ from drivetrain.serving.sampler import (
 )
 from drivetrain.serving.text import TextStream
 from drivetrain.serving.types import SamplingParams
+from drivetrain.testing.measure import Allocations
 
 torch.set_num_threads(1)
 
@@ -353,6 +354,15 @@ def test_logprobs_and_ranks_are_those_of_the_model(seed: int, count: int) -> Non
         assert entry.rank == 1 + int((expected[row] > expected[row, tokens[row]]).sum())
         assert [token for token, _ in entry.top] == expected[row].topk(min(count, V)).indices.tolist()
         assert [value for _, value in entry.top] == pytest.approx(expected[row].topk(min(count, V)).values.tolist())
+
+
+def test_logprobs_of_many_rows_take_memory_for_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, tokens = logits(5).bfloat16(), [3, 1, 4, 1, 5]
+    whole = token_logprobs(scores, tokens, 2)
+    monkeypatch.setattr("drivetrain.serving.sampler._SCORED_BYTES", 2 * 4 * V + 1)
+    with Allocations() as made:
+        assert token_logprobs(scores, tokens, 2) == whole
+    assert made.largest_bytes == 2 * 4 * V
 
 
 def test_logprobs_are_before_temperature_penalties_and_bias_and_for_those_who_asked() -> None:
