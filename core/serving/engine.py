@@ -19,6 +19,7 @@ import itertools
 import logging
 import secrets
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -397,6 +398,7 @@ class Engine:
         except Exception as error:  # a plugin's code; its requests end with the error, others go on
             if self.probation is None:
                 return self._fail_step(flight, error)
+            traceback.clear_frames(error.__traceback__)  # they hold the cache, which the old one may have to replace
             self._take_back(flight)
             self._roll_back(f"{type(error).__name__}: {error}")
             return []

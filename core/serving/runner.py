@@ -93,6 +93,15 @@ class ModelRunner:
         if self._graph_limits is not None and not kept:
             self._plan_graphs(kv, self._graph_limits.max_tokens, self._graph_limits.max_running)
 
+    def drop_cache(self) -> None:
+        """Let go of the cache, and of steps that were captured on it. No step can run before :meth:`exchange`."""
+        self.cache = None
+        self._graphs = self._pieces = None
+
+    def allocate(self, attention: AttentionBackend, spec: AttentionSpec, kv: KVManager) -> KVCache:
+        """An empty cache of ``attention`` for these books, with the block that captured steps take."""
+        return attention.allocate(spec, self.blocks_to_allocate([pool.total for pool in kv.pools]), self.device)
+
     def _plan_graphs(self, kv: KVManager, max_batched_tokens: int, max_running: int) -> None:
         """Capture steps anew, each size when it first comes."""
         scratch = tuple(pool.total for pool in kv.pools)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -68,6 +69,9 @@ SWAPPABLE = ("attention", "kernels", "quantizer", "scheduler")
 
 DEFAULT_PROBATION_STEPS = 8
 
+_ALLOCATION_SECONDS = 0.1
+"""What giving a cache back and making another takes of a pause: some tens of GB at the pace of a GPU's memory."""
+
 
 class CacheFate(StrEnum):
     """What a swap does with the keys and values of requests in flight."""
@@ -92,7 +96,8 @@ class SwapReport:
     changes:              kind -> (old plugin, new plugin).
     epoch:                the engine's epoch afterwards.
     extra_memory_bytes:   device memory of the new weights and caches, held beside the old ones between prepare and the
-                          end of probation: to the byte what is made, known before it is.
+                          end of probation: to the byte what is made, known before it is. Of a cache that takes the old
+                          one's place, what it has more than that.
     peak_memory_bytes:    the most memory beside the old parts that making them takes: a layer in full and packed form,
                           and what reading and packing need on the side.
     pause_seconds:        how long the step loop stood still at commit; for a dry run, what is expected.
@@ -125,7 +130,7 @@ class LiveParts:
 
     scheduler: Scheduler
     attention: AttentionBackend
-    cache: KVCache
+    cache: KVCache | None
     spec: AttentionSpec
     kv: KVManager
     model: CausalLM
@@ -150,6 +155,25 @@ class LiveParts:
             stack.parts.report,
         )
 
+    def clear_cache_away(self, stack: ServingStack) -> int:
+        """Let go of the live cache, so that another can take its place; returns how many running requests lost their
+        keys and values. These are the parts that are live."""
+        engine = stack.engine
+        engine.drop_prefixes()
+        lost = engine.preempt_all()
+        engine.kv.take_copies()
+        engine.runner.drop_cache()
+        self.cache = None
+        return lost
+
+    def restore(self, stack: ServingStack) -> None:
+        """Make these the engine's parts again. A cache that was cleared away is made anew, once nothing holds another
+        any more."""
+        if self.cache is None:
+            stack.engine.runner.drop_cache()
+            self.cache = stack.engine.runner.allocate(self.attention, self.spec, self.kv)
+        self.install(stack, drops_prefixes=False)
+
     def install(self, stack: ServingStack, *, drops_prefixes: bool) -> int:
         """Make these the engine's parts; returns how many running requests lost their keys and values.
 
@@ -161,6 +185,7 @@ class LiveParts:
             lost = engine.preempt_all()
         elif drops_prefixes:
             engine.drop_prefixes()
+        assert self.cache is not None
         engine.runner.exchange(self.model, self.attention, self.cache, self.kv, self.spec)
         engine.exchange(self.scheduler, self.kv)
         engine.draw = self.draw
@@ -189,8 +214,9 @@ _Converter = Callable[[ServingStack, LiveParts], KVCache]
 class PreparedSwap:
     """Parts that are ready to be installed.
 
-    epoch:     the engine's when they were prepared; they fit no other.
-    converter: makes the cache at commit, when the old one stands still.
+    epoch:       the engine's when they were prepared; they fit no other.
+    converter:   makes the cache at commit, when the old one stands still.
+    takes_place: whether the old cache goes before the new one is made: there is no room for both.
     """
 
     parts: LiveParts
@@ -202,6 +228,7 @@ class PreparedSwap:
     peak_memory_bytes: int
     expected_pause_seconds: float
     converter: _Converter | None = None
+    takes_place: bool = False
     weights: Weights | None = None
     prepare_seconds: float = 0.0
     done: threading.Event = field(default_factory=threading.Event)
@@ -256,7 +283,7 @@ def prepare(stack: ServingStack, requests: Mapping[str, PartRequest], *, dry_run
         new.attention = cast(AttentionBackend, chosen["attention"])
     new.spec = dataclasses.replace(live.spec, kv=kv_format(cast(Quantizer, new.plugins["quantizer"])))
     _check_kv(new)
-    fate, extra = _settle_cache(stack, live, new, dry_run)
+    fate, extra, takes_place = _settle_cache(stack, live, new, dry_run)
     weights, peak = None, extra
     has_new_weights = "quantizer" in chosen and not _quantizes_alike(live.plugins["quantizer"], chosen["quantizer"])
     if "kernels" in chosen or has_new_weights:
@@ -273,10 +300,13 @@ def prepare(stack: ServingStack, requests: Mapping[str, PartRequest], *, dry_run
         drops_prefixes="quantizer" in chosen,  # other weights, or other keys, give other ones
         extra_memory_bytes=extra,
         peak_memory_bytes=peak,
-        expected_pause_seconds=_expected_pause(stack.engine, fate),
+        expected_pause_seconds=_expected_pause(stack.engine, fate) + takes_place * _ALLOCATION_SECONDS,
         weights=weights,
+        takes_place=takes_place,
     )
-    if fate is CacheFate.CONVERT:
+    if takes_place:
+        prepared.converter = _allocate
+    elif fate is CacheFate.CONVERT:
         prepared.converter = _converter(live, new)
     if not dry_run:
         _warm(stack, new)
@@ -332,24 +362,37 @@ def _quantizes_alike(old: Plugin, new: Plugin) -> bool:
     return bool(old.config.model_copy(update={"kv": new.config.kv}) == new.config and old.config != new.config)
 
 
-def _settle_cache(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run: bool) -> tuple[CacheFate, int]:
-    """Keep the cache where the contracts are equal; otherwise make an empty one for as many tokens."""
+def _settle_cache(stack: ServingStack, live: LiveParts, new: LiveParts, dry_run: bool) -> tuple[CacheFate, int, bool]:
+    """Keep the cache where the contracts are equal; otherwise make an empty one for as many tokens, beside the old one
+    or, where memory has no room for both, at commit in its place.
+
+    Returns what becomes of keys and values, the bytes that are held beside the old ones, and whether the new cache
+    takes the old one's place.
+    """
     ours, theirs = new.attention.kv_contract(new.spec), live.attention.kv_contract(live.spec)
     if (new.attention is live.attention and new.spec == live.spec) or ours == theirs:
-        return CacheFate.KEEP, 0
+        return CacheFate.KEEP, 0, False
     counts = [-(-pool.total * theirs.block_size // ours.block_size) for pool in live.kv.pools]
     extra = sum(
         count * new.attention.bytes_per_block(new.spec, group)
         for count, group in zip(counts, new.spec.groups, strict=True)
     )
-    _check_room(stack, extra)
+    old = sum(
+        pool.total * live.attention.bytes_per_block(live.spec, group)
+        for pool, group in zip(live.kv.pools, live.spec.groups, strict=True)
+    )
+    takes_place = not _has_room(stack, extra)
+    if takes_place:
+        _check_room(stack, extra - old)
+        new.kv = make_kv(stack.parts, new.attention, counts, new.scheduler.limits(), stack.max_model_len, new.spec)
+        new.cache = None
+        return CacheFate.RECOMPUTE, max(0, extra - old), True
     if ours.block_size == theirs.block_size and _converter(live, new) is not None:
-        return CacheFate.CONVERT, extra
+        return CacheFate.CONVERT, extra, False
     if not dry_run:
         new.kv = make_kv(stack.parts, new.attention, counts, new.scheduler.limits(), stack.max_model_len, new.spec)
-        runner = stack.engine.runner
-        new.cache = new.attention.allocate(new.spec, runner.blocks_to_allocate(counts), runner.device)
-    return CacheFate.RECOMPUTE, extra
+        new.cache = stack.engine.runner.allocate(new.attention, new.spec, new.kv)
+    return CacheFate.RECOMPUTE, extra, False
 
 
 def _converter(live: LiveParts, new: LiveParts) -> _Converter | None:
@@ -362,6 +405,11 @@ def _converter(live: LiveParts, new: LiveParts) -> _Converter | None:
         return _scale if theirs.layout == PAGED_BNGD else None
     is_able = isinstance(new.attention, ConvertsCache) and new.attention.converts_from(theirs)
     return _convert if is_able else None
+
+
+def _allocate(stack: ServingStack, new: LiveParts) -> KVCache:
+    """An empty cache, where the old one was."""
+    return stack.engine.runner.allocate(new.attention, new.spec, new.kv)
 
 
 def _convert(stack: ServingStack, new: LiveParts) -> KVCache:
@@ -457,15 +505,19 @@ def _check_room(stack: ServingStack, num_bytes: int) -> None:
     """Raise SwapError where steps would find too little memory while new parts of this size are made beside the old.
 
     Only where it is known what steps take: there the cache was given what they leave."""
-    if stack.needs is None:
-        return
-    free = stack.parts.platform.memory().free_bytes
-    if num_bytes > free - stack.needs.step_bytes:
+    if stack.needs is not None and not _has_room(stack, num_bytes):
+        free = stack.parts.platform.memory().free_bytes
         raise SwapError(
             f"the new parts take {num_bytes / 2**20:.1f} MiB beside the old ones and a step "
             f"{stack.needs.step_bytes / 2**20:.1f}, and {free / 2**20:.1f} MiB are free",
             hint="Start with an engine.kv_memory that leaves room for swaps.",
         )
+
+
+def _has_room(stack: ServingStack, num_bytes: int) -> bool:
+    """Whether so much can be made beside what there is, and a step be computed."""
+    step_bytes = 0 if stack.needs is None else stack.needs.step_bytes
+    return num_bytes <= stack.parts.platform.memory().free_bytes - step_bytes
 
 
 def _expected_pause(engine: Engine, fate: CacheFate) -> float:
@@ -565,12 +617,17 @@ def commit(
     before = LiveParts.of(stack)
     started = time.perf_counter()
     running = engine.num_running
+    lost = 0
     try:
+        if prepared.takes_place:
+            lost = before.clear_cache_away(stack)
         if prepared.converter is not None:
             prepared.parts.cache = prepared.converter(stack, prepared.parts)
-        lost = prepared.parts.install(stack, drops_prefixes=prepared.drops_prefixes)
+        lost += prepared.parts.install(stack, drops_prefixes=prepared.drops_prefixes)
     except BaseException as error:
-        before.install(stack, drops_prefixes=False)
+        traceback.clear_frames(error.__traceback__)  # what was made before it failed
+        prepared.parts.cache = None
+        before.restore(stack)
         _fail(prepared, error)
         if not isinstance(error, Exception):
             raise
@@ -580,7 +637,8 @@ def commit(
 
     def roll_back() -> None:
         engine.recompute_all()
-        before.install(stack, drops_prefixes=False)
+        prepared.parts.cache = None
+        before.restore(stack)
         engine.epoch += 1
 
     def finish(reason: str | None) -> None:

@@ -18,14 +18,15 @@ from drivetrain.contracts.scheduler import Limits
 from drivetrain.contracts.source import silent
 from drivetrain.errors import EngineError, MemoryBudgetError, SwapError
 from drivetrain.plugins.attention.sdpa import SdpaAttention
-from drivetrain.registry import PartRequest
+from drivetrain.registry import PartRequest, Registry
 from drivetrain.serving.cache_size import make_kv
 from drivetrain.serving.rehearsal import Performers, lengths_of, rehearse
 from drivetrain.serving.runner import ModelRunner
-from drivetrain.serving.swap import prepare
+from drivetrain.serving.swap import CacheFate, SwapOutcome, commit, prepare
 from drivetrain.serving.types import FinishReason, GenerationRequest, SamplingParams
 from support.captures import Recorder
 from support.card import Card, CardPlatform, registry_with_card
+from support.swap_parts import refs_with_swap_parts
 
 torch.set_num_threads(1)
 MIB = 2**20
@@ -119,15 +120,78 @@ def test_a_cache_that_is_told_to_take_all_leaves_too_little(
 
 
 def _expect_swaps_within_the_memory(stack: ServingStack) -> None:
-    """A scheduler with larger limits is taken only where a step of these has room, and a second cache beside a step."""
+    """A scheduler with larger limits is taken only where a step of these has room, and another cache as well."""
     for changed in ({"max_running": 16}, {"max_batched_tokens": 300}):
         prepare(stack, _scheduler(**changed), dry_run=True)
     for changed in ({"max_batched_tokens": 1000}, {"max_running": 256}):
         with pytest.raises(SwapError, match=r"would take .* beside the weights and the cache, and .* are free"):
             prepare(stack, _scheduler(**changed), dry_run=True)
-    other_blocks = {"attention": PartRequest("attention", "sdpa", {"block_size": 8})}
+    larger = {"attention": PartRequest("attention", "sdpa", {"block_size": 2**16})}
     with pytest.raises(SwapError, match=r"new parts take .* beside the old ones and a step .* leaves room for swaps"):
-        prepare(stack, other_blocks)
+        prepare(stack, larger)
+
+
+# --- a cache that takes another's place ------------------------------------------------------------------------------
+
+
+class Answers:
+    """Thirty-two requests, stepped in this thread, which the card watches."""
+
+    def __init__(self, stack: ServingStack) -> None:
+        self._stack = stack
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+        for number, prompt in enumerate(MANY):
+            stack.engine.add(f"r{number}", GenerationRequest(prompt, params), prompt)
+        self._tokens: dict[str, list[int]] = {}
+
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            for chunk in self._stack.engine.step():
+                self._tokens.setdefault(chunk.request_id, []).extend(chunk.token_ids)
+
+    def finish(self) -> dict[str, list[int]]:
+        while self._stack.engine.has_work:
+            self.step(1)
+        return self._tokens
+
+
+@pytest.mark.parametrize("ends", ["well", "without memory", "with a step that fails", "with scores that are NaN"])
+def test_a_cache_that_has_no_room_beside_the_old_one_takes_its_place(
+    folder: Path, card: Card, ends: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No request notices, and where the new parts fail, the old cache finds its room again."""
+    caplog.set_level(logging.CRITICAL, "drivetrain")
+    stack = build_engine(resolve(folder))
+    stack.parts.registry = Registry((*refs_with_swap_parts(), stack.parts.registry.find("platform", "card")))
+    expected = Answers(stack).finish()
+    answers = Answers(stack)
+    answers.step(12)  # some wait, some decode
+    running = stack.engine.num_running
+    faults = {"with a step that fails": "raise", "with scores that are NaN": "nan"}
+    options = {"block_size": 8} | ({"phase": faults[ends]} if ends in faults else {})
+    asked = {"attention": PartRequest("attention", "faulty" if ends in faults else "sdpa", options)}
+    prepared = prepare(stack, asked)
+    assert prepared.takes_place
+    assert prepared.cache is CacheFate.RECOMPUTE
+    assert prepared.extra_memory_bytes < 0.05 * CARD_BYTES
+    if ends == "without memory":
+        allocate = prepared.parts.attention.allocate
+
+        def run_out(*arguments: Any) -> Any:
+            made = allocate(*arguments)
+            raise torch.OutOfMemoryError(f"{made} and no more")
+
+        prepared.parts.attention.allocate = run_out  # type: ignore[method-assign]
+    commit(stack, prepared, 4, lambda report: None)
+    assert answers.finish() == expected
+    stack.engine.kv.check()
+    assert stack.engine.kv.pools[0].num_used == 0
+    if ends == "without memory":
+        assert isinstance(prepared.failure, torch.OutOfMemoryError)
+        return
+    assert prepared.outcome is not None
+    assert prepared.outcome.outcome is (SwapOutcome.FINALIZED if ends == "well" else SwapOutcome.ROLLED_BACK)
+    assert (prepared.outcome.requests_recomputed, prepared.outcome.requests_kept) == (running, 0)
 
 
 def _scheduler(**changed: int) -> dict[str, PartRequest]:
