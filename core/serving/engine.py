@@ -489,10 +489,9 @@ class Engine:
             message = _decoding_failed(request, error)
             return [*told, *self._end(request, FinishReason.ERROR, token=token, logprob=logprob, error=message)]
         stop = request.text.stopped_by
-        if stop is not None:
-            return self._end(request, FinishReason.STOP, text=text, token=token, logprob=logprob, stop_reason=stop)
-        if num_output >= request.max_tokens:
-            return [*told, *self._end(request, FinishReason.LENGTH, text=text, token=token, logprob=logprob)]
+        if stop is not None or num_output >= request.max_tokens:
+            reason = FinishReason.LENGTH if stop is None else FinishReason.STOP
+            return [*told, *self._end(request, reason, text=text, token=token, logprob=logprob, stop_reason=stop)]
         return (self._chunk(request, text, (token,), None if logprob is None else (logprob,)),)
 
     def _keep(self, request: Request, token: int, logprob: TokenLogprob | None) -> Sequence[Chunk]:
