@@ -98,6 +98,10 @@ class Tokenizer:
         """Whether the token is left out of text under ``skip_special_tokens``."""
         return token_id in self._special_ids
 
+    def has_special(self, ids: Sequence[int]) -> bool:
+        """Whether any of these tokens is."""
+        return not self._special_ids.isdisjoint(ids)
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -196,7 +200,7 @@ class Detokenizer:
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that these tokens complete; may be empty."""
-        if self._skip_special_tokens:
+        if self._skip_special_tokens and self._tokenizer.has_special(ids):
             ids = [index for index in ids if not self._tokenizer.is_special(index)]
         return self._stream.push(ids)
 
@@ -218,13 +222,18 @@ class _ByteStream:
         self._tokenizer = tokenizer
         self._strips_first_space = strips_first_space
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_inside_character = False
 
     def push(self, ids: Sequence[int]) -> str:
-        joined = b"".join(self._tokenizer.token_bytes(index) for index in ids)
+        joined = b"".join(map(self._tokenizer.token_bytes, ids))
         if self._strips_first_space and joined:
             joined = joined.removeprefix(b" ")
             self._strips_first_space = False
-        return self._decoder.decode(joined)
+        if not self._is_inside_character and joined.isascii():
+            return joined.decode("ascii")  # most tokens; the decoder is code of Python, and takes twice as long
+        text = self._decoder.decode(joined)
+        self._is_inside_character = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
         # Complete text has gone out already. What is held back is the beginning of one character, which is left out, or
