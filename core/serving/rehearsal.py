@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -33,7 +33,7 @@ from drivetrain.serving.pieces import CapturePieces
 from drivetrain.serving.request import Request
 from drivetrain.serving.runner import ModelRunner
 from drivetrain.serving.sampler import Choice, Sampler
-from drivetrain.serving.text import TextStream
+from drivetrain.serving.text import NoText, TextStream
 from drivetrain.serving.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -210,16 +210,6 @@ def _request(number: int, num_tokens: int) -> Request:
         arrival_seconds=0.0,
         sequence_number=number,
         deadline_seconds=None,
-        text=TextStream(_NoText(), (), include_stop=False),
+        text=TextStream(NoText(), (), include_stop=False),
         end_tokens=frozenset(),
     )
-
-
-class _NoText:
-    """A decoder for requests whose text nobody reads."""
-
-    def push(self, ids: Any) -> str:
-        return ""
-
-    def flush(self) -> str:
-        return ""

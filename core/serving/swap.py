@@ -58,6 +58,7 @@ from drivetrain.serving.blocks import KVManager
 from drivetrain.serving.cache_size import make_kv
 from drivetrain.serving.engine import Engine, Probation
 from drivetrain.serving.master_copy import Weights
+from drivetrain.serving.text import NoText
 from drivetrain.serving.types import FinishReason, GenerationRequest, SamplingParams
 from drivetrain.serving.vote import Ballot, Voter, ask_all
 
@@ -545,28 +546,14 @@ def _warm(stack: ServingStack, new: LiveParts) -> None:
     runner = ModelRunner(new.model, new.attention, blocks, engine.runner.device, spec=new.spec)
     kv = make_kv(stack.parts, new.attention, blocks, limits, length, new.spec)
     settings = EngineSettings(prefix_cache=False)
-    scratch = Engine(
-        runner, kv, new.scheduler, dataclasses.replace(engine.limits, max_model_len=length), settings, _NoText
-    )
+    limits_of_scratch = dataclasses.replace(engine.limits, max_model_len=length)
+    scratch = Engine(runner, kv, new.scheduler, limits_of_scratch, settings, lambda prompt, skip: NoText())
     params = SamplingParams(max_tokens=max(1, length - 3), temperature=0, ignore_eos=True)
     scratch.add("warm", GenerationRequest((), params), [0] * max(1, min(3, length - 1)))
     while scratch.has_work:
         for chunk in scratch.step():
             if chunk.finish_reason is FinishReason.ERROR:
                 raise SwapError(f"the new parts failed when they were warmed up: {chunk.error}")
-
-
-class _NoText:
-    """A decoder for requests whose text nobody reads."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def push(self, ids: object) -> str:
-        return ""
-
-    def flush(self) -> str:
-        return ""
 
 
 # --- commit and probation ------------------------------------------------------------------------------------------

@@ -16,6 +16,16 @@ class IncrementalDecoder(Protocol):
         """Whatever whole characters are left."""
 
 
+class NoText:
+    """A decoder for sequences whose text nobody reads."""
+
+    def push(self, ids: Sequence[int]) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
 class TextStream:
     """A sequence's text on its way out.
 
