@@ -526,6 +526,63 @@ class Rehearsal:
         return q_SHD, torch.empty(q_SHD.shape, dtype=q_SHD.dtype, device=device), table, chunks
 
 
+class Decode:
+    """A launch for one kind of layer in a step. What does not change from layer to layer is put together once, and the
+    layers share the memory of their chunks' results, one after another."""
+
+    def __init__(
+        self,
+        layer: LayerAttention,
+        q_THD: torch.Tensor,
+        keys: Pages,
+        values: Pages,
+        table: torch.Tensor,
+        chunks: Chunks,
+        blocks: Blocks,
+    ) -> None:
+        """As :func:`decode`; queries, keys and values are taken as examples of how others lie in memory."""
+        (keys_BNGD, _, form), (values_BNGD, _, _) = parts_of(keys), parts_of(values)
+        room, groups, size = chunks.items.shape[0], layer.num_kv_heads, layer.head_size
+        shared = layer.num_heads // groups
+        padded, block_d = power_of_two(shared), max(16, power_of_two(size))
+        num_parts = room * groups * padded
+        memory = torch.empty(num_parts * (block_d + 1), dtype=torch.float32, device=q_THD.device)
+        parts, logs = memory.split((num_parts * block_d, num_parts))
+        self._launch = _decode[(room * groups,)]
+        self._common = (
+            parts,
+            logs,
+            chunks.items,
+            chunks.num_items,
+            chunks.done,
+            table,
+            *score_constants(layer),
+            *q_THD.stride()[:2],
+            *keys_BNGD.stride()[:3],
+            *values_BNGD.stride()[:3],
+            table.stride(0),
+        )
+        self._constants = {
+            "G": groups,
+            "R": shared,
+            "P": padded,
+            "D": size,
+            "N": keys_BNGD.shape[1],
+            "HAS_CAP": layer.soft_cap is not None,
+            "FORMAT": form,
+            "WIDE": INTERPRETED,
+            "FIELDS": ITEM,
+            "BLOCK_R": max(16, padded),
+            "BLOCK_D": block_d,
+            "BLOCK_C": max(1, _MERGED_NUMBERS // (padded * block_d)),
+            **blocks.launch,
+        }
+
+    def __call__(self, q_THD: torch.Tensor, keys: Pages, values: Pages, out_THD: torch.Tensor) -> None:
+        (k, k_scales, _), (v, v_scales, _) = parts_of(keys), parts_of(values)
+        self._launch(q_THD, k, v, k_scales, v_scales, out_THD, *self._common, **self._constants)
+
+
 def decode(
     layer: LayerAttention,
     q_THD: torch.Tensor,
@@ -537,42 +594,4 @@ def decode(
     blocks: Blocks,
 ) -> None:
     """Attend into the rows of ``out_THD`` that belong to the sequences of ``chunks``."""
-    (keys_BNGD, key_scales, form), (values_BNGD, value_scales, _) = parts_of(keys), parts_of(values)
-    room, groups, size = chunks.items.shape[0], layer.num_kv_heads, layer.head_size
-    shared = layer.num_heads // groups
-    padded, block_d = power_of_two(shared), max(16, power_of_two(size))
-    num_parts = room * groups * padded
-    memory = torch.empty(num_parts * (block_d + 1), dtype=torch.float32, device=q_THD.device)
-    parts, logs = memory.split((num_parts * block_d, num_parts))
-    _decode[(room * groups,)](
-        q_THD,
-        keys_BNGD,
-        values_BNGD,
-        key_scales,
-        value_scales,
-        out_THD,
-        parts,
-        logs,
-        chunks.items,
-        chunks.num_items,
-        chunks.done,
-        table,
-        *score_constants(layer),
-        *q_THD.stride()[:2],
-        *keys_BNGD.stride()[:3],
-        *values_BNGD.stride()[:3],
-        table.stride(0),
-        G=groups,
-        R=shared,
-        P=padded,
-        D=size,
-        N=keys_BNGD.shape[1],
-        HAS_CAP=layer.soft_cap is not None,
-        FORMAT=form,
-        WIDE=INTERPRETED,
-        FIELDS=ITEM,
-        BLOCK_R=max(16, padded),
-        BLOCK_D=block_d,
-        BLOCK_C=max(1, _MERGED_NUMBERS // (padded * block_d)),
-        **blocks.launch,
-    )
+    Decode(layer, q_THD, keys, values, table, chunks, blocks)(q_THD, keys, values, out_THD)

@@ -306,6 +306,54 @@ def layer_constants(layer: LayerAttention) -> dict[str, Any]:
     }
 
 
+class Forward:
+    """A launch for one kind of layer in a step. What does not change from layer to layer is put together once: it takes
+    Python longer than a step of few tokens takes the device."""
+
+    def __init__(
+        self,
+        layer: LayerAttention,
+        q_THD: torch.Tensor,
+        keys: Pages,
+        values: Pages,
+        log_TH: torch.Tensor | None,
+        starts: torch.Tensor,
+        kv_lengths: torch.Tensor,
+        table: torch.Tensor | None,
+        tiles: torch.Tensor,
+        blocks: Blocks,
+    ) -> None:
+        """As :func:`forward`; queries, keys and values are taken as examples of how others lie in memory."""
+        is_paged = table is not None
+        (k, _, form), (v, _, _) = parts_of(keys), parts_of(values)
+        strides = [x.stride()[:3] if is_paged else (0, *x.stride()[:2]) for x in (k, v)]
+        self._launch = _forward[(tiles.shape[0], layer.num_kv_heads)]
+        self._common = (
+            log_TH,
+            tiles,
+            table,
+            starts,
+            kv_lengths,
+            *score_constants(layer),
+            q_THD.stride(0),
+            q_THD.stride(1),
+            *strides[0],
+            *strides[1],
+            0 if table is None else table.stride(0),
+        )
+        self._constants = {
+            "N": k.shape[1] if is_paged else 0,
+            "FORMAT": form,
+            "KEEPS_LOG": log_TH is not None,
+            **layer_constants(layer),
+            **blocks.launch,
+        }
+
+    def __call__(self, q_THD: torch.Tensor, keys: Pages, values: Pages, out_THD: torch.Tensor) -> None:
+        (k, k_scales, _), (v, v_scales, _) = parts_of(keys), parts_of(values)
+        self._launch(q_THD, k, v, k_scales, v_scales, out_THD, *self._common, **self._constants)
+
+
 def forward(
     layer: LayerAttention,
     q_THD: torch.Tensor,
@@ -321,34 +369,7 @@ def forward(
 ) -> None:
     """Attend into ``out_THD``. Keys and values are [T, G, D] of the step itself, or a cache [B, N, G, D] with the
     sequences' ``table`` of blocks. ``log_TH`` takes the log2 of each row's sum of exponentials, for the backward."""
-    common = layer_constants(layer)
-    tiles = tiles_of(common["R"], blocks["BLOCK_M"])
-    if tiles.shape[0] == 0:
-        return
-    is_paged = table is not None
-    (k, k_scales, form), (v, v_scales, _) = parts_of(keys), parts_of(values)
-    strides = [x.stride()[:3] if is_paged else (0, *x.stride()[:2]) for x in (k, v)]
-    _forward[(tiles.shape[0], layer.num_kv_heads)](
-        q_THD,
-        k,
-        v,
-        k_scales,
-        v_scales,
-        out_THD,
-        log_TH,
-        tiles,
-        table,
-        starts,
-        kv_lengths,
-        *score_constants(layer),
-        q_THD.stride(0),
-        q_THD.stride(1),
-        *strides[0],
-        *strides[1],
-        0 if table is None else table.stride(0),
-        N=k.shape[1] if is_paged else 0,
-        FORMAT=form,
-        KEEPS_LOG=log_TH is not None,
-        **common,
-        **blocks.launch,
-    )
+    tiles = tiles_of(layer.num_heads // layer.num_kv_heads, blocks["BLOCK_M"])
+    if tiles.shape[0] > 0:
+        launch = Forward(layer, q_THD, keys, values, log_TH, starts, kv_lengths, table, tiles, blocks)
+        launch(q_THD, keys, values, out_THD)

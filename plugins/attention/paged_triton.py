@@ -203,7 +203,8 @@ class _Kernels:
         log_TH: torch.Tensor | None,
         table: torch.Tensor | None,
         plan: StepPlan,
-    ) -> None:
+    ) -> Callable[..., None]:
+        """A launch, once its blocks are chosen."""
         starts, kv_lengths = plan.batch.query_starts, plan.batch.kv_lengths
 
         def launch(blocks: Blocks) -> None:
@@ -215,7 +216,9 @@ class _Kernels:
         block_size = 0 if table is None else tensors_of(keys)[0].shape[1]
         worth_it = q_THD.shape[0] * q_THD.shape[1] >= _WORTH_TIMING_ROWS
         candidates = functools.partial(self.flash.forward_candidates, layer, q_THD.dtype.itemsize)
-        launch(choice((block_size,), candidates, launch, worth_it))
+        blocks = choice((block_size,), candidates, launch, worth_it)
+        tiles = plan.tiles(layer.num_heads // layer.num_kv_heads, blocks["BLOCK_M"])
+        return self.flash.Forward(layer, q_THD, keys, values, log_TH, starts, kv_lengths, table, tiles, blocks)
 
     def write(
         self,
@@ -238,10 +241,10 @@ class _Kernels:
         q_THD: torch.Tensor,
         keys: Pages,
         values: Pages,
-        out_THD: torch.Tensor,
         table: torch.Tensor,
         plan: StepPlan,
-    ) -> None:
+    ) -> Callable[..., None]:
+        """A launch, once its blocks are chosen."""
         pages = tensors_of(keys)[0]
         chunks = plan.chunks(layer, table.shape[1] * pages.shape[1])
         rehearsal = self.decoding.Rehearsal(layer, q_THD, keys, values)
@@ -249,7 +252,7 @@ class _Kernels:
         worth_it = math.prod(pages.shape[:3]) >= _WORTH_TIMING_KEYS
         candidates = functools.partial(self.decoding.candidates, layer, q_THD.dtype.itemsize)
         blocks = choice((pages.shape[1],), candidates, rehearsal, worth_it)
-        self.decoding.decode(layer, q_THD, keys, values, out_THD, table, chunks, blocks)
+        return self.decoding.Decode(layer, q_THD, keys, values, table, chunks, blocks)
 
     def backward(
         self, inputs: BackwardInputs, layer: LayerAttention, plan: StepPlan
@@ -314,7 +317,8 @@ class _Attention(torch.autograd.Function):
             logs = kernels.hopper.forward(layer, q_THD, k_TGD, v_TGD, out_THD, tiles, plan.hopper_places)
         else:
             logs = torch.empty(q_THD.shape[:2], dtype=torch.float32, device=q_THD.device)
-            kernels.prefill(layer, q_THD, k_TGD, v_TGD, out_THD, logs, None, plan)
+            launch = kernels.prefill(layer, q_THD, k_TGD, v_TGD, out_THD, logs, None, plan)
+            launch(q_THD, k_TGD, v_TGD, out_THD)
         context.kernels, context.layer, context.plan = kernels, layer, plan
         context.save_for_backward(q_THD, k_TGD, v_TGD, out_THD, logs)
         return out_THD
@@ -330,11 +334,47 @@ class _Attention(torch.autograd.Function):
         return None, None, None, *kernels.backward(inputs, layer, plan)
 
 
+class _Launches:
+    """How layers of one kind attend in a step, over queries, keys and values that lie in memory as the first one's."""
+
+    def __init__(
+        self,
+        kernels: _Kernels,
+        layer: LayerAttention,
+        q_THD: torch.Tensor,
+        keys: Pages,
+        values: Pages,
+        out_THD: torch.Tensor,
+        table: torch.Tensor,
+        plan: StepPlan,
+    ) -> None:
+        self._strides = self._strides_of(q_THD, keys, values)
+        self._launches: list[Callable[..., None]] = []
+        if len(plan.prefills):
+            self._launches.append(kernels.prefill(layer, q_THD, keys, values, out_THD, None, table, plan))
+        if plan.has_decodes:
+            self._launches.append(kernels.decode(layer, q_THD, keys, values, table, plan))
+
+    def fit(self, q_THD: torch.Tensor, keys: Pages, values: Pages) -> bool:
+        """Whether these lie in memory in the same way."""
+        return self._strides == self._strides_of(q_THD, keys, values)
+
+    def __call__(self, q_THD: torch.Tensor, keys: Pages, values: Pages, out_THD: torch.Tensor) -> None:
+        for launch in self._launches:
+            launch(q_THD, keys, values, out_THD)
+
+    @staticmethod
+    def _strides_of(q_THD: torch.Tensor, *pages: Pages) -> tuple[tuple[int, ...], ...]:
+        kept = (each.codes if isinstance(each, ScaledPages) else each for each in pages)
+        return q_THD.stride(), *(each.stride() for each in kept)
+
+
 class PagedTritonStep:
     """Attention of one step by its plan."""
 
     def __init__(self, spec: AttentionSpec, plan: StepPlan, cache: AnyPagedCache | None, kernels: _Kernels) -> None:
         self._layers = spec.layers
+        self._launches: dict[LayerAttention, _Launches] = {}
         self._group_of = {layer: group.index for group in spec.groups for layer in group.layers}
         self._plan, self._cache, self._kernels = plan, cache, kernels
 
@@ -357,14 +397,15 @@ class PagedTritonStep:
     def attend_written(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:
         assert self._cache is not None
         q_THD = q_THD if q_THD.stride(2) == 1 else q_THD.contiguous()
-        attention, plan, kernels = self._layers[layer], self._plan, self._kernels
+        attention = self._layers[layer]
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        table = plan.batch.block_tables[self._group_of[layer]]
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-        if len(plan.prefills):
-            kernels.prefill(attention, q_THD, keys, values, out_THD, None, table, plan)
-        if plan.has_decodes:
-            kernels.decode(attention, q_THD, keys, values, out_THD, table, plan)
+        launches = self._launches.get(attention)
+        if launches is None or not launches.fit(q_THD, keys, values):
+            table = self._plan.batch.block_tables[self._group_of[layer]]
+            launches = _Launches(self._kernels, attention, q_THD, keys, values, out_THD, table, self._plan)
+            self._launches[attention] = launches
+        launches(q_THD, keys, values, out_THD)
         return out_THD
 
 

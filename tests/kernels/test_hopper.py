@@ -3,6 +3,7 @@ kernels. That these compile is tested in ``test_triton_compiles.py``, what they 
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -183,7 +184,8 @@ def test_a_step_without_a_cache_takes_them_unless_it_may_not(case: str, monkeypa
     monkeypatch.setattr(hopper, "forward", stand_in.forward)
     monkeypatch.setattr(hopper, "backward", stand_in.backward)
     monkeypatch.setattr(launch, "num_processors", lambda device: 4)
-    monkeypatch.setattr(flash, "forward", lambda *arguments: stand_in.calls.append("portable"))
+    portable = functools.partial(stand_in.calls.append, "portable")
+    monkeypatch.setattr(flash, "Forward", lambda *arguments: lambda *tensors: portable())
     monkeypatch.setattr("drivetrain.plugins.attention.paged_triton.tuner_of", lambda folder, tune: _untuned())
     backend = PagedTritonAttention(PagedTritonAttention.Config(hopper_kernels=case != "refused by the config"))
     torch.manual_seed(0)
