@@ -511,7 +511,8 @@ class Rehearsal:
         if self._decode is None:
             self._decode = self._made()
         q_SHD, out_SHD, table, chunks = self._decode
-        decode(self._layer, q_SHD, self._keys, self._values, out_SHD, table, chunks, blocks)
+        launch = Decode(self._layer, q_SHD, self._keys, self._values, table, chunks, blocks)
+        launch(q_SHD, self._keys, self._values, out_SHD)
 
     def _made(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Chunks]:
         count, device = _REHEARSED_SEQUENCES, self._q_THD.device
@@ -540,7 +541,7 @@ class Decode:
         chunks: Chunks,
         blocks: Blocks,
     ) -> None:
-        """As :func:`decode`; queries, keys and values are taken as examples of how others lie in memory."""
+        """Of queries, keys and values only types and strides are used; other layers' have the same."""
         (keys_BNGD, _, form), (values_BNGD, _, _) = parts_of(keys), parts_of(values)
         room, groups, size = chunks.items.shape[0], layer.num_kv_heads, layer.head_size
         shared = layer.num_heads // groups
@@ -579,19 +580,6 @@ class Decode:
         }
 
     def __call__(self, q_THD: torch.Tensor, keys: Pages, values: Pages, out_THD: torch.Tensor) -> None:
+        """Attend into the rows of ``out_THD`` that belong to the sequences of the chunks."""
         (k, k_scales, _), (v, v_scales, _) = parts_of(keys), parts_of(values)
         self._launch(q_THD, k, v, k_scales, v_scales, out_THD, *self._common, **self._constants)
-
-
-def decode(
-    layer: LayerAttention,
-    q_THD: torch.Tensor,
-    keys: Pages,
-    values: Pages,
-    out_THD: torch.Tensor,
-    table: torch.Tensor,
-    chunks: Chunks,
-    blocks: Blocks,
-) -> None:
-    """Attend into the rows of ``out_THD`` that belong to the sequences of ``chunks``."""
-    Decode(layer, q_THD, keys, values, table, chunks, blocks)(q_THD, keys, values, out_THD)

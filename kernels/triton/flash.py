@@ -308,7 +308,10 @@ def layer_constants(layer: LayerAttention) -> dict[str, Any]:
 
 class Forward:
     """A launch for one kind of layer in a step. What does not change from layer to layer is put together once: it takes
-    Python longer than a step of few tokens takes the device."""
+    Python longer than a step of few tokens takes the device.
+
+    Keys and values are [T, G, D] of the step itself, or a cache [B, N, G, D] with the sequences' ``table`` of blocks.
+    """
 
     def __init__(
         self,
@@ -323,10 +326,15 @@ class Forward:
         tiles: torch.Tensor,
         blocks: Blocks,
     ) -> None:
-        """As :func:`forward`; queries, keys and values are taken as examples of how others lie in memory."""
+        """Of queries, keys and values only types and strides are used; other layers' have the same.
+
+        log_TH: takes the log2 of each row's sum of exponentials, for the backward.
+        tiles:  of all sequences that are attended for, for these ``blocks``.
+        """
         is_paged = table is not None
         (k, _, form), (v, _, _) = parts_of(keys), parts_of(values)
         strides = [x.stride()[:3] if is_paged else (0, *x.stride()[:2]) for x in (k, v)]
+        self._is_empty = tiles.shape[0] == 0
         self._launch = _forward[(tiles.shape[0], layer.num_kv_heads)]
         self._common = (
             log_TH,
@@ -350,26 +358,8 @@ class Forward:
         }
 
     def __call__(self, q_THD: torch.Tensor, keys: Pages, values: Pages, out_THD: torch.Tensor) -> None:
+        """Attend into ``out_THD``."""
+        if self._is_empty:
+            return
         (k, k_scales, _), (v, v_scales, _) = parts_of(keys), parts_of(values)
         self._launch(q_THD, k, v, k_scales, v_scales, out_THD, *self._common, **self._constants)
-
-
-def forward(
-    layer: LayerAttention,
-    q_THD: torch.Tensor,
-    keys: Pages,
-    values: Pages,
-    out_THD: torch.Tensor,
-    log_TH: torch.Tensor | None,
-    starts: torch.Tensor,
-    kv_lengths: torch.Tensor,
-    table: torch.Tensor | None,
-    tiles_of: TilesOf,
-    blocks: Blocks,
-) -> None:
-    """Attend into ``out_THD``. Keys and values are [T, G, D] of the step itself, or a cache [B, N, G, D] with the
-    sequences' ``table`` of blocks. ``log_TH`` takes the log2 of each row's sum of exponentials, for the backward."""
-    tiles = tiles_of(layer.num_heads // layer.num_kv_heads, blocks["BLOCK_M"])
-    if tiles.shape[0] > 0:
-        launch = Forward(layer, q_THD, keys, values, log_TH, starts, kv_lengths, table, tiles, blocks)
-        launch(q_THD, keys, values, out_THD)

@@ -207,18 +207,18 @@ class _Kernels:
         """A launch, once its blocks are chosen."""
         starts, kv_lengths = plan.batch.query_starts, plan.batch.kv_lengths
 
+        def with_blocks(blocks: Blocks) -> Callable[..., None]:
+            tiles = plan.tiles(layer.num_heads // layer.num_kv_heads, blocks["BLOCK_M"])
+            return self.flash.Forward(layer, q_THD, keys, values, log_TH, starts, kv_lengths, table, tiles, blocks)
+
         def launch(blocks: Blocks) -> None:
-            self.flash.forward(
-                layer, q_THD, keys, values, out_THD, log_TH, starts, kv_lengths, table, plan.tiles, blocks
-            )
+            with_blocks(blocks)(q_THD, keys, values, out_THD)
 
         choice = self._choice(_kernel_name("flash", _kv_of(keys)), layer, q_THD.dtype)
         block_size = 0 if table is None else tensors_of(keys)[0].shape[1]
         worth_it = q_THD.shape[0] * q_THD.shape[1] >= _WORTH_TIMING_ROWS
         candidates = functools.partial(self.flash.forward_candidates, layer, q_THD.dtype.itemsize)
-        blocks = choice((block_size,), candidates, launch, worth_it)
-        tiles = plan.tiles(layer.num_heads // layer.num_kv_heads, blocks["BLOCK_M"])
-        return self.flash.Forward(layer, q_THD, keys, values, log_TH, starts, kv_lengths, table, tiles, blocks)
+        return with_blocks(choice((block_size,), candidates, launch, worth_it))
 
     def write(
         self,
