@@ -160,6 +160,9 @@ class AttentionBatch:
                      N..2N-1, ...; unused entries, and those a window has freed, are 0. Empty without a cache.
     slots:           for each KV group, int64 [T] on the device: where token t's key and value are written, as
                      block * N + offset. Empty without a cache.
+    is_open:         only the device knows how the T tokens are divided among the S sequences, and a sequence may have
+                     none, with a KV length of 0. The two lists on the host tell S and, as a sum, T, and nothing else.
+                     Such a batch has a cache, and only backends with ``graph_safe_prompts`` are given one.
     """
 
     query_lengths: Sequence[int]
@@ -168,6 +171,7 @@ class AttentionBatch:
     kv_lengths: torch.Tensor
     block_tables: tuple[torch.Tensor, ...] = ()
     slots: tuple[torch.Tensor, ...] = ()
+    is_open: bool = False
 
     @property
     def num_sequences(self) -> int:
@@ -250,9 +254,10 @@ class AttentionBackend(Plugin):
     the last bit), ``kv_int8`` and ``kv_fp8`` (keeps keys and values in that format, see ``AttentionSpec.kv``), and
     ``graph_safe``: of a decode step, ``begin`` and ``attend`` read the number of sequences and the
     device tensors only, launch the same work whatever these hold, and wait for nothing, so that a platform may record
-    the step and replay it with other values at the same addresses. A backend that does not claim one of the
-    first three refuses, in its probe, a model that needs it, and one that does not claim a KV format refuses that
-    (:meth:`refuses_kv`).
+    the step and replay it with other values at the same addresses. ``graph_safe_prompts`` says the same of steps with
+    prompts, and of the numbers of sequences and tokens; such steps come with ``AttentionBatch.is_open``. A backend that
+    does not claim one of the first three refuses, in its probe, a model that needs it, and one that does not claim a KV
+    format refuses that (:meth:`refuses_kv`).
 
     One that compiles has ``build_ahead`` (:class:`drivetrain.contracts.kernels.BuildsAhead`), which is called before
     anything else of it when an engine is built.

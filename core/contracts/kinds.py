@@ -82,7 +82,7 @@ _ORDERED = (
         purposes=("train",),
     ),
     Kind("quantizer", "drivetrain.contracts.quantizer:Quantizer", "the formats of weights"),
-    Kind("attention", "drivetrain.contracts.attention:AttentionBackend", "KV layout, and attention over it", minor=2),
+    Kind("attention", "drivetrain.contracts.attention:AttentionBackend", "KV layout, and attention over it", minor=3),
     Kind(
         "kernels",
         "drivetrain.contracts.kernels:KernelProvider",

@@ -133,7 +133,9 @@ class SupportsGraphs(Protocol):
     """Ability ``graphs``: a fixed sequence of launches is recorded once and replayed."""
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Run ``function`` once under capture; return a callable that replays it on the same buffers."""
+        """Run ``function`` once under capture; return a callable that replays it on the same buffers. Captures share
+        memory, but for tensors that are still held: one of them is replayed at a time.
+        """
 
 
 @runtime_checkable

@@ -217,6 +217,12 @@ def _kv_formats(plugin: type[Plugin]) -> type[Plugin]:
     return _lifted(plugin, "1.2", probe=classmethod(probe))
 
 
+@adapter("attention", from_minor=2)
+def _open_batches(plugin: type[Plugin]) -> type[Plugin]:
+    """1.3 brought the ability ``graph_safe_prompts``, and the batches that only backends with it are given."""
+    return _as_it_is(plugin, "1.3")
+
+
 # --- deprecations --------------------------------------------------------------------------------------------------
 
 

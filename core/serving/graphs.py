@@ -1,11 +1,12 @@
-"""Decode steps that are captured once and replayed, on platforms that claim ``graphs``.
+"""Steps that are captured once and replayed, on platforms that claim ``graphs``: decodes, and what all kinds share.
 
 A decode step (one token a sequence) of one batch size launches the same work every time; a platform records it once and
 launches it as one. What changes from step to step lies in buffers that stay where they are. A batch is filled up to the
-next size that is captured: the added rows are sequences of one token in a block that belongs to nobody.
+next size that is captured: the added rows are sequences of one token in a block that belongs to nobody. Steps with
+prompts are in :mod:`drivetrain.serving.prompt_graphs` and :mod:`drivetrain.serving.pieces`.
 
 Shapes: S sequences of a step; b rows of a captured size; M the largest one; W blocks of the longest sequence; V
-vocabulary.
+vocabulary; T tokens of a step.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ _log = logging.getLogger("drivetrain")
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """``SupportsGraphs.capture``."""
+
+MOST_TOKENS = 1024
+"""Steps of more tokens are not captured: they keep a device busy for longer than it takes to launch them."""
+
+_READ_ANYWAY = 128
+"""Up to so many tokens a step takes as long as the weights take to be read, and rows for nobody take no time."""
 
 _DRIVER_BYTES_PER_LAYER = 2**18
 """What a driver keeps of a captured layer: the launches with their parameters. An estimate on the safe side, as no
@@ -63,6 +70,16 @@ def captured_sizes(max_running: int) -> list[int]:
         step = max(8, 1 << max(0, last.bit_length() - 3))
         sizes.append(8 if last < 8 else last + step)
     return [size for size, smaller in zip(sizes, [0, *sizes], strict=False) if smaller < max_running]
+
+
+def token_sizes(max_tokens: int) -> list[int]:
+    """The numbers of tokens that steps with prompts are captured for, up to ``max_tokens`` or MOST_TOKENS, which is one
+    of them: powers of two from 16 to 128, then in steps of 64, and from 512 on of 128."""
+    most, sizes = min(max_tokens, MOST_TOKENS), [16]
+    while sizes[-1] < most:
+        last = sizes[-1]
+        sizes.append(2 * last if last < _READ_ANYWAY else last + (64 if last < 512 else 128))
+    return [*(size for size in sizes if size < most), most]
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,6 +253,40 @@ class _Buffers:
             block_tables=tuple(table_MW[:size] for table_MW in self._tables_MW),
             slots=tuple(slots_M[:size] for slots_M in self._slots_M),
         )
+
+
+class TokenBuffers:
+    """What a captured step reads of its tokens, at addresses that never change. Rows that are not filled are nobody's:
+    of token 0, and what they write goes to a block that belongs to nobody."""
+
+    def __init__(self, most: int, limits: GraphLimits, device: torch.device) -> None:
+        self.ids_M = torch.zeros(most, dtype=torch.int64, device=device)
+        self.positions_M = torch.zeros(most, dtype=torch.int64, device=device)
+        self._nobodys = [scratch * limits.block_size for scratch in limits.scratch_blocks]
+        self._slots_M = [torch.full((most,), slot, dtype=torch.int64, device=device) for slot in self._nobodys]
+        self._num_filled = 0
+
+    def fill(self, inputs: StepInputs) -> None:
+        """Put a step's tokens into the first rows; the others are nobody's."""
+        count = len(inputs.ids_T)
+        self.ids_M[:count].copy_(inputs.ids_T)
+        self.positions_M[:count].copy_(inputs.positions_T)
+        for slots_M, slots_T in zip(self._slots_M, inputs.attention.slots, strict=True):
+            slots_M[:count].copy_(slots_T)
+        self.empty_from(count)
+
+    def empty_from(self, count: int) -> None:
+        """Only the first ``count`` rows are anybody's."""
+        rest = slice(count, max(count, self._num_filled))
+        self.ids_M[rest] = 0
+        self.positions_M[rest] = 0
+        for slots_M, slot in zip(self._slots_M, self._nobodys, strict=True):
+            slots_M[rest] = slot
+        self._num_filled = count
+
+    def slots(self, size: int) -> tuple[torch.Tensor, ...]:
+        """Where the first ``size`` tokens write, for each KV group."""
+        return tuple(slots_M[:size] for slots_M in self._slots_M)
 
 
 def why_no_graphs(capture: Capture | None, attention: AttentionBackend) -> str | None:

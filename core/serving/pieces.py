@@ -3,7 +3,8 @@
 What a step with prompts launches depends on how its tokens are divided among sequences, but only in its attention. The
 rest works on rows, and is recorded once for each of a few numbers of tokens; between two pieces the step attends, with
 queries, keys, values and results in buffers that stay where they are. Launched one by one from Python, a step of a few
-hundred tokens takes several times as long as the device computes.
+hundred tokens takes several times as long as the device computes. So any attention backend is served; where one claims
+``graph_safe_prompts``, such steps are captured whole (:mod:`drivetrain.serving.prompt_graphs`).
 
 A step is filled up to the next size that is captured: the added rows are of token 0, and what they write goes to a
 block that belongs to nobody.
@@ -21,27 +22,11 @@ from typing import Any
 import torch
 
 from drivetrain.contracts.attention import AttentionBatch, AttentionStep, LayerPages, TakesWritten
-from drivetrain.serving.graphs import CapturedSteps, GraphLimits, StepParts
+from drivetrain.serving.graphs import CapturedSteps, StepParts, TokenBuffers, token_sizes
 from drivetrain.serving.packing import StepInputs
 
 CapturePieces = Callable[[Callable[[Callable[[Callable[[], None]], None]], None]], Callable[[], None]]
 """``CapturesPieces.capture_pieces``."""
-
-MOST_TOKENS = 1024
-"""Larger steps keep a device busy for longer than it takes to launch them."""
-
-_READ_ANYWAY = 128
-"""Up to so many tokens a step takes as long as the weights take to be read, and rows for nobody take no time."""
-
-
-def piece_sizes(most: int) -> list[int]:
-    """Numbers of tokens that are captured, up to ``most``, which is one of them: powers of two from 16 to 128, then in
-    steps of 64, and from 512 on of 128."""
-    sizes = [16]
-    while sizes[-1] < most:
-        last = sizes[-1]
-        sizes.append(2 * last if last < _READ_ANYWAY else last + (64 if last < 512 else 128))
-    return [*(size for size in sizes if size < most), most]
 
 
 class StepPieces(CapturedSteps):
@@ -50,9 +35,9 @@ class StepPieces(CapturedSteps):
     unit = "tokens"
 
     def __init__(self, capture: CapturePieces, parts: StepParts) -> None:
-        super().__init__(parts, piece_sizes(min(parts.limits.max_tokens, MOST_TOKENS)))
+        super().__init__(parts, token_sizes(parts.limits.max_tokens))
         self._capture = capture
-        self._buffers = _Buffers(self._sizes[-1], parts.limits, parts.device)
+        self._tokens = TokenBuffers(self._sizes[-1], parts.limits, parts.device)
         self._exchange = _Exchange(self._sizes[-1])
 
     def takes(self, inputs: StepInputs) -> bool:
@@ -62,7 +47,7 @@ class StepPieces(CapturedSteps):
     def run(self, inputs: StepInputs) -> torch.Tensor:
         """The hidden states behind the step's tokens, [T, E], good until the next call. Raises GraphCaptureError."""
         parts, count = self._parts, len(inputs.ids_T)
-        self._buffers.fill(inputs, count)
+        self._tokens.fill(inputs)
         replay = self._replay_of(self._size_for(count))
         self._exchange.step = parts.attention.begin(parts.spec, inputs.attention, parts.cache)
         self._exchange.count = count
@@ -78,9 +63,9 @@ class StepPieces(CapturedSteps):
 
     def _rehearse(self, size: int) -> Callable[[], Callable[[], None]]:
         parts = self._parts
-        ids_t, positions_t, batch = self._buffers.of(size)
+        ids_t, positions_t = self._tokens.ids_M[:size], self._tokens.positions_M[:size]
         # Of this step nothing is attended to: it only tells where keys and values go.
-        pages = parts.attention.begin(parts.spec, batch, parts.cache)
+        pages = parts.attention.begin(parts.spec, self._one_prompt(size), parts.cache)
         kind = _WritesItself if isinstance(pages, TakesWritten) else _Interrupted
 
         def compute(between: Callable[[Callable[[], None]], None]) -> None:
@@ -90,6 +75,20 @@ class StepPieces(CapturedSteps):
 
         compute(lambda work: None)
         return functools.partial(self._capture, compute)
+
+    def _one_prompt(self, size: int) -> AttentionBatch:
+        """A batch that has a captured size's tokens as one prompt in blocks of nobody."""
+        limits, device = self._parts.limits, self._parts.device
+        shape = (1, math.ceil(size / limits.block_size))
+        tables = (torch.full(shape, block, dtype=torch.int32, device=device) for block in limits.scratch_blocks)
+        return AttentionBatch(
+            query_lengths=[size],
+            context_lengths=[0],
+            query_starts=torch.arange(2, dtype=torch.int32, device=device) * size,
+            kv_lengths=torch.full((1,), size, dtype=torch.int32, device=device),
+            block_tables=tuple(tables),
+            slots=self._tokens.slots(size),
+        )
 
 
 class _Exchange:
@@ -164,45 +163,3 @@ class _WritesItself(_Interrupted):
 
         self._between(attend)
         return out[: len(q_THD)]
-
-
-class _Buffers:
-    """What a captured step reads of its tokens, at addresses that never change."""
-
-    def __init__(self, most: int, limits: GraphLimits, device: torch.device) -> None:
-        self._limits, self._device = limits, device
-        self._ids_M = torch.zeros(most, dtype=torch.int64, device=device)
-        self._positions_M = torch.zeros(most, dtype=torch.int64, device=device)
-        self._nobodys = [scratch * limits.block_size for scratch in limits.scratch_blocks]
-        self._slots_M = [torch.full((most,), slot, dtype=torch.int64, device=device) for slot in self._nobodys]
-        self._num_filled = 0
-
-    def fill(self, inputs: StepInputs, count: int) -> None:
-        """Put a step's tokens into the first ``count`` rows; the others are nobody's."""
-        self._ids_M[:count].copy_(inputs.ids_T)
-        self._positions_M[:count].copy_(inputs.positions_T)
-        for slots_M, slots_T in zip(self._slots_M, inputs.attention.slots, strict=True):
-            slots_M[:count].copy_(slots_T)
-        rest = slice(count, max(count, self._num_filled))
-        self._ids_M[rest] = 0
-        self._positions_M[rest] = 0
-        for slots_M, slot in zip(self._slots_M, self._nobodys, strict=True):
-            slots_M[rest] = slot
-        self._num_filled = count
-
-    def of(self, size: int) -> tuple[torch.Tensor, torch.Tensor, AttentionBatch]:
-        """Ids and positions of a captured size, and a batch that has them as one prompt in blocks of nobody."""
-        width = math.ceil(size / self._limits.block_size)
-        tables = (
-            torch.full((1, width), scratch, dtype=torch.int32, device=self._device)
-            for scratch in self._limits.scratch_blocks
-        )
-        batch = AttentionBatch(
-            query_lengths=[size],
-            context_lengths=[0],
-            query_starts=torch.arange(2, dtype=torch.int32, device=self._device) * size,
-            kv_lengths=torch.full((1,), size, dtype=torch.int32, device=self._device),
-            block_tables=tuple(tables),
-            slots=tuple(slots_M[:size] for slots_M in self._slots_M),
-        )
-        return self._ids_M[:size], self._positions_M[:size], batch

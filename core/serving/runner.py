@@ -27,6 +27,7 @@ from drivetrain.serving.graphs import (
 )
 from drivetrain.serving.packing import Scheduled, StepBuffers, StepInputs, bytes_of_step, pack
 from drivetrain.serving.pieces import CapturePieces, StepPieces
+from drivetrain.serving.prompt_graphs import PromptGraphs, can_capture_prompts
 from drivetrain.serving.request import Request
 
 _log = logging.getLogger("drivetrain")
@@ -50,8 +51,9 @@ class ModelRunner:
         must_capture: bool = False,
         spec: AttentionSpec | None = None,
     ) -> None:
-        """capture: records decode steps for replay; None where the platform can't, or was told not to.
-        capture_pieces: records other steps, but for their attention; None likewise.
+        """capture: records steps for replay: decodes, and where the attention backend claims it others too; None where
+            the platform can't, or was told not to.
+        capture_pieces: records what ``capture`` can't, but for its attention; None likewise.
         must_capture: a step that can't be recorded is an error, not run in the plain way with a warning.
         spec: the model's attention with the format in which keys and values are kept; by default the model's own.
         """
@@ -69,7 +71,7 @@ class ModelRunner:
         self._next_buffers = itertools.cycle(self._buffers)
         self._graph_limits: GraphLimits | None = None
         self._graphs: DecodeGraphs | None = None
-        self._pieces: StepPieces | None = None
+        self._prompts: PromptGraphs | StepPieces | None = None
 
     def blocks_to_allocate(self, num_blocks: Sequence[int]) -> list[int]:
         """How many blocks a cache needs for ``num_blocks`` that sequences may get: captured steps take one more."""
@@ -96,7 +98,7 @@ class ModelRunner:
     def drop_cache(self) -> None:
         """Let go of the cache, and of steps that were captured on it. No step can run before :meth:`exchange`."""
         self.cache = None
-        self._graphs = self._pieces = None
+        self._graphs = self._prompts = None
 
     def allocate(self, attention: AttentionBackend, spec: AttentionSpec, kv: KVManager) -> KVCache:
         """An empty cache of ``attention`` for these books, with the block that captured steps take."""
@@ -107,11 +109,13 @@ class ModelRunner:
         scratch = tuple(pool.total for pool in kv.pools)
         limits = GraphLimits(max_running, max_batched_tokens, kv.tables[0].shape[1], kv.block_size, scratch)
         parts = StepParts(self.model, self.attention, self.spec, self.cache, limits, self.device)
-        self._graph_limits, self._graphs, self._pieces = limits, None, None
+        self._graph_limits, self._graphs, self._prompts = limits, None, None
         if self._capture is not None and why_no_graphs(self._capture, self.attention) is None:
             self._graphs = DecodeGraphs(self._capture, parts)
-        if self._capture_pieces is not None:
-            self._pieces = StepPieces(self._capture_pieces, parts)
+            if can_capture_prompts(self.attention):
+                self._prompts = PromptGraphs(self._capture, parts)
+        if self._prompts is None and self._capture_pieces is not None:
+            self._prompts = StepPieces(self._capture_pieces, parts)
 
     def reserve(self, kv: KVManager, max_batched_tokens: int, max_running: int) -> None:
         """Make the buffers for steps within these limits."""
@@ -122,7 +126,7 @@ class ModelRunner:
     @property
     def captured(self) -> tuple[CapturedSteps, ...]:
         """The kinds of steps that are captured."""
-        return tuple(steps for steps in (self._graphs, self._pieces) if steps is not None)
+        return tuple(steps for steps in (self._graphs, self._prompts) if steps is not None)
 
     def clear_blocks(self, kv: KVManager, blocks: Sequence[Sequence[int]]) -> None:
         """Make these blocks of each KV group finite again."""
@@ -145,11 +149,11 @@ class ModelRunner:
 
     def _hidden(self, inputs: StepInputs) -> torch.Tensor:
         """The states behind all tokens of a step, [T, E]."""
-        if self._pieces is not None and self._pieces.takes(inputs):
+        if self._prompts is not None and self._prompts.takes(inputs):
             try:
-                return self._pieces.run(inputs)
+                return self._prompts.run(inputs)
             except GraphCaptureError as error:
-                self._do_without_pieces(error)
+                self._do_without_prompts(error)
         step = self.attention.begin(self.spec, inputs.attention, self.cache)
         return self.model.forward(inputs.ids_T, inputs.positions_T, step)
 
@@ -163,19 +167,19 @@ class ModelRunner:
             except GraphCaptureError as error:
                 self._do_without_graphs(error)
             try:
-                if self._pieces is not None:
-                    self._pieces.capture_ahead(progress)
+                if self._prompts is not None:
+                    self._prompts.capture_ahead(progress)
             except GraphCaptureError as error:
-                self._do_without_pieces(error)
+                self._do_without_prompts(error)
 
     def _do_without_graphs(self, error: GraphCaptureError) -> None:
-        """What a decode step can't be recorded for lies in other steps too, but for their attention."""
+        """What a decode step can't be recorded for lies in other steps too."""
         self._fall_back(error)
-        self._graphs = self._pieces = None
+        self._graphs = self._prompts = None
 
-    def _do_without_pieces(self, error: GraphCaptureError) -> None:
+    def _do_without_prompts(self, error: GraphCaptureError) -> None:
         self._fall_back(error)
-        self._pieces = None
+        self._prompts = None
 
     def _fall_back(self, error: GraphCaptureError) -> None:
         """Raise the error, or tell that such steps are launched one by one from now on."""

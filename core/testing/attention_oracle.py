@@ -7,8 +7,8 @@ head size.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -50,6 +50,27 @@ def whole_batch(lengths: Sequence[int], device: torch.device) -> AttentionBatch:
     """Sequences packed flat with no cache behind them."""
     starts = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
     return AttentionBatch(list(lengths), [0] * len(lengths), starts, starts.diff())
+
+
+def recorded_decodes(batch: AttentionBatch, block_size: int) -> AttentionBatch:
+    """The same decodes as a step that is recorded gives them: the host names the longest contexts there could be."""
+    longest = batch.block_tables[0].shape[1] * block_size - 1
+    return replace(batch, context_lengths=[longest] * batch.num_sequences)
+
+
+def opened(batch: AttentionBatch) -> AttentionBatch:
+    """The same step as an open batch (``AttentionBatch.is_open``), with three sequences of no tokens: one before the
+    others and two behind them."""
+    starts, kv_lengths, num_tokens = batch.query_starts, batch.kv_lengths, batch.num_tokens
+    return AttentionBatch(
+        query_lengths=[num_tokens, *[0] * (batch.num_sequences + 2)],
+        context_lengths=[0] * (batch.num_sequences + 3),
+        query_starts=torch.cat((starts[:1], starts, starts[-1:], starts[-1:])),
+        kv_lengths=torch.nn.functional.pad(kv_lengths, (1, 2)),
+        block_tables=tuple(torch.nn.functional.pad(table, (0, 0, 1, 2)) for table in batch.block_tables),
+        slots=batch.slots,
+        is_open=True,
+    )
 
 
 class PlainStep:
@@ -179,12 +200,19 @@ class Trial:
         self._draws: dict[tuple[int, int], torch.Generator] = {}
         self._kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def step(self, new_tokens: Mapping[int, int], *, write: bool = False) -> list[Attended]:
+    def step(
+        self,
+        new_tokens: Mapping[int, int],
+        *,
+        write: bool = False,
+        told: Callable[[AttentionBatch], AttentionBatch] = lambda batch: batch,
+    ) -> list[Attended]:
         """Add ``new_tokens[s]`` tokens to each sequence s, in one step.
 
         write: write keys and values here, in place of the backend, in steps that offer their pages.
+        told:  how the backend is told of the step.
         """
-        batch = self.book.batch(new_tokens, self.device)
+        batch = told(self.book.batch(new_tokens, self.device))
         step = self.backend.begin(self.spec, batch, self.cache)
         results = []
         for index, layer in enumerate(self.spec.layers):

@@ -5,8 +5,9 @@ Milakov & Gimelshein 2018, in base 2. The gradients are in :mod:`drivetrain.kern
 
 The query heads that share a key/value head are rows beside each other: row m is query head ``m % R`` of token ``m //
 R``. So keys and values are read once for all of them, and their gradients need no sum over heads. A tile is BLOCK_M
-rows of one sequence; tiles come in a list that the host makes once a step, longest first, so that a batch of any
-lengths is one launch without idle programs.
+rows of one sequence; tiles come in a list that is made once a step, longest first, so that a batch of any lengths is
+one launch. The host makes it without idle programs. Where a step is recorded and replayed with other lengths the
+device does (:func:`list_tiles`), with room for as many tiles as there may be; programs beyond the list leave at once.
 
 Shapes: T tokens of a step; H query heads; G key/value heads; R = H / G; D head size; B blocks of the cache; N tokens
 in a block.
@@ -22,13 +23,16 @@ import torch
 import triton
 import triton.language as tl
 
-from drivetrain.contracts.attention import LayerAttention
+from drivetrain.contracts.attention import AttentionBatch, LayerAttention
 from drivetrain.kernels.triton.codes import from_codes, load_scales, parts_of
 from drivetrain.kernels.triton.launch import INTERPRETED, dot, power_of_two, tanh
-from drivetrain.kernels.triton.tuning import Blocks
+from drivetrain.kernels.triton.tuning import FUSED, Blocks
 from drivetrain.pages import Pages
 
 LOG2_E = 1 / math.log(2)
+
+_LISTED_SEQUENCES, _LISTED_AT_ONCE = 64, 2048
+"""Sequences that a program lists the tiles of, and the tiles that it stores at once."""
 
 
 @triton.jit
@@ -195,6 +199,8 @@ def _forward(
     """One tile and one key/value head a program."""
     sequence = tl.load(tiles_ptr + 2 * tl.program_id(0))
     first_row = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1)
+    if sequence < 0:
+        return
     group = tl.program_id(1)
     start = tl.load(starts_ptr + sequence).to(tl.int64)
     length = tl.load(starts_ptr + sequence + 1).to(tl.int32) - start.to(tl.int32)
@@ -253,6 +259,77 @@ def _forward(
     tl.store(out_ptr + out_rows[:, None] * D + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=is_in)
     if KEEPS_LOG:
         tl.store(log_ptr + out_rows, best + tl.log2(weight), mask=rows < length * R)
+
+
+# --- tiles that the device lists -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _num_tiles(
+    sequences: tl.tensor,
+    num_sequences: tl.tensor,
+    starts_ptr: tl.tensor,
+    kv_lengths_ptr: tl.tensor,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+) -> tl.tensor:
+    """How many tiles each sequence has, none where it has one token or none; its length with what is in the cache."""
+    is_in = sequences < num_sequences
+    starts = tl.load(starts_ptr + sequences, mask=is_in, other=0)
+    tokens = tl.load(starts_ptr + sequences + 1, mask=is_in, other=0) - starts
+    lengths = tl.load(kv_lengths_ptr + sequences, mask=is_in, other=0)
+    return tl.where(tokens > 1, tl.cdiv(tokens * R, BLOCK_M), 0).to(tl.int32), lengths.to(tl.int32)
+
+
+@triton.jit
+def _list_tiles(
+    starts_ptr: tl.tensor,
+    kv_lengths_ptr: tl.tensor,
+    tiles_ptr: tl.tensor,
+    num_sequences: tl.tensor,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+) -> None:
+    """The tiles of BLOCK_S sequences a program: behind those of all longer ones, and the last rows first."""
+    own = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    counts, lengths = _num_tiles(own, num_sequences, starts_ptr, kv_lengths_ptr, R, BLOCK_M)
+    before = tl.zeros([BLOCK_S], dtype=tl.int32)
+    for first in range(0, num_sequences, BLOCK_S):
+        others = first + tl.arange(0, BLOCK_S)
+        other_counts, other_lengths = _num_tiles(others, num_sequences, starts_ptr, kv_lengths_ptr, R, BLOCK_M)
+        is_equal = other_lengths[None, :] == lengths[:, None]
+        is_first = (other_lengths[None, :] > lengths[:, None]) | (is_equal & (others[None, :] < own[:, None]))
+        before += tl.sum(tl.where(is_first, other_counts[None, :], 0), axis=1)
+    for start in range(0, tl.max(counts, axis=0), BLOCK_T):
+        places = (start + tl.arange(0, BLOCK_T))[None, :]
+        is_tile = places < counts[:, None]
+        tile = tiles_ptr + 2 * (before[:, None] + places)
+        tl.store(tile, own[:, None] + places * 0, mask=is_tile)
+        tl.store(tile + 1, (counts[:, None] - 1 - places) * BLOCK_M, mask=is_tile)
+
+
+def list_tiles(batch: AttentionBatch, rows_of_token: int, rows_of_tile: int) -> torch.Tensor:
+    """int32 [tiles that there may be, 2]: sequence and first row of each tile of those with several tokens; -1 behind
+    the last. Of the batch the host reads how many sequences and tokens there are."""
+    count, num_tokens, device = batch.num_sequences, batch.num_tokens, batch.query_starts.device
+    room = num_tokens * rows_of_token // rows_of_tile + min(count, num_tokens // 2)
+    tiles = torch.full((room, 2), -1, dtype=torch.int32, device=device)
+    block = min(_LISTED_SEQUENCES, max(16, power_of_two(count)))
+    _list_tiles[(triton.cdiv(count, block),)](
+        batch.query_starts,
+        batch.kv_lengths,
+        tiles,
+        count,
+        R=rows_of_token,
+        BLOCK_M=rows_of_tile,
+        BLOCK_S=block,
+        BLOCK_T=_LISTED_AT_ONCE // block,
+        num_warps=4,
+        **FUSED,
+    )
+    return tiles
 
 
 # --- how they are launched -----------------------------------------------------------------------------------------

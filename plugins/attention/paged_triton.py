@@ -1,9 +1,10 @@
 """Attention in Triton: flash attention for prompts and training, split decode attention, over the plain paged cache.
 
-A step is planned once for all layers: prompts are cut into tiles of queries by the host, decodes into chunks of keys by
-the device (:mod:`drivetrain.kernels.triton.flash`, :mod:`drivetrain.kernels.triton.decode`). Plans are lists of a few
-integers a tile, so a batch of any lengths is one launch of each kernel, and of a step of decodes the host knows no more
-than how many there are: it may be recorded and replayed with other lengths, blocks and tokens.
+A step is planned once for all layers: prompts are cut into tiles of queries, decodes into chunks of keys
+(:mod:`drivetrain.kernels.triton.flash`, :mod:`drivetrain.kernels.triton.decode`). Plans are lists of a few integers a
+tile, so a batch of any lengths is one launch of each kernel. Chunks are listed by the device, and tiles too where only
+it knows the lengths. So of a step of decodes, and of one with prompts whose batch is open, the host knows no more than
+how many sequences and tokens there are: it may be recorded and replayed with other lengths, blocks and tokens.
 
 Shapes: T query tokens of a step; S sequences; H query heads; G key/value heads; D head size; B blocks of the cache; N
 tokens in a block.
@@ -77,10 +78,10 @@ class PagedTritonConfig(PagedConfig):
 
 
 class StepPlan:
-    """How one step's queries and keys are cut. Tiles of prompts are listed by the host, and go to the device once.
+    """How one step's queries and keys are cut.
 
-    prefills:    sequences with several new tokens, or all when there is no cache.
-    has_decodes: whether there are others.
+    has_prefills: whether there are, or may be, sequences with several new tokens; without a cache all are such.
+    has_decodes:  whether there are, or may be, others.
     """
 
     def __init__(self, batch: AttentionBatch, has_cache: bool, chunk_size: int | None) -> None:
@@ -88,24 +89,34 @@ class StepPlan:
         self.device = batch.query_starts.device
         self.lengths = np.asarray(batch.query_lengths, dtype=np.int64)
         self.contexts = np.asarray(batch.context_lengths, dtype=np.int64)
-        self.prefills = np.flatnonzero((self.lengths != 1) | (not has_cache))
-        self.has_decodes = len(self.prefills) < len(self.lengths)
+        self._prefills = np.flatnonzero((self.lengths != 1) | (not has_cache))
+        self.has_prefills = batch.num_tokens > 1 if batch.is_open else len(self._prefills) > 0
+        self.has_decodes = batch.is_open or len(self._prefills) < len(self.lengths)
         self._chunk_size = chunk_size
         self._tiles: dict[tuple[int, int], torch.Tensor] = {}
         self._hopper_tiles: dict[tuple[str, int, int], torch.Tensor] = {}
         self._chunks: dict[tuple[int | None, int], Chunks] = {}
 
     def tiles(self, rows_of_token: int, rows_of_tile: int) -> torch.Tensor:
-        """int32 [tiles, 2]: sequence and first row of each tile of the prefills, those with most keys first."""
+        """int32 [tiles, 2]: sequence and first row of each tile of the prefills, those with most keys first; -1 where
+        there is none."""
         key = (rows_of_token, rows_of_tile)
         if key not in self._tiles:
-            counts = -(-self.lengths[self.prefills] * rows_of_token // rows_of_tile)
-            sequences = np.repeat(self.prefills, counts)
-            first_rows = _within(counts) * rows_of_tile
-            last_key = self.contexts[sequences] + (first_rows + rows_of_tile) // rows_of_token
-            order = np.argsort(-last_key, kind="stable")
-            self._tiles[key] = self._on_device(np.stack((sequences[order], first_rows[order]), axis=1))
+            self._tiles[key] = self._listed_by_device(*key) if self.batch.is_open else self._listed_by_host(*key)
         return self._tiles[key]
+
+    def _listed_by_device(self, rows_of_token: int, rows_of_tile: int) -> torch.Tensor:
+        from drivetrain.kernels.triton import flash
+
+        return flash.list_tiles(self.batch, rows_of_token, rows_of_tile)
+
+    def _listed_by_host(self, rows_of_token: int, rows_of_tile: int) -> torch.Tensor:
+        counts = -(-self.lengths[self._prefills] * rows_of_token // rows_of_tile)
+        sequences = np.repeat(self._prefills, counts)
+        first_rows = _within(counts) * rows_of_tile
+        last_key = self.contexts[sequences] + (first_rows + rows_of_tile) // rows_of_token
+        order = np.argsort(-last_key, kind="stable")
+        return self._on_device(np.stack((sequences[order], first_rows[order]), axis=1))
 
     def hopper_tiles(self, direction: Literal["forward", "backward"], layer: LayerAttention) -> torch.Tensor:
         """int32 [tiles, 5] of all sequences, for :mod:`drivetrain.kernels.triton.hopper`; no sequence has context."""
@@ -175,7 +186,7 @@ class _Kernels:
         for layer in set(spec.layers):
             if block_size == 0 and self._covers_hopper(layer, dtype, plan.device):
                 plan.hopper_tiles("forward", layer)
-            elif len(plan.prefills):
+            elif plan.has_prefills:
                 candidates = functools.partial(self.flash.forward_candidates, layer, dtype.itemsize)
                 name = "flash" if block_size == 0 else _kernel_name("flash", spec.kv)
                 blocks = self._choice(name, layer, dtype).known((block_size,), candidates)
@@ -350,7 +361,7 @@ class _Launches:
     ) -> None:
         self._strides = self._strides_of(q_THD, keys, values)
         self._launches: list[Callable[..., None]] = []
-        if len(plan.prefills):
+        if plan.has_prefills:
             self._launches.append(kernels.prefill(layer, q_THD, keys, values, out_THD, None, table, plan))
         if plan.has_decodes:
             self._launches.append(kernels.decode(layer, q_THD, keys, values, table, plan))
@@ -415,7 +426,7 @@ class PagedTritonStep:
 class PagedTritonAttention(PagedBackend):
     """Flash attention and split decode attention in Triton, over the plain paged cache."""
 
-    contract_version = "1.2"
+    contract_version = "1.3"
     tier = Tier.TUNED
     Config = PagedTritonConfig
     config: PagedTritonConfig
@@ -443,7 +454,8 @@ class PagedTritonAttention(PagedBackend):
 
     @classmethod
     def abilities(cls) -> frozenset[str]:
-        return frozenset({"training", "windows", "soft_cap", "graph_safe", "takes_written", "kv_int8", "kv_fp8"})
+        graph_safe = {"graph_safe", "graph_safe_prompts"}
+        return frozenset({"training", "windows", "soft_cap", "takes_written", "kv_int8", "kv_fp8", *graph_safe})
 
     def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: AnyPagedCache | None) -> AttentionStep:
         if cache is None and any(batch.context_lengths):

@@ -388,7 +388,7 @@ class SdpaStep:
 class SdpaAttention(PagedBackend):
     """Paged attention in plain torch, on any device: the reference that other backends are tested against."""
 
-    contract_version = "1.2"
+    contract_version = "1.3"
     tier = Tier.REFERENCE
 
     @classmethod

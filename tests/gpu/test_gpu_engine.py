@@ -17,6 +17,7 @@ import torch
 
 from drivetrain import LLM, SamplingParams, assembly
 from drivetrain.errors import ConfigError
+from drivetrain.serving import runner
 from support.gguf_models import KIND, write_llama
 from support.quantized_models import save_round_sizes
 from support.tiny_models import VOCAB_SIZE, tiny_configs
@@ -215,10 +216,13 @@ def test_drawn_tokens_are_those_of_the_reference_and_reproducible(folder: Path) 
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("pieces", ["off", "on"])
-def test_drawing_waits_for_nothing_on_the_device(folder: Path, monkeypatch: pytest.MonkeyPatch, pieces: str) -> None:
-    """A step behind another is launched while that one still computes, whatever its sampling."""
-    if pieces == "off":
+@pytest.mark.parametrize("steps", ["launched", "in pieces", "whole"])
+def test_drawing_waits_for_nothing_on_the_device(folder: Path, monkeypatch: pytest.MonkeyPatch, steps: str) -> None:
+    """A step behind another is launched while that one still computes, whatever its sampling, and however steps with
+    prompts are captured."""
+    if steps != "whole":
+        monkeypatch.setattr(runner, "can_capture_prompts", lambda attention: False)
+    if steps == "launched":
         monkeypatch.setattr(assembly, "_capture_pieces", lambda parts: None)
     params = SamplingParams(max_tokens=40, temperature=0.8, top_p=0.9, seed=1, ignore_eos=True)
     with served(folder) as llm:

@@ -1,4 +1,4 @@
-"""Decode steps of a whole engine on a GPU, captured and replayed."""
+"""Steps of a whole engine on a GPU, captured and replayed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from drivetrain import LLM, SamplingParams
+from drivetrain.serving import runner
 from support.tiny_models import save_tiny
 
 PROMPTS = ["The quick brown fox", "There is more than one way", "x", "Numbers such as 1, 22 and 333", "code: f(y)"]
@@ -32,6 +33,19 @@ def tokens(model: Path, graphs: str, overlap: str = "auto", **options: Any) -> l
 def test_replayed_steps_give_the_tokens_of_plain_ones(model: Path, kernels: str, overlap: str) -> None:
     """In float32, where no two best tokens are so near that another order of sums decides between them."""
     assert tokens(model, "on", overlap, kernels=kernels) == tokens(model, "off", overlap, kernels=kernels)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("captured", ["in pieces", "whole"])
+def test_steps_with_prompts_are_replayed_however_they_are_divided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, captured: str, architecture: str
+) -> None:
+    """Prompts in chunks beside decodes, more of them than run at a time, windows in some layers."""
+    if captured == "in pieces":
+        monkeypatch.setattr(runner, "can_capture_prompts", lambda attention: False)
+    save_tiny(architecture, tmp_path)
+    scheduler = {"name": "fcfs", "max_running": 3, "max_batched_tokens": 20}
+    assert tokens(tmp_path, "on", scheduler=scheduler) == tokens(tmp_path, "off", scheduler=scheduler)
 
 
 @pytest.mark.parametrize("kv", ["int8", "fp8"])

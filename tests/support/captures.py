@@ -28,6 +28,23 @@ class GraphSafeAttention(FakeAttention):
         return _FakeStep(spec, on_device, cache)
 
 
+class PromptSafeAttention(GraphSafeAttention):
+    """The same of steps with prompts. batches: those that were open."""
+
+    def __init__(self, block_size: int) -> None:
+        super().__init__(block_size)
+        self.batches: list[AttentionBatch] = []
+
+    @classmethod
+    def abilities(cls) -> frozenset[str]:
+        return super().abilities() | {"graph_safe_prompts"}
+
+    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: list[torch.Tensor] | None) -> AttentionStep:
+        if batch.is_open:
+            self.batches.append(batch)
+        return super().begin(spec, batch, cache)
+
+
 class Recorder:
     """A platform's capture: keeps what was recorded, and runs it again when it is replayed."""
 

@@ -22,7 +22,7 @@ from drivetrain.kernels.triton import launch as launching
 from drivetrain.kernels.triton.tuning import Tuner
 from drivetrain.plugins.attention import paged_triton
 from drivetrain.plugins.attention.paged_triton import PagedTritonAttention
-from drivetrain.testing.attention_oracle import BlockBook, whole_batch
+from drivetrain.testing.attention_oracle import BlockBook, opened, whole_batch
 
 CPU = torch.device("cpu")
 DTYPE = torch.bfloat16
@@ -162,8 +162,9 @@ def attention() -> None:
             spec = AttentionSpec((layer,), "bfloat16", kv)
             book = BlockBook(spec, 16, 64)
             cache = backend.allocate(spec, book.num_blocks, CPU)
-            for new_tokens in ({0: 70, 1: 1}, {0: 1, 1: 1}):
+            for new_tokens, is_open in (({0: 70, 1: 1}, False), ({0: 1, 1: 1}, False), ({0: 70, 1: 1}, True)):
                 batch = book.batch(new_tokens, CPU)
+                batch = opened(batch) if is_open else batch
                 rows = [randn(batch.num_tokens, count, layer.head_size) for count in heads]
                 backend.begin(spec, batch, cache).attend(0, *rows)
         rows = [randn(70, count, layer.head_size, grad=True) for count in heads]

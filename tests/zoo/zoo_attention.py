@@ -387,6 +387,27 @@ class SeesItsOwnKeysUnrounded(SdpaAttention):
         return step if any(batch.context_lengths) else _OwnKeysStep(spec, batch, step)
 
 
+class CountsOnTheHost(PlainPaged):
+    """Claims that its decodes can be recorded, and reads their lengths from the host."""
+
+    @classmethod
+    def abilities(cls) -> frozenset[str]:
+        return super().abilities() | {"graph_safe"}
+
+
+class DividesAsTheHostSays(CountsOnTheHost):
+    """Reads lengths from the device, but of an open batch not which tokens are whose."""
+
+    @classmethod
+    def abilities(cls) -> frozenset[str]:
+        return super().abilities() | {"graph_safe_prompts"}
+
+    def begin(self, spec: AttentionSpec, batch: AttentionBatch, cache: Stores | None) -> AttentionStep:
+        lengths = zip(batch.kv_lengths.tolist(), batch.query_lengths, strict=True)
+        contexts = [max(0, length - own) for length, own in lengths]
+        return super().begin(spec, dataclasses.replace(batch, context_lengths=contexts), cache)
+
+
 SOUND = PlainPaged
 """The backend without a fault: it passes."""
 
@@ -415,5 +436,7 @@ ZOO: dict[type[Plugin], str] = {
     TakesFormatsUnclaimed: "test_the_probe_refuses_what_is_not_claimed",
     KeepsFullKeys: "test_the_kv_contract_tells_the_format",
     SeesItsOwnKeysUnrounded: "test_a_cut_does_not_change_scaled_keys",
+    CountsOnTheHost: "test_decodes_take_their_lengths_from_the_device",
+    DividesAsTheHostSays: "test_open_batches_equal_the_plain_loop",
 }
 """Broken backend -> the test that has to catch it."""

@@ -11,6 +11,7 @@ bit whatever else is in the step.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -29,7 +30,7 @@ from drivetrain.contracts.attention import (
 from drivetrain.contracts.model import ModelSpec
 from drivetrain.contracts.plugin import ProbeContext, Purpose
 from drivetrain.registry import Registry, load
-from drivetrain.testing.attention_oracle import Attended, PlainStep, Trial, whole_batch
+from drivetrain.testing.attention_oracle import Attended, PlainStep, Trial, opened, recorded_decodes, whole_batch
 from drivetrain.testing.measure import HostTraffic, tensor_bytes
 from drivetrain.testing.places import DeviceSuite
 
@@ -222,6 +223,32 @@ class AttentionSuite(DeviceSuite):
             for new_tokens in ({0: 6}, {0: 1}):
                 for result in trial.step(new_tokens):
                     assert torch.isfinite(result.found).all(), "the output has an infinity or a NaN"
+
+    def test_decodes_take_their_lengths_from_the_device(self) -> None:
+        """As recorded steps give them: contexts that the host names are those of nobody. For ``graph_safe``."""
+        self.require_claim("graph_safe")
+        spec = spec_of(self._windows_it_claims())
+        for backend in self.backends():
+            told = functools.partial(recorded_decodes, block_size=backend.kv_contract(spec).block_size)
+            trial = Trial(backend, spec, self.require_spec(spec))
+            trial.step({0: 5, 1: 1, 2: 30})
+            for new_tokens in ({0: 1, 1: 1, 2: 1}, {2: 1, 1: 1}):
+                assert_as_plain(backend, spec, trial.step(new_tokens, told=told))
+
+    @pytest.mark.parametrize("write", [False, True], ids=["backend_writes", "model_writes"])
+    def test_open_batches_equal_the_plain_loop(self, write: bool) -> None:
+        """Only the device knows how tokens are divided, and some sequences have none. For ``graph_safe_prompts``."""
+        self.require_claim("graph_safe_prompts")
+        if write:
+            self.require_claim("takes_written")
+        spec = spec_of(self._windows_it_claims())
+        for backend in self.backends():
+            trial = Trial(backend, spec, self.require_spec(spec))
+            for new_tokens in (*MIXED, {0: 37}):
+                assert_as_plain(backend, spec, trial.step(new_tokens, write=write, told=opened))
+
+    def _windows_it_claims(self) -> tuple[int | None, ...]:
+        return (None, 3) if self.claims("windows") else (None, None)
 
     # --- the cache ---------------------------------------------------------------------------------------------------
 

@@ -4,9 +4,10 @@ transformers' compiled generation.
     python tests/benchmarks/gpu/serving.py [--layers 4] [--running 64,256] [--peer-batches 256,128,64]
 
 Weights are drawn on the device. One stream is measured as a share of the floor: the bytes of weights that a step reads
-over what a plain copy reaches. Rates of many requests are whole runs, prompts included, of two workloads: ``even``, all
-prompts and answers of one length, and ``mixed``, that of the benchmarks on CPUs, with prompts of 32 to 256 tokens and
-answers of 32 to 128.
+over what a plain copy reaches. How long a lone prompt waits for its first token is measured with steps replayed as they
+are by default, and launched kernel by kernel. Rates of many requests are whole runs, prompts included, of two
+workloads: ``even``, all prompts and answers of one length, and ``mixed``, that of the benchmarks on CPUs, with prompts
+of 32 to 256 tokens and answers of 32 to 128.
 
 The peer's rate is that of ``generate`` with a static cache, which compiles its decode step, at its best batch, after a
 run that compiled it. A batch is padded to its longest prompt and goes on to its longest answer, of which only what was
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,7 +32,7 @@ from typing import Any
 
 import torch
 
-from drivetrain import LLM
+from drivetrain import LLM, SamplingParams
 from drivetrain.bench.measure import run_latency, run_throughput
 from drivetrain.bench.workloads import WorkItem, mixed
 
@@ -57,6 +59,9 @@ CONFIG: dict[str, Any] = {
 FLOOR_TARGET, PEER_TARGET = 0.80, 3.0
 MOST_OF_MIXED = 256 + 128
 """Tokens of the longest request of that workload."""
+
+FIRST_TOKENS = 11
+"""Prompts whose first token is waited for, after as many that are not timed."""
 
 WAVES = 3
 """How often as many requests come as run at a time."""
@@ -116,7 +121,7 @@ def model_folder(layers: int) -> Iterator[Path]:
         yield Path(name)
 
 
-def opened(folder: Path, running: int, batched_tokens: int, length: int) -> LLM:
+def opened(folder: Path, running: int, batched_tokens: int, length: int, graphs: str = "auto") -> LLM:
     started = time.perf_counter()
     llm = LLM(
         folder,
@@ -126,7 +131,7 @@ def opened(folder: Path, running: int, batched_tokens: int, length: int) -> LLM:
         kernels="triton",
         attention="paged-triton",
         scheduler={"name": "fcfs", "max_running": running, "max_batched_tokens": batched_tokens},
-        engine={"max_model_len": length},
+        engine={"max_model_len": length, "graphs": graphs},
     )
     _say(f"ready for {running} in {time.perf_counter() - started:.1f} s")
     return llm
@@ -152,6 +157,17 @@ def one_stream(folder: Path, options: argparse.Namespace, bandwidth: float) -> R
     share = floor * rate
     verdict = "yes" if share >= FLOOR_TARGET else "no"
     return Row("decode, one stream", rate, told, f"{share:.0%} of the floor", f"{FLOOR_TARGET:.0%}: {verdict}")
+
+
+def first_token(folder: Path, options: argparse.Namespace, graphs: str) -> float:
+    """Median milliseconds from a lone prompt to its first token."""
+    seconds = []
+    with opened(folder, 1, options.batched_tokens, options.prompt + 1, graphs) as llm:
+        for item in requests("even", 2 * FIRST_TOKENS, options, seed=3):
+            started = time.perf_counter()
+            llm.generate(list(item.prompt), SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+            seconds.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(seconds[FIRST_TOKENS:])
 
 
 def many_streams(folder: Path, options: argparse.Namespace, running: int) -> dict[str, tuple[float, str]]:
@@ -227,6 +243,20 @@ def run_peer(options: argparse.Namespace, batches: Sequence[int]) -> None:
             print(json.dumps([workload, batch, wanted / seconds]), flush=True)
 
 
+def first_tokens(options: argparse.Namespace, bandwidth: float) -> str:
+    """A sentence of the page."""
+    floor = weight_bytes_of_step(options.layers) / bandwidth * 1e3
+    found = []
+    with model_folder(options.layers) as folder:
+        for graphs in ("off", "auto"):
+            found.append(first_token(folder, options, graphs))
+            free_memory()
+    return (
+        f"One prompt of {options.prompt} tokens, with nothing else running, has its first token after {found[1]:.1f} "
+        f"ms, {found[0]:.1f} where each kernel is launched from Python. Reading the weights takes {floor:.1f}."
+    )
+
+
 def rows(options: argparse.Namespace, bandwidth: float) -> list[Row]:
     found = []
     with model_folder(options.layers) as folder:
@@ -275,6 +305,8 @@ def section(options: argparse.Namespace, bandwidth: float) -> list[str]:
         "| measured | tok/s | details | share | asked |",
         "|---|---|---|---|---|",
         *(row.cells() for row in rows(options, bandwidth)),
+        "",
+        first_tokens(options, bandwidth),
     ]
 
 

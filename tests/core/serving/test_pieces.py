@@ -16,8 +16,7 @@ from drivetrain.contracts.source import silent
 from drivetrain.errors import GraphCaptureError
 from drivetrain.serving.blocks import KVManager
 from drivetrain.serving.engine import Engine, EngineLimits
-from drivetrain.serving.graphs import Capture
-from drivetrain.serving.pieces import piece_sizes
+from drivetrain.serving.graphs import Capture, token_sizes
 from drivetrain.serving.runner import ModelRunner
 from drivetrain.serving.types import FinishReason
 from support.captures import GraphSafeAttention, expect_the_same_blocks
@@ -107,7 +106,7 @@ def test_replayed_steps_give_what_plain_ones_give(max_tokens: int, overlap: str)
     assert found == outputs(make(None, max_tokens=max_tokens))
     assert recorder.num_replayed > 5
     assert recorder.num_between == recorder.num_replayed * len(WINDOWS)
-    assert recorder.num_captured <= len(piece_sizes(max_tokens))
+    assert recorder.num_captured <= len(token_sizes(max_tokens))
 
 
 def test_a_size_is_captured_when_it_first_comes_and_once() -> None:
@@ -127,7 +126,7 @@ def test_all_sizes_are_captured_ahead_and_none_later() -> None:
     engine = make(recorder)
     told: list[tuple[int, int | None]] = []
     engine.runner.capture_ahead(lambda what, done, total, unit: told.append((done, total)))
-    assert recorder.num_captured == len(piece_sizes(40)) == 3
+    assert recorder.num_captured == len(token_sizes(40)) == 3
     assert told == [(done, 3) for done in range(4)]
     assert outputs(engine) == outputs(make(None))
     assert recorder.num_captured == 3
@@ -207,7 +206,7 @@ def test_both_kinds_of_steps_are_replayed_in_one_engine() -> None:
     ],
 )
 def test_sizes_reach_the_most_that_a_step_may_have(most: int, sizes: list[int]) -> None:
-    assert piece_sizes(most) == sizes
+    assert token_sizes(most) == sizes
 
 
 # --- a whole engine with real parts ----------------------------------------------------------------------------------

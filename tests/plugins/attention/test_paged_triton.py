@@ -106,6 +106,6 @@ def test_the_suite_passes(report: Report, test: str) -> None:
 
 @has_interpreter
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["check_paged_triton.py", "check_decode_steps.py"])
+@pytest.mark.parametrize("name", ["check_paged_triton.py", "check_decode_steps.py", "check_prompt_steps.py"])
 def test_what_the_suite_does_not_ask(name: str) -> None:
     run_in_interpreter(Path(__file__).parent / "interpreted" / name)

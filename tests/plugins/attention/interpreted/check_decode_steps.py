@@ -188,7 +188,7 @@ def test_replayed_decodes_of_a_model_give_its_tokens(tmp_path: Path, monkeypatch
     save_tiny("llama", tmp_path / "model")
     engine = {"max_model_len": 64, "graphs": "off"}
     options: dict[str, Any] = {"platform": {"name": "cpu", "threads": 1}, "kernels": "triton"}
-    options["scheduler"] = {"name": "fcfs", "max_running": 3}
+    options["scheduler"] = {"name": "fcfs", "max_running": 3, "max_batched_tokens": 16}
     prompts = ["The quick brown fox", "There is more", "x"]
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     attention = {"name": "paged-triton", "block_size": 16}
@@ -200,5 +200,5 @@ def test_replayed_decodes_of_a_model_give_its_tokens(tmp_path: Path, monkeypatch
     with LLM(tmp_path / "model", **options, engine=engine, attention=attention) as llm:
         assert [result.token_ids for result in llm.generate(prompts, params)] == wanted
         assert [result.token_ids for result in llm.generate(prompts[:1], params)] == wanted[:1]
-    assert recorder.num_captured == 3, "steps of one, two and four, all of them ahead"
+    assert recorder.num_captured == 3 + 1, "decodes of one, two and four, and other steps, all of them ahead"
     assert recorder.num_replayed >= 14

@@ -1,0 +1,168 @@
+"""Rule: a step with prompts that is captured whole gives what a plain one gives, however its tokens are divided."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from drivetrain.config import EngineSettings
+from drivetrain.contracts.attention import AttentionBatch
+from drivetrain.contracts.source import silent
+from drivetrain.errors import GraphCaptureError
+from drivetrain.serving.blocks import KVManager
+from drivetrain.serving.engine import Engine, EngineLimits
+from drivetrain.serving.graphs import captured_sizes, token_sizes
+from drivetrain.serving.runner import ModelRunner
+from drivetrain.serving.types import FinishReason
+from support.captures import GraphSafeAttention, PromptSafeAttention, Recorder, expect_the_same_blocks
+from support.fake_model import (
+    END_TOKENS,
+    VOCAB_SIZE,
+    FakeAttention,
+    FakeClock,
+    FakeLM,
+    LetterDecoder,
+    add,
+    finish,
+    greedy,
+    make_scheduler,
+    prompts,
+)
+
+torch.set_num_threads(1)
+WINDOWS = (None, 5)
+MAX_RUNNING = 6
+
+
+def no_pieces(function: object) -> Callable[[], None]:
+    raise AssertionError("captured in pieces what can be captured whole")
+
+
+def make(
+    recorder: Recorder | None,
+    *,
+    attention: type[FakeAttention] = PromptSafeAttention,
+    overlap: str = "off",
+    max_tokens: int = 40,
+    num_blocks: Sequence[int] = (60, 60),
+    must_capture: bool = False,
+) -> Engine:
+    model = FakeLM(WINDOWS, 64)
+    groups = model.spec.attention.groups
+    kv = KVManager(groups, num_blocks, 4, max_running=MAX_RUNNING, max_tokens=64, prefix_cache=True, salt="fake")
+    return Engine(
+        ModelRunner(
+            model,
+            attention(4),
+            num_blocks,
+            torch.device("cpu"),
+            recorder,
+            capture_pieces=None if recorder is None else no_pieces,
+            must_capture=must_capture,
+        ),
+        kv,
+        make_scheduler("fcfs", max_tokens, MAX_RUNNING),
+        EngineLimits(64, VOCAB_SIZE, END_TOKENS),
+        EngineSettings(overlap=overlap),  # type: ignore[arg-type]
+        lambda prompt, skip: LetterDecoder(),
+        clock=FakeClock(),
+    )
+
+
+def outputs(engine: Engine, count: int = 12) -> dict[tuple[str, int], list[int]]:
+    for number, prompt in enumerate(prompts(count, length=7)):
+        add(engine, f"r{number}", prompt * (1 + number % 3), greedy(5 + 3 * (number % 4)))
+    tokens = finish(engine).tokens
+    engine.close()
+    return tokens
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+@pytest.mark.parametrize(("max_tokens", "num_blocks"), [(9, (60, 60)), (16, (24, 24)), (40, (60, 60))])
+def test_replayed_steps_give_what_plain_ones_give(max_tokens: int, num_blocks: tuple[int, int], overlap: str) -> None:
+    """With prompts cut in chunks, prefixes found again, and requests preempted where blocks are few."""
+    recorder = Recorder()
+    engine = make(recorder, overlap=overlap, max_tokens=max_tokens, num_blocks=num_blocks)
+    assert outputs(engine) == outputs(make(None, attention=FakeAttention, max_tokens=max_tokens, num_blocks=num_blocks))
+    assert recorder.num_replayed > 10
+    assert recorder.num_captured <= len(token_sizes(max_tokens)) + len(captured_sizes(MAX_RUNNING))
+    if num_blocks[0] < 60:
+        assert engine.metrics.snapshot()["preemptions"] > 0
+
+
+def test_every_step_of_a_size_has_as_many_sequences_and_tokens() -> None:
+    """So that whatever is launched for the first is right for all."""
+    engine = make(Recorder())
+    outputs(engine)
+    attention = engine.runner.attention
+    assert isinstance(attention, PromptSafeAttention)
+
+    def shape(batch: AttentionBatch) -> tuple[object, ...]:
+        tensors = (batch.query_starts, batch.kv_lengths, *batch.block_tables, *batch.slots)
+        return batch.num_sequences, tuple((x.data_ptr(), x.shape) for x in tensors)
+
+    shapes: dict[int, set[tuple[object, ...]]] = {}
+    for batch in attention.batches:
+        shapes.setdefault(batch.num_tokens, set()).add(shape(batch))
+    assert {size: len(found) for size, found in shapes.items()} == {16: 1, 32: 1, 40: 1}
+    assert {batch.num_sequences for batch in attention.batches} == {MAX_RUNNING + 1}
+
+
+def test_all_sizes_are_captured_ahead_and_none_later() -> None:
+    recorder = Recorder()
+    engine = make(recorder)
+    told: list[tuple[str, int, int | None]] = []
+    engine.runner.capture_ahead(lambda what, done, total, unit: told.append((what, done, total)))
+    assert recorder.num_captured == len(token_sizes(40)) + len(captured_sizes(MAX_RUNNING)) == 7
+    assert told[-4:] == [("capturing steps by tokens", done, 3) for done in range(4)]
+    assert outputs(engine) == outputs(make(None))
+    assert recorder.num_captured == 7
+
+
+def test_tokens_and_sequences_that_fill_up_a_size_touch_no_block_of_anybody() -> None:
+    expect_the_same_blocks(make(Recorder()), make(None), 60)
+
+
+def test_what_is_captured_follows_the_attention_that_is_swapped_in() -> None:
+    """Whole, then in pieces for one that does not claim it, then whole again."""
+    pieces: list[str] = []
+
+    def capture_pieces(function: Callable[..., None]) -> Callable[[], None]:
+        pieces.append("captured")
+        return lambda: function(lambda work: work())
+
+    recorder = Recorder()
+    engine = make(recorder)
+    runner = engine.runner
+    runner._capture_pieces = capture_pieces
+    seen = []
+    for name, attention in (("a", PromptSafeAttention), ("b", GraphSafeAttention), ("c", PromptSafeAttention)):
+        backend = attention(4)
+        cache = backend.allocate(runner.spec, runner.blocks_to_allocate([60, 60]), runner.device)
+        engine.drop_prefixes()
+        runner.exchange(runner.model, backend, cache, engine.kv)
+        before = recorder.num_captured
+        add(engine, name, next(prompts(1)), greedy(1))
+        finish(engine)
+        seen.append((recorder.num_captured - before, len(pieces)))
+    assert seen == [(1, 0), (0, 1), (1, 1)]
+
+
+def test_a_capture_that_fails_is_a_warning_or_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    error = RuntimeError("operation not permitted when stream is capturing")
+    with caplog.at_level(logging.WARNING, "drivetrain"):
+        engine = make(Recorder(error))
+        tokens = outputs(engine)
+    assert tokens == outputs(make(None))
+    assert [record.message for record in caplog.records if "not permitted" in record.message]
+    caplog.set_level(logging.CRITICAL, "drivetrain")
+    engine = make(Recorder(error), must_capture=True)
+    add(engine, "a", next(prompts(1)), greedy(3))
+    last = finish(engine).last["a", 0]
+    assert last.finish_reason is FinishReason.ERROR
+    assert GraphCaptureError.__name__ in (last.error or "")
+    with pytest.raises(GraphCaptureError, match="not permitted"):
+        make(Recorder(error), must_capture=True).runner.capture_ahead(silent)
