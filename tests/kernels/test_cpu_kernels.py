@@ -169,6 +169,21 @@ def test_all_threads_give_the_same(checkpoints: dict[str, FolderCheckpoint], exp
     torch.testing.assert_close(found, expected["smollm2"], rtol=1e-4, atol=1e-4)
 
 
+def test_every_chunk_is_run_once_by_more_threads_than_there_are_cores() -> None:
+    """Regions follow each other faster than a thread that was put aside comes back, so that others take its chunks."""
+    torch.set_num_threads(7)
+    try:
+        linear = provider().make(KernelSpec("linear", "cpu", "float32", {"I": 40, "O": 1000}))
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(400):
+            outer, tokens = (int(torch.randint(1, most, (), generator=generator)) for most in (1000, 7))
+            weight, x = (torch.randint(-4, 5, (n, 40), generator=generator).float() for n in (outer, tokens))
+            assert torch.equal(linear(x, weight, None), x @ weight.T)
+    finally:
+        torch.set_num_threads(1)
+        provider().make(KernelSpec("linear", "cpu", "float32"))  # leaves the library's pool at one thread
+
+
 class _CountsCalls:
     """Counts what goes into the library."""
 

@@ -11,9 +11,10 @@ namespace {
 
 static_assert(kChunk % kTile1 == 0 && kChunk % kTile2 == 0 && kChunk % W == 0);
 
-constexpr int kFewChunk = 32;            // outputs at a time when weights stream by
+constexpr int kFewChunk = 16;            // outputs at a time when weights stream by
 constexpr size_t kFewBytes = 96 << 10;  // of weights that one thread takes at a time
 constexpr int kFewShares = 4;           // of a product for each thread
+constexpr int kFewAhead = 9 << 10;      // bytes that are asked for before they are needed
 static_assert(kFewChunk <= kChunk);
 
 thread_local Scratch decoded;  // weights of one chunk in float32
@@ -59,51 +60,56 @@ constexpr int kStep<bf16> = 2 * W;
 static inline void load_step(const float* p, vf (&v)[1]) { v[0] = load(p); }
 static inline void load_step(const bf16* p, vf (&v)[2]) { load_split(p, v[0], v[1]); }
 
-template <int R, int M, class T>
-static inline void dots(const T* __restrict w, size_t stride, const float* __restrict x, int size, float (*__restrict out)[kChunk],
-                        int at) {
+// One row of weights by M rows of x. Rows are read one after another, each line long before it is needed, so that memory is read
+// in order from the first row to the last. One request a turn: two next to each other are no faster than none (measured).
+template <int M, class T>
+static inline void dot(const T* __restrict w, const float* __restrict x, int size, vf (&sums)[M], float (&rest)[M]) {
   constexpr int N = kStep<T> / W;
-  vf sums[R][M] = {};
-  int k = 0;
-  for (; k + kStep<T> <= size; k += kStep<T>) {
-    vf row[M][N];
+  constexpr int kLine = 64 / int(sizeof(T));
+#pragma GCC unroll 4
+  for (int m = 0; m < M; m++) sums[m] = vf{};
+  auto step = [&](int at) __attribute__((always_inline)) {
+    vf weight[N];
+    load_step(w + at, weight);
 #pragma GCC unroll 4
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
-      for (int n = 0; n < N; n++) row[m][n] = load(x + size_t(m) * size + k + n * W);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      vf weight[N];
-      load_step(w + r * stride + k, weight);
-      __builtin_prefetch(w + (R + r) * stride + k, 0, 2);  // rows are short: ask for those behind these
+      for (int n = 0; n < N; n++) sums[m] += weight[n] * load(x + size_t(m) * size + at + n * W);
+  };
+  int k = 0;
+  for (; k + kLine <= size; k += kLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(w + k) + kFewAhead, 0, 2);
 #pragma GCC unroll 4
-      for (int m = 0; m < M; m++)
-#pragma GCC unroll 2
-        for (int n = 0; n < N; n++) sums[r][m] += weight[n] * row[m][n];
-    }
+    for (int i = 0; i < kLine; i += kStep<T>) step(k + i);
   }
+  for (; k + kStep<T> <= size; k += kStep<T>) step(k);
 #pragma GCC unroll 4
   for (int m = 0; m < M; m++) {
-    float totals[R];
-    if constexpr (R % 4 == 0) {
-#pragma GCC unroll 2
-      for (int r = 0; r < R; r += 4) sum4(sums[r][m], sums[r + 1][m], sums[r + 2][m], sums[r + 3][m], totals + r);
-    } else {
-      for (int r = 0; r < R; r++) totals[r] = sum(sums[r][m]);
-    }
-    for (int r = 0; r < R; r++) {
-      for (int rest = k; rest < size; rest++) totals[r] += get(w + r * stride + rest) * x[size_t(m) * size + rest];
-      out[m][at + r] = totals[r];
-    }
+    rest[m] = 0.0f;
+    for (int i = k; i < size; i++) rest[m] += get(w + i) * x[size_t(m) * size + i];
   }
 }
 
 template <int M, class T>
 static void dots_of(const T* w, size_t stride, int count, const float* x, int size, float (*out)[kChunk]) {
-  constexpr int R = kRegisters == 32 ? (M == 1 ? 8 : 4) : (M <= 2 ? 4 : 2);
   int r = 0;
-  for (; r + R <= count; r += R) dots<R, M>(w + r * stride, stride, x, size, out, r);
-  for (; r < count; r++) dots<1, M>(w + r * stride, stride, x, size, out, r);
+  for (; r + 4 <= count; r += 4) {
+    vf sums[4][M];
+    float rest[4][M];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) dot<M>(w + (r + i) * stride, x, size, sums[i], rest[i]);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) {
+      sum4(sums[0][m], sums[1][m], sums[2][m], sums[3][m], out[m] + r);
+      for (int i = 0; i < 4; i++) out[m][r + i] += rest[i][m];
+    }
+  }
+  for (; r < count; r++) {
+    vf sums[M];
+    float rest[M];
+    dot<M>(w + r * stride, x, size, sums, rest);
+    for (int m = 0; m < M; m++) out[m][r] = sum(sums[m]) + rest[m];
+  }
 }
 
 template <class T>

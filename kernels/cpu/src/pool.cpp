@@ -11,10 +11,32 @@
 namespace dt {
 namespace {
 
-// One word says which region it is (16 bits), how many chunks it has and which is next (24 bits each), so that a worker that
-// comes late takes either a chunk of the present region or none.
-constexpr uint64_t kOne = 1, kMask = (kOne << 24) - 1;
 constexpr int kSpins = 2000;
+
+// The chunks of one thread that nobody has taken yet, next .. end, and which region they are of, in one word: a worker that
+// comes late takes either a chunk of the present region or none.
+struct alignas(64) Share {
+  static constexpr uint64_t kOne = 1, kMask = (kOne << 24) - 1;
+  std::atomic<uint64_t> word{0};
+
+  void set(uint64_t region, int next, int end) {
+    word.store((region << 48) | (uint64_t(end) << 24) | uint64_t(next), std::memory_order_seq_cst);
+  }
+  bool is_empty() const {
+    uint64_t seen = word.load(std::memory_order_seq_cst);
+    return (seen & kMask) >= ((seen >> 24) & kMask);
+  }
+  // A chunk from the front, for the thread whose share it is, or from the back; -1 when there is none.
+  int take(bool is_own) {
+    uint64_t seen = word.load(std::memory_order_acquire);
+    for (;;) {
+      uint64_t next = seen & kMask, end = (seen >> 24) & kMask;
+      if (next >= end) return -1;
+      if (word.compare_exchange_weak(seen, is_own ? seen + 1 : seen - (kOne << 24), std::memory_order_acq_rel))
+        return int(is_own ? next : end - 1);
+    }
+  }
+};
 
 static inline void pause_briefly() {
 #if defined(__x86_64__)
@@ -25,7 +47,8 @@ static inline void pause_briefly() {
 }
 
 struct Pool {
-  std::atomic<uint64_t> state{0};
+  std::vector<Share> shares;
+  uint64_t region = 0;
   std::atomic<int> completed{0};
   Body body = nullptr;
   void* context = nullptr;
@@ -35,26 +58,28 @@ struct Pool {
   std::condition_variable wake;
   std::vector<std::thread> workers;
 
-  explicit Pool(int count) {
+  explicit Pool(int count) : shares(count) {
     for (int i = 1; i < count; i++) workers.emplace_back([this, i] { work(i); });
   }
 
+  // A thread's own chunks in their order, so that it reads what they are of from one end to the other, and then what others
+  // have not come to.
   void take_chunks(int thread) {
-    uint64_t seen = state.load(std::memory_order_acquire);
-    for (;;) {
-      uint64_t next = seen & kMask, count = (seen >> 24) & kMask;
-      if (next >= count) return;
-      if (!state.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel)) continue;
-      // The region can't end before this chunk does, so body and context are its own.
-      body(context, int(next), thread);
-      completed.fetch_add(1, std::memory_order_acq_rel);
-      seen = state.load(std::memory_order_acquire);
+    const int count = int(shares.size());
+    for (int i = 0; i < count; i++) {
+      Share& share = shares[thread + i < count ? thread + i : thread + i - count];
+      for (int chunk; (chunk = share.take(i == 0)) >= 0;) {
+        // The region can't end before this chunk does, so body and context are its own.
+        body(context, chunk, thread);
+        completed.fetch_add(1, std::memory_order_acq_rel);
+      }
     }
   }
 
   bool has_chunks() const {
-    uint64_t seen = state.load(std::memory_order_seq_cst);
-    return (seen & kMask) < ((seen >> 24) & kMask);
+    for (const Share& share : shares)
+      if (!share.is_empty()) return true;
+    return false;
   }
 
   void work(int thread) {
@@ -78,8 +103,9 @@ struct Pool {
     body = new_body;
     context = new_context;
     completed.store(0, std::memory_order_relaxed);
-    uint64_t region = (state.load(std::memory_order_relaxed) >> 48) + 1;
-    state.store((region << 48) | (uint64_t(count) << 24), std::memory_order_seq_cst);
+    region++;
+    const int64_t threads = int64_t(shares.size());
+    for (int64_t t = 0; t < threads; t++) shares[t].set(region, int(count * t / threads), int(count * (t + 1) / threads));
     if (sleeping.load(std::memory_order_seq_cst) > 0) {
       std::lock_guard<std::mutex> lock(mutex);
       wake.notify_all();

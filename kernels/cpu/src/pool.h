@@ -1,8 +1,9 @@
 // A pool of threads for the short parallel regions of a step.
 //
-// Regions follow each other within microseconds, so workers spin for a moment before they sleep. Chunks are taken one at a
-// time, and a region ends when its chunks are done, not when its workers are: a thread that the system has put aside holds up
-// nobody unless it is in the middle of a chunk.
+// Regions follow each other within microseconds, so workers spin for a moment before they sleep. Each thread has an equal share
+// of the chunks, one behind the other, and takes them one at a time, then those that others have not come to. A region ends
+// when its chunks are done, not when its workers are: a thread that the system has put aside holds up nobody unless it is in the
+// middle of a chunk.
 #pragma once
 #include <type_traits>
 
