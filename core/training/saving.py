@@ -121,7 +121,7 @@ class RunState:
 
 def _begun(state: dict[str, torch.Tensor], held: Container[str]) -> dict[str, torch.Tensor]:
     """The part of ``state`` that can be loaded. A parameter that no loss had reached when the state was saved has
-    nothing there from the optimizer: what it has here is made what it is before a first step."""
+    nothing there from the optimizer: what it has here is what it is before a first step."""
     missing: dict[str, list[str]] = {}
     for name in state:
         if name.startswith("optimizer."):
@@ -131,9 +131,6 @@ def _begun(state: dict[str, torch.Tensor], held: Container[str]) -> dict[str, to
         if any(name in held for name in names) or f"model.{parameter}" not in held:
             del missing[place]
     fresh = {name for names in missing.values() for name in names}
-    for name in fresh:
-        if name.endswith(".step"):  # a step of no length has been counted, which changed nothing else
-            state[name].zero_()
     return {name: tensor for name, tensor in state.items() if name not in fresh}
 
 

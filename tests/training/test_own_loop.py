@@ -56,6 +56,16 @@ def test_a_users_loop_makes_the_plain_steps_to_the_last_bit() -> None:
     assert loop(drivetrain.prepare(net, adamw(net), ONE_THREAD)) == plain()
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw-8bit", "adafactor", "muon", "lion"])
+def test_a_save_before_the_first_step_changes_no_step(tmp_path: Path, name: str) -> None:
+    """What an optimizer keeps is made for the save by a step of no length, which must not count as one."""
+    config = {**ONE_THREAD, "optimizer": {"name": name}, "store": {"folder": str(tmp_path)}}
+    run = drivetrain.prepare(make_net(), None, config)
+    run.save()
+    assert loop(run) == loop(drivetrain.prepare(make_net(), None, config))
+    run.close()
+
+
 @pytest.mark.parametrize("policy", ["full", {"name": "selective", "every": 2}])
 def test_with_a_checkpoint_policy_too(policy: Any) -> None:
     net = make_net()
