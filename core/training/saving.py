@@ -6,12 +6,14 @@ as metadata the position in the data, the loss scale, and what the run is.
 
 from __future__ import annotations
 
-from collections.abc import Container
+import os
+from collections.abc import Container, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drivetrain.contracts.store import Saving, Store
+from drivetrain.contracts.store import Saving, Store, StoredTensor
 from drivetrain.errors import ConfigError, DamagedStateError, StoreError
 from drivetrain.training.prepared import Prepared
 from drivetrain.training.ranks import Ranks
@@ -78,9 +80,16 @@ class RunState:
     def load(self, step: int) -> dict[str, Any]:
         """Take over a state; returns its metadata. Raises StoreError, DamagedStateError, or ConfigError for the state
         of another run."""
-        metadata = self._store.metadata(step)
-        self._check(step, metadata)
-        held = self._store.tensors(step)
+        try:
+            return self._load(step)
+        except DamagedStateError as error:
+            older = [other for other in self._store.steps() if other < step]
+            then = f"go on from step {older[-1]}" if older else "begin anew"
+            error.hint = error.hint or f"Remove the state of step {step} to {then}."
+            raise
+
+    def _load(self, step: int) -> dict[str, Any]:
+        metadata, held = self._ranks.together("reading the saved state", lambda: self._read(step))
         state = self._prepared.state()
         random = _random_states(self._ranks.rank)
         known = {name: tensor for name, tensor in random.items() if name in held}
@@ -95,6 +104,12 @@ class RunState:
             _set_random_states(self._ranks.rank, known)
         return metadata
 
+    def _read(self, step: int) -> tuple[dict[str, Any], Mapping[str, StoredTensor]]:
+        """Metadata and names of a state. A machine that does not share the folder fails here, alone."""
+        metadata = self._store.metadata(step)
+        self._check(step, metadata)
+        return metadata, self._store.tensors(step)
+
     def _check(self, step: int, metadata: dict[str, Any]) -> None:
         where = f"{self._store.folder}, step {step}"
         if metadata.get("format") != FORMAT or not isinstance(metadata.get("identity"), dict):
@@ -102,8 +117,11 @@ class RunState:
         for name, mine in self._identity.items():
             theirs = metadata["identity"].get(name)
             if theirs != mine:
+                how = f"its {name} is {theirs!r}, and this run's is {mine!r}"
+                if name == "data":
+                    how = "it was trained on other samples: recipe.data, recipe.length or another option was changed"
                 raise ConfigError(
-                    f"the saved state belongs to another run: its {name} is {theirs!r}, and this run's is {mine!r}",
+                    f"the saved state belongs to another run: {how}",
                     where=where,
                     hint="Name another store.folder, or set trainer.resume to never and remove the old states.",
                 )
@@ -132,6 +150,19 @@ def _begun(state: dict[str, torch.Tensor], held: Container[str]) -> dict[str, to
             del missing[place]
     fresh = {name for names in missing.values() for name in names}
     return {name: tensor for name, tensor in state.items() if name not in fresh}
+
+
+def check_place(folder: Path) -> None:
+    """Raise StoreError where no state could be saved, as long as nothing is lost by it. Writes nothing."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return
+    raise StoreError(
+        "no state can be saved here",
+        where=str(folder),
+        found=f"{there} can't be written to" if there.is_dir() else f"{there} is no folder",
+        hint="Name another store.folder.",
+    )
 
 
 def newest_step(store: Store, ranks: Ranks) -> int | None:

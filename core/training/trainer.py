@@ -32,7 +32,7 @@ from drivetrain.training.order import SampleOrder, StepShape
 from drivetrain.training.prepared import Prepared
 from drivetrain.training.ranks import Ranks, joined_ranks, known_to_all_ranks, open_platform
 from drivetrain.training.run import StepResult, TrainingRun
-from drivetrain.training.saving import RunState, newest_step, saved_batch
+from drivetrain.training.saving import RunState, check_place, newest_step, saved_batch
 from drivetrain.training.schedule import Schedule
 from drivetrain.training.tracking import Trackers
 from drivetrain.training.units import shard_units
@@ -141,7 +141,9 @@ class Trainer:
             parts.plugins["platform"] = platform
             plans = ranks.gather(parts.plan.to_json())
             ranks.together("comparing plans", lambda: check_handshake(parts.plan, plans[0], who="rank 0"))
-            yield Assembly(parts, ranks, self._observers, self._note, self._progress).assembled()
+            is_restart = any(ranks.gather(self._pulse is not None and self._pulse.is_restart))
+            assembly = Assembly(parts, ranks, self._observers, self._note, self._progress, is_restart=is_restart)
+            yield assembly.assembled()
 
     def _resolve(self) -> Parts:
         return resolve_parts(
@@ -155,12 +157,24 @@ class Trainer:
 
 class Assembly:
     """Puts a run together, one part after the other. What only one rank may fail at is done by all of them together;
-    where ranks exchange tensors, all of them fail alike or not at all."""
+    where ranks exchange tensors, all of them fail alike or not at all.
+
+    is_restart: the agent has started the processes anew, so that the newest state is of this very run.
+    """
+
+    is_restart = False
 
     def __init__(
-        self, parts: Parts, ranks: Ranks, observers: Observers, note: Callable[[str], None], progress: Progress
+        self,
+        parts: Parts,
+        ranks: Ranks,
+        observers: Observers,
+        note: Callable[[str], None],
+        progress: Progress,
+        *,
+        is_restart: bool = False,
     ) -> None:
-        self.parts, self.ranks = parts, ranks
+        self.parts, self.ranks, self.is_restart = parts, ranks, is_restart
         self.observers = observers
         self.note = note if ranks.is_first else (lambda text: None)
         self.progress = progress if ranks.is_first else silent
@@ -220,6 +234,7 @@ class Assembly:
     # --- what is checked, read and loaded ----------------------------------------------------------------------------
 
     def _check_parts(self) -> None:
+        check_place(self.store.folder)
         quantizer = self.parts.report["quantizer"].chosen.name
         if quantizer != "none":
             raise ConfigError("quantized weights can't be trained", where="quantizer", found=quantizer, allowed="none")
@@ -299,7 +314,7 @@ class Assembly:
 
     def _kept_batch(self) -> int | None:
         """Samples of a step in the newest saved state; None where there is none, or other sizes were asked for."""
-        if self.settings.resume == "never":
+        if self._begins_anew:
             return None
         step = newest_step(self.store, self.ranks)
         if step is None:
@@ -331,11 +346,21 @@ class Assembly:
             "shuffle": settings.shuffle,
         }
 
+    @property
+    def _begins_anew(self) -> bool:
+        return self.settings.resume == "never" and not self.is_restart
+
     def _resume(self, work: Assembled) -> None:
         """Go on from the newest state, as ``trainer.resume`` says."""
-        if self.settings.resume == "never":
-            return
         step = work.state.newest()
+        if self._begins_anew:
+            if step is not None:
+                raise ConfigError(
+                    f"there are saved states, up to step {step}, among which those of a new run would be lost",
+                    where=str(self.store.folder),
+                    hint="Remove them, or name another store.folder; trainer.resume: auto goes on from the newest.",
+                )
+            return
         if step is None:
             if self.settings.resume == "must":
                 raise StateNotFoundError(
@@ -346,6 +371,8 @@ class Assembly:
             return
         work.resume(step)
         self.note(f"going on after step {step}, from {self.store.folder}")
+        if step >= work.run.steps:
+            self.note(f"no step is left to make: the run is of {work.run.steps} steps")
 
 
 def _check_same_data(digests: Sequence[str], rank: int) -> None:

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import drivetrain
 from drivetrain import Trainer
+from drivetrain.config import load_settings
 from drivetrain.contracts.recipe import IGNORED, RecipeContext, Samples
 from drivetrain.errors import (
     ConfigError,
@@ -20,12 +23,17 @@ from drivetrain.errors import (
     NonFiniteError,
     PluginRefusedError,
     StateNotFoundError,
+    StoreError,
     UnknownPluginError,
 )
 from drivetrain.plugins.recipe.pretrain import PretrainRecipe
 from drivetrain.plugins.recipe.sft import SftRecipe
+from drivetrain.plugins.store.dcp import DcpStore
 from drivetrain.testing.suites.recipe import byte_tokenizer
 from drivetrain.training.order import SampleOrder, StepShape
+from drivetrain.training.pulse import Pulse, Pulses
+from drivetrain.training.ranks import Ranks
+from drivetrain.training.saving import RunState
 from support.doc_pages import ROOT
 from support.training import run_settings, train_in_processes
 
@@ -59,6 +67,7 @@ CONFIGURATIONS: list[tuple[Change, type[DrivetrainError], str]] = [
     (assign("precision", "fp16"), PluginRefusedError, "does not compute in float16"),
     (assign("tracker", {"also": ["tensorbord"]}), UnknownPluginError, "Did you mean 'tensorboard'"),
     (assign("trainer.resume", "must"), StateNotFoundError, "no saved state to go on from"),
+    (assign("store.folder", f"{__file__}/state"), StoreError, r"no state can be saved here.*\.py is no folder"),
     (assign("model", "/surely/no/model"), DrivetrainError, "/surely/no/model"),
 ]
 
@@ -108,7 +117,7 @@ def test_a_torn_state_is_named_and_stays(model: Path, chats: Path, tmp_path: Pat
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     settings["trainer"]["steps"] = 4
-    with pytest.raises(DamagedStateError, match=r"rank-00000\.bin"):
+    with pytest.raises(DamagedStateError, match=r"rank-00000\.bin.*Remove the state of step 3 to begin anew"):
         Trainer(**settings).run()
     file.unlink()
     with pytest.raises(DamagedStateError, match=r"rank-00000\.bin"):
@@ -123,6 +132,50 @@ def test_the_state_of_another_run_is_refused(model: Path, chats: Path, tmp_path:
     settings["trainer"]["seed"] = 1
     with pytest.raises(ConfigError, match="belongs to another run: its seed is 0, and this run's is 1"):
         Trainer(**settings).run()
+    settings["trainer"]["seed"] = 0
+    settings["recipe"]["train_on"] = "all"
+    with pytest.raises(ConfigError, match=r"another run: it was trained on other samples: recipe\.data"):
+        Trainer(**settings).run()
+
+
+def test_a_run_that_begins_anew_does_not_mix_its_states_with_older_ones(
+    model: Path, chats: Path, tmp_path: Path
+) -> None:
+    """Of two runs in one folder the states with higher numbers would stay, and the next run go on from them. Processes
+    that their agent starts again go on from what they have saved themselves."""
+    settings = run_settings(model, chats, tmp_path, steps=3, export=False)
+    Trainer(**settings).run()
+    settings["trainer"] |= {"resume": "never", "steps": 2}
+    settings["store"] |= {"every": 1, "keep": 1}
+    with pytest.raises(ConfigError, match="saved states, up to step 3, among which those of a new run would be lost"):
+        Trainer(**settings).run()
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-00000003"]
+    settings["trainer"]["steps"] = 4
+    pulses = Pulses(tmp_path, timeout_seconds=60.0)
+    pulses.reset(1)
+    loaded = load_settings(None, settings, origin="argument")
+    with pytest.raises(ConfigError, match="saved states"):
+        Trainer.from_settings(loaded, pulse=Pulse(tmp_path, 0)).run()
+    pulses.reset(1)
+    assert len(Trainer.from_settings(loaded, pulse=Pulse(tmp_path, 0)).run().losses) == 1
+
+
+class _Told(Ranks):
+    """Notes what is done by all ranks together."""
+
+    def together(self, what: str, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except StoreError as error:
+            raise StoreError(f"told by all: {what}: {error}") from error
+
+
+def test_a_state_that_one_rank_can_not_read_is_told_by_all(tmp_path: Path) -> None:
+    """A machine that does not share the store's folder would else end without a word, and the others wait for it."""
+    run = drivetrain.prepare(torch.nn.Linear(2, 2), None, {"store": {"folder": str(tmp_path)}})
+    state = RunState(DcpStore(DcpStore.Config(folder=str(tmp_path))), run, _Told(), {})
+    with pytest.raises(StoreError, match=r"told by all: reading the saved state: .*no complete state of step 4"):
+        state.load(4)
 
 
 def test_a_loss_that_is_not_finite_names_the_module(model: Path, chats: Path, tmp_path: Path) -> None:
