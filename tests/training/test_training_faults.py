@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,14 @@ from drivetrain.errors import (
     PluginRefusedError,
     StateNotFoundError,
     StoreError,
+    TrainingError,
     UnknownPluginError,
 )
 from drivetrain.plugins.recipe.pretrain import PretrainRecipe
 from drivetrain.plugins.recipe.sft import SftRecipe
 from drivetrain.plugins.store.dcp import DcpStore
 from drivetrain.testing.suites.recipe import byte_tokenizer
+from drivetrain.training.export import export_model
 from drivetrain.training.order import SampleOrder, StepShape
 from drivetrain.training.pulse import Pulse, Pulses
 from drivetrain.training.ranks import Ranks
@@ -176,6 +180,45 @@ def test_a_state_that_one_rank_can_not_read_is_told_by_all(tmp_path: Path) -> No
     state = RunState(DcpStore(DcpStore.Config(folder=str(tmp_path))), run, _Told(), {})
     with pytest.raises(StoreError, match=r"told by all: reading the saved state: .*no complete state of step 4"):
         state.load(4)
+
+
+def test_a_model_that_can_not_be_written_is_told_and_the_old_one_stays(
+    model: Path, chats: Path, tmp_path: Path
+) -> None:
+    """A full disk, or a file in the way. What is written may be read by whoever may read the folder's other files."""
+    settings = run_settings(model, chats, tmp_path, steps=2)
+    folder = Trainer(**settings).run().folder
+    assert folder is not None
+    weights = folder / "model.safetensors"
+    assert weights.stat().st_mode == (folder / "config.json").stat().st_mode
+    before = weights.stat().st_mtime_ns
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(TrainingError, match=r"the model can't be written: .*File too large"):
+            Trainer(**settings).run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert weights.stat().st_mtime_ns == before
+    assert not (folder.parent / ".model-unfinished").exists()
+    shutil.rmtree(folder)
+    folder.touch()
+    with pytest.raises(TrainingError, match="there is a file of this name"):
+        Trainer(**settings).run()
+
+
+class _OtherFails(Ranks):
+    """A rank that is told of another one's failure."""
+
+    def together(self, what: str, work: Callable[[], Any]) -> Any:
+        raise TrainingError(f"{what} failed")
+
+
+def test_no_rank_gathers_a_model_for_which_there_is_no_room(tmp_path: Path) -> None:
+    """Rank 0 would not take part, and the others wait in vain."""
+    nothing: Any = None  # a model that is asked for its tensors would be an AttributeError
+    with pytest.raises(TrainingError, match="making room for the model failed"):
+        export_model(tmp_path / "model", nothing, nothing, _OtherFails(1, 2))
 
 
 def test_a_loss_that_is_not_finite_names_the_module(model: Path, chats: Path, tmp_path: Path) -> None:
