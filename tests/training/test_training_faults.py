@@ -6,6 +6,7 @@ import json
 import resource
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,8 +240,14 @@ def test_a_loss_that_is_not_finite_names_the_module(model: Path, chats: Path, tm
 # --- reading data ----------------------------------------------------------------------------------------------------
 
 
-def opened(recipe: type[SftRecipe | PretrainRecipe], notes: list[str] | None = None, **options: Any) -> Samples:
+def opened(
+    recipe: type[SftRecipe | PretrainRecipe],
+    notes: list[str] | None = None,
+    template: str | None = None,
+    **options: Any,
+) -> Samples:
     tokenizer = byte_tokenizer()
+    tokenizer = replace(tokenizer, chat_template=template or tokenizer.chat_template)
     note = (lambda text: None) if notes is None else notes.append
     context = RecipeContext(tokenizer, tokenizer.backend.get_vocab_size(), 512, 1, note)
     return recipe(recipe.Config.model_validate({"length": 128, **options})).open(context)
@@ -276,6 +283,16 @@ def test_answers_alone_are_learnt_to_their_end(tmp_path: Path) -> None:
     assert learnt(opened(SftRecipe, data=str(data))) == "Yes.</s>No.</s>"
     everything = opened(SftRecipe, data=str(data), train_on="all")
     assert learnt(everything) == text_of(everything[0].ids)[len("<s>") :]
+
+
+def test_a_conversation_may_begin_with_an_answer(tmp_path: Path) -> None:
+    """What the template puts in front of it, an instruction of its own say, is no answer."""
+    data = write(tmp_path / "talk.jsonl", {"messages": TALK[2:]})
+    template = "Be kind. " + str(byte_tokenizer().chat_template)
+    assert learnt(opened(SftRecipe, template=template, data=str(data))) == "Yes.</s>No.</s>"
+    silent = template.replace("<s>assistant: ", "")
+    with pytest.raises(DataError, match=r"talk\.jsonl:1: .*can't be told which tokens are the answer"):
+        opened(SftRecipe, template=silent, data=str(data))
 
 
 def test_prompts_and_texts_are_documents_too(tmp_path: Path) -> None:
@@ -321,6 +338,9 @@ FAULTS = {
     "no object": ("[1]", "must hold a JSON object"),
     "no field": ({"words": "x"}, "none of the known fields"),
     "no text": ({"text": 3}, "'text' must be a text"),
+    "half a character": ({"text": "a \ud800"}, "not valid Unicode"),
+    "half a character said": ({"messages": [*TALK[1:2], {"role": "assistant", "content": "\ud800"}]}, "valid Unicode"),
+    "no content": ({"messages": [*TALK[1:2], {"role": "assistant"}]}, "a message has no content"),
     "no message": ({"messages": []}, "must be a list of messages"),
     "no role": ({"messages": [{"content": "x"}]}, "can't be rendered"),
     "no answer": ({"messages": TALK[:2]}, "nothing to learn"),
@@ -345,12 +365,21 @@ def test_a_broken_line_is_named_or_left_out(tmp_path: Path, fault: str) -> None:
 def test_nothing_is_left_when_all_is_broken(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds nothing to train on"):
         opened(SftRecipe, data=str(write(tmp_path / "rows.jsonl", "{", "{")), broken="skip")
+    long = write(tmp_path / "long.jsonl", {"text": "x" * 500})
+    with pytest.raises(
+        DataError, match=r"nothing to train on.*left out; the first: .*long\.jsonl:1: .*longer than a row"
+    ):
+        opened(SftRecipe, data=str(long), too_long="skip")
 
 
 @pytest.mark.parametrize(("too_long", "lengths"), [("cut", [128, 5]), ("skip", [5])])
 def test_a_document_that_is_too_long_may_be_cut_or_left_out(tmp_path: Path, too_long: str, lengths: list[int]) -> None:
-    data = write(tmp_path / "rows.jsonl", {"text": "x" * 500}, {"text": "fine"})
-    samples = opened(SftRecipe, data=str(data), too_long=too_long, pack=False)
+    """And it is told."""
+    data = write(tmp_path / "rows.jsonl", {"text": "x" * 500}, {"text": "fine", "messages": None})
+    notes: list[str] = []
+    samples = opened(SftRecipe, notes, data=str(data), too_long=too_long, pack=False)
+    (note,) = notes
+    assert ("1 documents were cut to 128" if too_long == "cut" else f"1 rows of data were left out: {data}:1") in note
     assert [length for index in range(len(samples)) for length in samples[index].lengths] == lengths
 
 
