@@ -71,6 +71,8 @@ CONFIGURATIONS: list[tuple[Change, type[DrivetrainError], str]] = [
     (assign("checkpoint", {"name": "selective", "modules": ["experts"]}), ConfigError, "no module in the layers"),
     (assign("precision", "fp16"), PluginRefusedError, "does not compute in float16"),
     (assign("tracker", {"also": ["tensorbord"]}), UnknownPluginError, "Did you mean 'tensorboard'"),
+    (assign("tracker", {"also": ["console", "jsonl"]}), ConfigError, "this tracker is named twice; found 'jsonl'"),
+    (assign("optimizer.betas", [0.9, 1]), ConfigError, r"optimizer\.betas: .*from 0 on, below 1"),
     (assign("trainer.resume", "must"), StateNotFoundError, "no saved state to go on from"),
     (assign("store.folder", f"{__file__}/state"), StoreError, r"no state can be saved here.*\.py is no folder"),
     (assign("model", "/surely/no/model"), DrivetrainError, "/surely/no/model"),
