@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,11 +26,12 @@ from drivetrain.errors import ConfigError, StateNotFoundError
 from drivetrain.observers import Observers
 from drivetrain.registry import Registry
 from drivetrain.registry.plan import check_handshake
+from drivetrain.training.claim import claimed
 from drivetrain.training.export import export_model
 from drivetrain.training.forward import ModelForward
 from drivetrain.training.order import SampleOrder, StepShape
 from drivetrain.training.prepared import Prepared
-from drivetrain.training.ranks import Ranks, joined_ranks, known_to_all_ranks, open_platform
+from drivetrain.training.ranks import Ranks, joined_ranks, known_to_all_ranks, num_machines, open_platform
 from drivetrain.training.run import StepResult, TrainingRun
 from drivetrain.training.saving import RunState, check_place, newest_step, saved_batch
 from drivetrain.training.schedule import Schedule
@@ -432,27 +433,31 @@ class Assembled:
                 with known_to_all_ranks():
                     self.state.save(run.progress.to_dict())
 
-        self.run.ranks.together("starting the trackers", lambda: self._start())
-        outcome = "failed"
-        try:
-            run.train(after_step)
-            with known_to_all_ranks():
-                self.state.wait()
-            outcome = "done"
-        except BaseException as error:
-            outcome = str(error) or type(error).__name__
-            raise
-        finally:
-            if pulse is not None:
-                pulse.rest()
-            self.trackers.finish(outcome)
-        return TrainingResult(self._export(), run.step_number, tuple(losses))
+        with ExitStack() as held:
+            self.run.ranks.together("starting the trackers", lambda: self._start(held))
+            outcome = "failed"
+            try:
+                run.train(after_step)
+                with known_to_all_ranks():
+                    self.state.wait()
+                outcome = "done"
+            except BaseException as error:
+                outcome = str(error) or type(error).__name__
+                raise
+            finally:
+                if pulse is not None:
+                    pulse.rest()
+                self.trackers.finish(outcome)
+            return TrainingResult(self._export(), run.step_number, tuple(losses))
 
     @property
     def store(self) -> Store:
         return cast(Store, self.parts.plugins["store"])
 
-    def _start(self) -> None:
+    def _start(self, held: ExitStack) -> None:
+        # On several machines, one that is cut off would keep the folder from those that go on without it.
+        if self.run.ranks.is_first and num_machines() == 1:
+            held.enter_context(claimed(self.folder, self.note))
         self.trackers.start(self.run.steps, self.run.step_number)
 
     def _export(self) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 import shutil
@@ -34,13 +35,15 @@ from drivetrain.plugins.recipe.pretrain import PretrainRecipe
 from drivetrain.plugins.recipe.sft import SftRecipe
 from drivetrain.plugins.store.dcp import DcpStore
 from drivetrain.testing.suites.recipe import byte_tokenizer
+from drivetrain.training.claim import claimed
 from drivetrain.training.export import export_model
 from drivetrain.training.order import SampleOrder, StepShape
 from drivetrain.training.pulse import Pulse, Pulses
 from drivetrain.training.ranks import Ranks
+from drivetrain.training.run import StepResult
 from drivetrain.training.saving import RunState
 from support.doc_pages import ROOT
-from support.training import run_settings, train_in_processes
+from support.training import read_figures, run_settings, train_in_processes
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -183,6 +186,32 @@ def test_a_state_that_one_rank_can_not_read_is_told_by_all(tmp_path: Path) -> No
     state = RunState(DcpStore(DcpStore.Config(folder=str(tmp_path))), run, _Told(), {})
     with pytest.raises(StoreError, match=r"told by all: reading the saved state: .*no complete state of step 4"):
         state.load(4)
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(model: Path, chats: Path, tmp_path: Path) -> None:
+    """A second one is refused before it writes anything, and may have it once the first is over."""
+    settings = run_settings(model, chats, tmp_path, steps=2, export=False)
+    with Trainer(**settings).assembled() as work:
+
+        def start_another(result: StepResult, steps: int) -> None:
+            with pytest.raises(TrainingError, match="another run is writing to this folder"):
+                Trainer(**settings).run()
+
+        work.train(start_another)
+    assert [figures["step"] for figures in read_figures(tmp_path)] == [1, 2]
+    settings["trainer"]["steps"] = 3
+    assert Trainer(**settings).run().steps == 3
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    notes: list[str] = []
+    with claimed(tmp_path / "run", notes.append):
+        assert (tmp_path / "run").is_dir()
+    assert "can't be locked (No locks available)" in notes[0]
 
 
 def test_a_model_that_can_not_be_written_is_told_and_the_old_one_stays(
