@@ -200,6 +200,8 @@ class Assembly:
         ranks, parts = self.ranks, self.parts
         shape = self._step_shape()
         steps = self._num_steps(len(samples), shape)
+        if shape.batch > len(samples):
+            self.note(f"a step of {shape.batch} samples takes some of the {len(samples)} that there are several times")
         schedule = Schedule(self.optimizer.config.schedule, steps)
         self._measure_policy(model, samples, shape)
         torch.manual_seed(self.settings.seed + ranks.rank)

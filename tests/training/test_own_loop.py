@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import drivetrain
 from drivetrain.contracts.precision import Dtypes, LossScaling
-from drivetrain.errors import ConfigError, NonFiniteError
+from drivetrain.errors import ConfigError, NonFiniteError, TrainingError
 from drivetrain.testing.tiny import loss_of, make_batch, make_net
 from drivetrain.training.loss_scale import LossScale
 from drivetrain.training.nonfinite import find_offender
@@ -54,6 +54,26 @@ def adamw(net: nn.Module) -> torch.optim.Optimizer:
 def test_a_users_loop_makes_the_plain_steps_to_the_last_bit() -> None:
     net = make_net()
     assert loop(drivetrain.prepare(net, adamw(net), ONE_THREAD)) == plain()
+
+
+def test_gradients_that_would_reach_no_other_rank_are_refused() -> None:
+    """One process would not notice; with several, each would go its own way, or none would learn."""
+    net = make_net()
+    run = drivetrain.prepare(net, adamw(net), ONE_THREAD)
+    with run.accumulating():
+        loss = loss_of(run.model, make_batch())
+    with pytest.raises(TrainingError, match=r"backward pass outside of a micro-batch.*with run\.accumulating\(\)"):
+        run.backward(loss)
+    run.step()
+    with run.accumulating(is_last=False):
+        run.backward(loss_of(run.model, make_batch()))
+    with pytest.raises(TrainingError, match=r"a step without its last micro-batch.*is_last=False for all but the last"):
+        run.step()
+    with run.accumulating():
+        run.backward(loss_of(run.model, make_batch()))
+    assert run.step().grad_norm > 0
+    with pytest.raises(TrainingError, match="a step without its last micro-batch"):
+        run.step()
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw-8bit", "adafactor", "muon", "lion"])
