@@ -127,6 +127,7 @@ class Prepared:
         if is_finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
+        self.model.zero_grad()  # an optimizer of the user's may hold some of the parameters only
         if self.loss_scale is not None:
             (self.loss_scale.held if is_finite else self.loss_scale.overflowed)()
         self.step_number += 1

@@ -56,6 +56,21 @@ def test_a_users_loop_makes_the_plain_steps_to_the_last_bit() -> None:
     assert loop(drivetrain.prepare(net, adamw(net), ONE_THREAD)) == plain()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_the_optimizer_does_not_hold_keeps_no_gradient(precision: str) -> None:
+    """It would add up over steps, and all gradients be clipped by a norm that only grows."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(net[0].parameters(), lr=1e-9)
+    run = drivetrain.prepare(net, optimizer, {**ONE_THREAD, "precision": precision})
+    norms = []
+    for _ in range(3):
+        for is_last in (False, True):
+            with run.accumulating(is_last=is_last):
+                run.backward(run.model(torch.ones(3, 4)).float().pow(2).mean())
+        norms.append(run.step().grad_norm)
+    assert norms == pytest.approx(norms[:1] * 3)
+
+
 def test_gradients_that_would_reach_no_other_rank_are_refused() -> None:
     """One process would not notice; with several, each would go its own way, or none would learn."""
     net = make_net()
