@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,17 @@ def test_values_without_bytes_of_their_own_are_refused(tmp_path: Path) -> None:
     for tensor in (torch.ones(2, device="meta"), torch.eye(2).to_sparse()):
         with pytest.raises(StoreError, match="no plain bytes"):
             made(tmp_path).save(1, {"a": tensor}, {})
+
+
+def test_a_save_waits_for_other_ranks_no_longer_than_a_step_does(tmp_path: Path) -> None:
+    """torch's default for a group of its own is half an hour, for which a rank would not end after the others are
+    lost."""
+    meeting = tmp_path / "meeting"
+    timeout = timedelta(seconds=17)
+    torch.distributed.init_process_group("gloo", f"file://{meeting}", timeout, world_size=1, rank=0)
+    try:
+        store = made(tmp_path / "state")
+        store.save(1, {"a": torch.ones(2)}, {}).wait()
+        assert store._group._get_backend(torch.device("cpu")).options._timeout == timeout
+    finally:
+        torch.distributed.destroy_process_group()
