@@ -46,11 +46,16 @@ class RunState:
         self._identity, self._described = identity, described or {}
         self._observers = observers
         self._saving: tuple[int, Saving] | None = None
+        self._kept: tuple[int | None, dict[str, Any]] = (None, {})
 
     def save(self, numbers: dict[str, Any]) -> None:
-        """Save the state of now, in the background where the store can. Raises StoreError, for the save before too."""
+        """Save the state of now, in the background where the store can. A step that is saved already, or that the run
+        goes on from, is not saved again with the same numbers. Raises StoreError, for the save before too."""
         self.wait()
         step = self._prepared.step_number
+        kept_step, kept = self._kept
+        if step == kept_step and all(name in kept and kept[name] == value for name, value in numbers.items()):
+            return
         state = {**self._prepared.state(), **_random_states(self._ranks.rank)}
         metadata = {
             "format": FORMAT,
@@ -60,14 +65,16 @@ class RunState:
             **numbers,
         }
         self._saving = (step, self._store.save(step, state, metadata))
+        self._kept = (step, metadata)
 
     def wait(self) -> None:
         """Until the save that is under way is complete, and old states are removed. Raises StoreError."""
         if self._saving is None:
             return
         step, saving = self._saving
-        self._saving = None
+        kept, self._saving, self._kept = self._kept, None, (None, {})
         saving.wait()
+        self._kept = kept
         if self._ranks.is_first:
             self._store.prune()
             if self._observers is not None:
@@ -102,6 +109,7 @@ class RunState:
         self._restore(step, metadata)
         if len(known) == len(random):
             _set_random_states(self._ranks.rank, known)
+        self._kept = (step, metadata)
         return metadata
 
     def _read(self, step: int) -> tuple[dict[str, Any], Mapping[str, StoredTensor]]:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import drivetrain
 from drivetrain.contracts.precision import Dtypes, LossScaling
-from drivetrain.errors import ConfigError, NonFiniteError, TrainingError
+from drivetrain.errors import ConfigError, NonFiniteError, StoreError, TrainingError
 from drivetrain.testing.tiny import loss_of, make_batch, make_net
 from drivetrain.training.loss_scale import LossScale
 from drivetrain.training.nonfinite import find_offender
@@ -54,6 +54,23 @@ def adamw(net: nn.Module) -> torch.optim.Optimizer:
 def test_a_users_loop_makes_the_plain_steps_to_the_last_bit() -> None:
     net = make_net()
     assert loop(drivetrain.prepare(net, adamw(net), ONE_THREAD)) == plain()
+
+
+def test_a_script_that_is_done_may_be_started_again(tmp_path: Path) -> None:
+    """It goes on from its last state, makes no step, and comes to the same save. Other numbers are refused."""
+
+    def script(name: str) -> int:
+        net = make_net()
+        run = drivetrain.prepare(net, adamw(net), {**ONE_THREAD, "store": {"folder": str(tmp_path)}})
+        done = run.resume() or {"steps": 0}
+        made = len(loop(run, range(done["steps"], STEPS)))
+        run.save(steps=STEPS, name=name)
+        run.close()
+        return made
+
+    assert [script("first"), script("first")] == [STEPS, 0]
+    with pytest.raises(StoreError, match="there is a state of step 4 already"):
+        script("second")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
