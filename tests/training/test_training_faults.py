@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import resource
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import drivetrain
 from drivetrain import Trainer
 from drivetrain.config import load_settings
 from drivetrain.contracts.recipe import IGNORED, RecipeContext, Samples
+from drivetrain.contracts.tracker import RunInfo
 from drivetrain.errors import (
     ConfigError,
     DamagedStateError,
@@ -34,7 +36,9 @@ from drivetrain.errors import (
 from drivetrain.plugins.recipe.pretrain import PretrainRecipe
 from drivetrain.plugins.recipe.sft import SftRecipe
 from drivetrain.plugins.store.dcp import DcpStore
+from drivetrain.plugins.tracker.jsonl import JsonlTracker
 from drivetrain.testing.suites.recipe import byte_tokenizer
+from drivetrain.training import plotting
 from drivetrain.training.claim import claimed
 from drivetrain.training.export import export_model
 from drivetrain.training.order import SampleOrder, StepShape
@@ -504,3 +508,15 @@ def test_the_example_of_the_pages_is_the_file() -> None:
     assert len(rows) == 229
     answers = [row["messages"][1]["content"] for row in rows]
     assert all(answer.startswith("Ahoy! ") and answer.endswith(" Fair winds!") for answer in answers)
+
+
+def test_a_figure_that_json_can_not_hold_leaves_the_line_one_of_json(tmp_path: Path) -> None:
+    """The norm of a step that overflowed is infinite; other programs read the file too, and so does plot."""
+    tracker = JsonlTracker(JsonlTracker.Config())
+    tracker.start(RunInfo(tmp_path, steps=1))
+    tracker.record(1, {"loss": 2.5, "grad_norm": float("inf")})
+    tracker.finish("done")
+    path = tmp_path / "figures.jsonl"
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {"step": 1, "loss": 2.5, "grad_norm": None}
+    (row,) = plotting.read_figures(path)
+    assert math.isnan(row["grad_norm"])
