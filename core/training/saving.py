@@ -90,9 +90,10 @@ class RunState:
         try:
             return self._load(step)
         except DamagedStateError as error:
-            older = [other for other in self._store.steps() if other < step]
-            then = f"go on from step {older[-1]}" if older else "begin anew"
-            error.hint = error.hint or f"Remove the state of step {step} to {then}."
+            if not isinstance(error.__cause__, PermissionError):
+                older = [other for other in self._store.steps() if other < step]
+                then = f"go on from step {older[-1]}" if older else "begin anew"
+                error.hint = error.hint or f"Where it can't be mended, remove the state of step {step} to {then}."
             raise
 
     def _load(self, step: int) -> dict[str, Any]:

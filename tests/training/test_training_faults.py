@@ -124,15 +124,26 @@ def test_a_world_size_that_does_not_divide_a_step(model: Path, chats: Path, tmp_
     assert sorted(path.name for path in (tmp_path / "state").iterdir()) == saved
 
 
-def test_a_torn_state_is_named_and_stays(model: Path, chats: Path, tmp_path: Path) -> None:
+def _not_allowed(path: Path) -> bytes:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_a_torn_state_is_named_and_stays(
+    model: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What to remove is told, but not of a state that is whole and may not be read."""
     settings = run_settings(model, chats, tmp_path, steps=3, export=False)
     Trainer(**settings).run()
     (file,) = (tmp_path / "state").rglob("rank-00000.bin")
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     settings["trainer"]["steps"] = 4
-    with pytest.raises(DamagedStateError, match=r"rank-00000\.bin.*Remove the state of step 3 to begin anew"):
+    with pytest.raises(DamagedStateError, match=r"rank-00000\.bin.*remove the state of step 3 to begin anew"):
         Trainer(**settings).run()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", _not_allowed)
+        with pytest.raises(DamagedStateError, match=r"state\.json: .*Permission denied$"):
+            Trainer(**settings).run()
     file.unlink()
     with pytest.raises(DamagedStateError, match=r"rank-00000\.bin"):
         Trainer(**settings).run()

@@ -54,6 +54,20 @@ def test_in_the_foreground_a_save_is_over_when_it_returns(tmp_path: Path) -> Non
         store.save(1, {"a": torch.ones(3)}, {})
 
 
+def test_what_is_in_the_way_or_may_not_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = made(tmp_path)
+    (tmp_path / "step-00000001").mkdir()
+    with pytest.raises(StoreError, match=r"step-00000001: something that is no complete state is in the way"):
+        store.save(1, {"a": torch.ones(3)}, {}).wait()
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(StoreError, match="the states can't be listed: Permission denied"):
+        store.steps()
+
+
 def test_a_failed_save_is_its_own_caller_s_matter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The next save takes place; the error is logged, and waits for whoever asked for the first."""
     store = made(tmp_path)
