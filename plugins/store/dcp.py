@@ -180,8 +180,9 @@ class DcpStore(Store):
 
         if self._group is None and dist.is_initialized():
             world: Any = dist.group.WORLD
-            timeout = world._get_backend(world._device_types[0]).options._timeout
-            self._group = dist.new_group(backend="gloo", timeout=timeout)
+            # Gloo, NCCL and RCCL tell theirs; beside another library it is torch's default.
+            options = getattr(world._get_backend(world._device_types[0]), "options", None)
+            self._group = dist.new_group(backend="gloo", timeout=getattr(options, "_timeout", None))
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
