@@ -244,12 +244,12 @@ def _part(kind: str, key: str, value: Any, lines: Lines, default_origin: str) ->
             where=where,
             found="nothing" if value is None else value,
         )
-    options = dict(value)
+    options, is_named = dict(value), "name" in value
     name = options.pop("name", KINDS[kind].default)
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{key}.name must be a plugin's name", where=where, found="nothing" if name is None else name)
     places = {path[1:]: place for path, place in lines.items() if path[0] == key and len(path) > 1}
-    return PartRequest(kind, name, options, where, places)
+    return PartRequest(kind, name, options, where, places, is_named)
 
 
 def _table(key: str, model: type[_Table], tree: Tree, lines: Lines, default_origin: str) -> _Table:

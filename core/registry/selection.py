@@ -39,6 +39,7 @@ class PartRequest:
     options: for the plugin's Config.
     origin:  who asked: ``default``, ``FILE:LINE``, ``command line``, ``argument``.
     places:  path of an option -> who asked for it, where that differs from ``origin``.
+    is_named: whether ``name`` was asked for, and not options of the default alone.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class PartRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
     origin: str = "default"
     places: Mapping[tuple[str, ...], str] = field(default_factory=dict)
+    is_named: bool = True
 
     def place(self, path: tuple[str, ...]) -> str:
         """Who asked for the option at ``path``, or for the nearest table around it."""
@@ -381,8 +383,11 @@ class Selector:
                 allowed=probe.wanted or None,
                 hint=f"Run: drivetrain explain --{KINDS[request.kind].key} {AUTO}",
             )
-        asked = "is the default" if request.origin == "default" else f"was asked for by name ({request.origin})"
-        reason = f"{request.name!r} {asked}"
+        reason = f"{request.name!r} was asked for by name ({request.origin})"
+        if request.origin == "default":
+            reason = f"{request.name!r} is the default"
+        elif not request.is_named:
+            reason = f"{request.name!r} is the default; options of it were asked for ({request.origin})"
         others = [
             _report(other, Outcome.NOT_ASKED, Probe.yes(reason))
             for other in self._registry.candidates(request.kind)

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from drivetrain.registry.discovery import PluginRef
 from drivetrain.registry.doctor import useful_line
+from drivetrain.testing.pytest_plugin import ENVIRONMENT, FOLDER
 
 _CHILD = Path(__file__).with_name("manners_child.py")
 
@@ -60,6 +61,8 @@ def _examine(ref: PluginRef, options: str, time_limit_seconds: float) -> Manners
             stdout=output,
             stderr=errors,
             pass_fds=(answers.fileno(),),
+            env=ENVIRONMENT,
+            cwd=FOLDER,
             start_new_session=True,
         )
         try:

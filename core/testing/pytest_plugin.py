@@ -9,6 +9,7 @@ a run that died goes on where it stopped.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -18,6 +19,10 @@ import pytest
 
 NOT_RUN = "NOT RUN: "
 """Begins the reason of a test that could not be run for want of hardware: shown apart, never counted as passed."""
+
+ENVIRONMENT, FOLDER = dict(os.environ), os.getcwd()
+"""As they were before the first plugin was imported. Children that a plugin's manners are examined in start with them:
+what it has changed in this process would be no change there."""
 
 _CATEGORY = "not run"
 _SHOWN_LINES = 3
@@ -40,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--drivetrain-report")
     if path is not None:
-        config.pluginmanager.register(_Reporter(Path(path)), "drivetrain-reporter")
+        config.pluginmanager.register(_Reporter(Path(path).absolute()), "drivetrain-reporter")
 
 
 def reason_of_not_running(report: Any) -> str | None:

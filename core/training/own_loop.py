@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from drivetrain.assembly import resolve_parts
+from drivetrain.assembly import Parts, resolve_parts
 from drivetrain.config import load_settings
 from drivetrain.contracts.checkpoint import CheckpointPolicy
 from drivetrain.contracts.kinds import KINDS
@@ -105,11 +105,20 @@ def prepare(
     left_out = [kind for kind in KINDS if kind not in NEEDED]
     parts = resolve_parts(settings, purpose=Purpose.TRAIN, registry=registry, leave_out=left_out)
     device = open_platform(parts.platform).device()
-    resources = ExitStack()
-    timeout = settings.trainer.timeout_seconds
-    ranks = resources.enter_context(joined_ranks(device, parts.platform.facts().collective, timeout))
-    plugin = cast(Optimizer, parts.plugins["optimizer"])
-    factory, schedule = _factory(model, optimizer, plugin, settings.trainer.steps)
+    with ExitStack() as resources:
+        timeout = settings.trainer.timeout_seconds
+        ranks = resources.enter_context(joined_ranks(device, parts.platform.facts().collective, timeout))
+        run = _laid_out(model, optimizer, parts, device, ranks)
+        run._open = resources.pop_all()
+    atexit.register(run._open.close)
+    return run
+
+
+def _laid_out(
+    model: torch.nn.Module, optimizer: OwnOptimizer | None, parts: Parts, device: torch.device, ranks: Ranks
+) -> OwnLoop:
+    plugin, settings = cast(Optimizer, parts.plugins["optimizer"]), parts.settings.trainer
+    factory, schedule = _factory(model, optimizer, plugin, settings.steps)
     dtypes = parts.precision.dtypes()
     _meet_dtype(model, getattr(torch, dtypes.param))
     run = OwnLoop(
@@ -119,13 +128,12 @@ def prepare(
         checkpoint=cast(CheckpointPolicy, parts.plugins["checkpoint"]),
         dtypes=dtypes,
         ranks=ranks,
-        clip_norm=settings.trainer.clip_norm,
+        clip_norm=settings.clip_norm,
         schedule=schedule,
     )
-    run.ranks, run.device, run._open = ranks, device, resources
+    run.ranks, run.device = ranks, device
     identity = {"model": type(model).__name__, "optimizer": type(run.optimizer).__name__, "precision": dtypes.param}
     run._state = RunState(cast(Store, parts.plugins["store"]), run, ranks, identity)
-    atexit.register(resources.close)
     return run
 
 

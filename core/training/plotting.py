@@ -34,7 +34,8 @@ def read_figures(path: Path) -> list[dict[str, float]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            figures.append({name: float(value) for name, value in row.items()} | {"step": float(row["step"])})
+            known = {name: math.nan if value is None else float(value) for name, value in row.items()}
+            figures.append(known | {"step": float(row["step"])})
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             if number == len(lines):
                 break

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.contracts.partitioner import PartitionContext, Partitioner
 from drivetrain.contracts.precision import Dtypes
-from drivetrain.errors import NonFiniteError
+from drivetrain.errors import NonFiniteError, TrainingError
 from drivetrain.training.loss_scale import LossScale
 from drivetrain.training.nonfinite import last_parameter_not_finite
 from drivetrain.training.schedule import Schedule
@@ -68,6 +69,7 @@ class Prepared:
         self.step_number = 0
         self._clip_norm = math.inf if clip_norm is None else clip_norm
         self._schedule = schedule
+        self._is_accumulating = self._is_complete = False
         units = shard_units(model)
         methods = tuple(name for name in METHODS if callable(getattr(model, name, None)))
         model = checkpoint.apply(model, units)
@@ -75,20 +77,43 @@ class Prepared:
         self.optimizer = partitioner.make_optimizer(self.model, factory)
         self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
 
-    def accumulating(self, *, is_last: bool = True) -> AbstractContextManager[None]:
+    @contextmanager
+    def accumulating(self, *, is_last: bool = True) -> Iterator[None]:
         """The context of one micro-batch, forward and backward; ranks come together in the last one of a step."""
-        return self.partitioner.accumulating(self.model, is_last=is_last)
+        with self.partitioner.accumulating(self.model, is_last=is_last):
+            self._is_accumulating = True
+            try:
+                yield
+            finally:
+                self._is_accumulating = False
+        self._is_complete = is_last
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of ``loss``, scaled where the precision asks for it."""
+        """Add the gradients of ``loss``, scaled where the precision asks for it.
+
+        Raises TrainingError outside of :meth:`accumulating`: ranks would go apart, or learn nothing.
+        """
+        if not self._is_accumulating:
+            raise TrainingError(
+                "a backward pass outside of a micro-batch, whose gradients would reach no other rank",
+                where="backward",
+                hint="Put forward and backward into: with run.accumulating().",
+            )
         (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
 
     def step(self) -> StepOutcome:
         """Clip, check, and change the parameters; gradients are gone afterwards.
 
         Raises NonFiniteError, on every rank alike and with nothing changed, for gradients that are not finite; where
-        the loss is scaled, the step is skipped instead.
+        the loss is scaled, the step is skipped instead. Raises TrainingError where no micro-batch was the last one.
         """
+        if not self._is_complete:
+            raise TrainingError(
+                "a step without its last micro-batch, in which the gradients of ranks come together",
+                where="step",
+                hint="Go through run.accumulating() before each step, with is_last=False for all but the last.",
+            )
+        self._is_complete = False
         scale = 1.0 if self.loss_scale is None else self.loss_scale.value
         norm = float(self.partitioner.clip_grad_norm(self.model, self._clip_norm, scale=scale))
         lr = self._set_rates()
@@ -102,6 +127,7 @@ class Prepared:
         if is_finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
+        self.model.zero_grad()  # an optimizer of the user's may hold some of the parameters only
         if self.loss_scale is not None:
             (self.loss_scale.held if is_finite else self.loss_scale.overflowed)()
         self.step_number += 1

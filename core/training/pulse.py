@@ -12,14 +12,19 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_AGENT = "agent"
+_AGENT, _STARTS = "agent", "starts"
 
 
 class Pulse:
     """The heartbeat of this process."""
 
     def __init__(self, folder: Path, local_rank: int) -> None:
-        self._path = folder / _name(local_rank)
+        self._folder, self._path = folder, folder / _name(local_rank)
+
+    @property
+    def is_restart(self) -> bool:
+        """Whether the agent has started its processes before, in this run."""
+        return _number(self._folder / _STARTS) > 1
 
     def beat(self) -> None:
         """Tell that there was progress."""
@@ -32,8 +37,12 @@ class Pulse:
 
 def agent_of(folder: Path) -> int:
     """The process id of the agent whose folder this is; 0 when it is gone."""
+    return _number(folder / _AGENT)
+
+
+def _number(file: Path) -> int:
     try:
-        return int((folder / _AGENT).read_text(encoding="ascii"))
+        return int(file.read_text(encoding="ascii"))
     except (FileNotFoundError, ValueError):
         return 0
 
@@ -53,8 +62,10 @@ class Pulses:
         (self.folder / _AGENT).write_text(str(os.getpid()), encoding="ascii")
 
     def reset(self, processes: int) -> None:
-        """Forget them: the processes are started anew."""
+        """Forget them: the processes are started, for the first time or anew."""
         self._seen.clear()
+        starts = self.folder / _STARTS
+        starts.write_text(str(_number(starts) + 1), encoding="ascii")
         for local_rank in range(processes):
             (self.folder / _name(local_rank)).unlink(missing_ok=True)
 

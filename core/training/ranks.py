@@ -126,6 +126,11 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if started_by_agent() else 0
 
 
+def num_machines() -> int:
+    """Machines that take part, as the agent has told it; 1 for a process on its own."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1")) if started_by_agent() else 1
+
+
 def open_platform(platform: Platform) -> Platform:
     """Open this process's own device, and return the platform."""
     if isinstance(platform, SharesMachine):

@@ -146,7 +146,7 @@ class TrainingRun:
         told = self.ranks.gather(found)
         rank = next((rank for rank, offender in enumerate(told) if offender is not None), None)
         offender = None if rank is None else told[rank]
-        on_rank = f", rank {rank}" if self.ranks.world_size > 1 else ""
+        on_rank = f", rank {rank}" if rank is not None and self.ranks.world_size > 1 else ""
         return NonFiniteError(
             f"{error.what}; first not finite: {offender[1]} of {offender[0]}" if offender else error.what,
             where=f"step {self.step_number + 1}{on_rank}",

@@ -47,7 +47,7 @@ def export_state(store: Store, step: int, path: Path, keep: Callable[[str], bool
     The metadata of the state is in the file's, as JSON under ``state``. The file is whole or not there. Raises
     StoreError, DamagedStateError.
     """
-    from safetensors.torch import save_file
+    from drivetrain.training.export import write_tensors
 
     wanted = {name: stored for name, stored in store.tensors(step).items() if keep(name)}
     if not wanted:
@@ -57,7 +57,7 @@ def export_state(store: Store, step: int, path: Path, keep: Callable[[str], bool
     unfinished = path.with_name(f".{path.name}-unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(into, unfinished, metadata={"format": "pt", "state": json.dumps(store.metadata(step))})
+        write_tensors(into, unfinished, {"format": "pt", "state": json.dumps(store.metadata(step))})
         os.replace(unfinished, path)
     except Exception as error:  # safetensors has an error of its own for what the file system refuses
         if unfinished.exists():

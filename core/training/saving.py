@@ -6,12 +6,14 @@ as metadata the position in the data, the loss scale, and what the run is.
 
 from __future__ import annotations
 
-from collections.abc import Container
+import os
+from collections.abc import Container, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drivetrain.contracts.store import Saving, Store
+from drivetrain.contracts.store import Saving, Store, StoredTensor
 from drivetrain.errors import ConfigError, DamagedStateError, StoreError
 from drivetrain.training.prepared import Prepared
 from drivetrain.training.ranks import Ranks
@@ -44,11 +46,16 @@ class RunState:
         self._identity, self._described = identity, described or {}
         self._observers = observers
         self._saving: tuple[int, Saving] | None = None
+        self._kept: tuple[int | None, dict[str, Any]] = (None, {})
 
     def save(self, numbers: dict[str, Any]) -> None:
-        """Save the state of now, in the background where the store can. Raises StoreError, for the save before too."""
+        """Save the state of now, in the background where the store can. A step that is saved already, or that the run
+        goes on from, is not saved again with the same numbers. Raises StoreError, for the save before too."""
         self.wait()
         step = self._prepared.step_number
+        kept_step, kept = self._kept
+        if step == kept_step and all(name in kept and kept[name] == value for name, value in numbers.items()):
+            return
         state = {**self._prepared.state(), **_random_states(self._ranks.rank)}
         metadata = {
             "format": FORMAT,
@@ -58,14 +65,16 @@ class RunState:
             **numbers,
         }
         self._saving = (step, self._store.save(step, state, metadata))
+        self._kept = (step, metadata)
 
     def wait(self) -> None:
         """Until the save that is under way is complete, and old states are removed. Raises StoreError."""
         if self._saving is None:
             return
         step, saving = self._saving
-        self._saving = None
+        kept, self._saving, self._kept = self._kept, None, (None, {})
         saving.wait()
+        self._kept = kept
         if self._ranks.is_first:
             self._store.prune()
             if self._observers is not None:
@@ -78,9 +87,17 @@ class RunState:
     def load(self, step: int) -> dict[str, Any]:
         """Take over a state; returns its metadata. Raises StoreError, DamagedStateError, or ConfigError for the state
         of another run."""
-        metadata = self._store.metadata(step)
-        self._check(step, metadata)
-        held = self._store.tensors(step)
+        try:
+            return self._load(step)
+        except DamagedStateError as error:
+            if not isinstance(error.__cause__, PermissionError):
+                older = [other for other in self._store.steps() if other < step]
+                then = f"go on from step {older[-1]}" if older else "begin anew"
+                error.hint = error.hint or f"Where it can't be mended, remove the state of step {step} to {then}."
+            raise
+
+    def _load(self, step: int) -> dict[str, Any]:
+        metadata, held = self._ranks.together("reading the saved state", lambda: self._read(step))
         state = self._prepared.state()
         random = _random_states(self._ranks.rank)
         known = {name: tensor for name, tensor in random.items() if name in held}
@@ -93,7 +110,14 @@ class RunState:
         self._restore(step, metadata)
         if len(known) == len(random):
             _set_random_states(self._ranks.rank, known)
+        self._kept = (step, metadata)
         return metadata
+
+    def _read(self, step: int) -> tuple[dict[str, Any], Mapping[str, StoredTensor]]:
+        """Metadata and names of a state. A machine that does not share the folder fails here, alone."""
+        metadata = self._store.metadata(step)
+        self._check(step, metadata)
+        return metadata, self._store.tensors(step)
 
     def _check(self, step: int, metadata: dict[str, Any]) -> None:
         where = f"{self._store.folder}, step {step}"
@@ -102,8 +126,11 @@ class RunState:
         for name, mine in self._identity.items():
             theirs = metadata["identity"].get(name)
             if theirs != mine:
+                how = f"its {name} is {theirs!r}, and this run's is {mine!r}"
+                if name == "data":
+                    how = "it was trained on other samples: recipe.data, recipe.length or another option was changed"
                 raise ConfigError(
-                    f"the saved state belongs to another run: its {name} is {theirs!r}, and this run's is {mine!r}",
+                    f"the saved state belongs to another run: {how}",
                     where=where,
                     hint="Name another store.folder, or set trainer.resume to never and remove the old states.",
                 )
@@ -121,7 +148,7 @@ class RunState:
 
 def _begun(state: dict[str, torch.Tensor], held: Container[str]) -> dict[str, torch.Tensor]:
     """The part of ``state`` that can be loaded. A parameter that no loss had reached when the state was saved has
-    nothing there from the optimizer: what it has here is made what it is before a first step."""
+    nothing there from the optimizer: what it has here is what it is before a first step."""
     missing: dict[str, list[str]] = {}
     for name in state:
         if name.startswith("optimizer."):
@@ -131,10 +158,20 @@ def _begun(state: dict[str, torch.Tensor], held: Container[str]) -> dict[str, to
         if any(name in held for name in names) or f"model.{parameter}" not in held:
             del missing[place]
     fresh = {name for names in missing.values() for name in names}
-    for name in fresh:
-        if name.endswith(".step"):  # a step of no length has been counted, which changed nothing else
-            state[name].zero_()
     return {name: tensor for name, tensor in state.items() if name not in fresh}
+
+
+def check_place(folder: Path) -> None:
+    """Raise StoreError where no state could be saved, as long as nothing is lost by it. Writes nothing."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return
+    raise StoreError(
+        "no state can be saved here",
+        where=str(folder),
+        found=f"{there} can't be written to" if there.is_dir() else f"{there} is no folder",
+        hint="Name another store.folder.",
+    )
 
 
 def newest_step(store: Store, ranks: Ranks) -> int | None:

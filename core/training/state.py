@@ -48,7 +48,10 @@ def optimizer_state(
 
 @torch.no_grad()
 def make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Have an optimizer make its state as its first step would: by a step of no length with gradients of zero."""
+    """Have an optimizer make its state as its first step would: by a step of no length with gradients of zero.
+
+    The step is not counted, so that the first one with gradients is still the first: Adam's corrections go by it.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters]
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -58,6 +61,9 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
         for group in optimizer.param_groups:
             group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
         optimizer.step()
+        for kept in optimizer.state.values():
+            if isinstance(kept.get("step"), torch.Tensor):
+                kept["step"].zero_()
     finally:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 from drivetrain.assembly import Parts
 from drivetrain.contracts.tracker import RunInfo, Tracker
-from drivetrain.errors import PluginRefusedError, TrackerError
+from drivetrain.errors import ConfigError, PluginRefusedError, TrackerError
 from drivetrain.registry import load
 from drivetrain.registry.selection import probe_safely
 from drivetrain.training.ranks import Ranks
@@ -21,10 +22,12 @@ class Trackers:
     """Tells each of them what it wants to know."""
 
     def __init__(self, parts: Parts, folder: Path, ranks: Ranks) -> None:
-        """Raises PluginError for a tracker beside the chosen one that is not there or refuses."""
+        """Raises PluginError for a tracker beside the chosen one that is not there or refuses, and ConfigError for one
+        that is named twice."""
         self._parts = parts
         self._folder = folder.expanduser().absolute()
         chosen = cast(Tracker, parts.plugins["tracker"])
+        _check_once([parts.report.chosen_names["tracker"], *chosen.config.also])
         self._trackers = [chosen, *(self._beside(name) for name in chosen.config.also)] if ranks.is_first else []
         self._started: list[Tracker] = []
 
@@ -62,3 +65,10 @@ class Trackers:
     def finish(self, outcome: str) -> None:
         for tracker in self._started:
             tracker.finish(outcome)
+
+
+def _check_once(names: Sequence[str]) -> None:
+    """Two of one name would write to the same place, each step twice."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError("this tracker is named twice", where="tracker.also", found=twice)

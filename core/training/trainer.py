@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,13 +26,14 @@ from drivetrain.errors import ConfigError, StateNotFoundError
 from drivetrain.observers import Observers
 from drivetrain.registry import Registry
 from drivetrain.registry.plan import check_handshake
+from drivetrain.training.claim import claimed
 from drivetrain.training.export import export_model
 from drivetrain.training.forward import ModelForward
 from drivetrain.training.order import SampleOrder, StepShape
 from drivetrain.training.prepared import Prepared
-from drivetrain.training.ranks import Ranks, joined_ranks, known_to_all_ranks, open_platform
+from drivetrain.training.ranks import Ranks, joined_ranks, known_to_all_ranks, num_machines, open_platform
 from drivetrain.training.run import StepResult, TrainingRun
-from drivetrain.training.saving import RunState, newest_step, saved_batch
+from drivetrain.training.saving import RunState, check_place, newest_step, saved_batch
 from drivetrain.training.schedule import Schedule
 from drivetrain.training.tracking import Trackers
 from drivetrain.training.units import shard_units
@@ -141,7 +142,9 @@ class Trainer:
             parts.plugins["platform"] = platform
             plans = ranks.gather(parts.plan.to_json())
             ranks.together("comparing plans", lambda: check_handshake(parts.plan, plans[0], who="rank 0"))
-            yield Assembly(parts, ranks, self._observers, self._note, self._progress).assembled()
+            is_restart = any(ranks.gather(self._pulse is not None and self._pulse.is_restart))
+            assembly = Assembly(parts, ranks, self._observers, self._note, self._progress, is_restart=is_restart)
+            yield assembly.assembled()
 
     def _resolve(self) -> Parts:
         return resolve_parts(
@@ -155,12 +158,24 @@ class Trainer:
 
 class Assembly:
     """Puts a run together, one part after the other. What only one rank may fail at is done by all of them together;
-    where ranks exchange tensors, all of them fail alike or not at all."""
+    where ranks exchange tensors, all of them fail alike or not at all.
+
+    is_restart: the agent has started the processes anew, so that the newest state is of this very run.
+    """
+
+    is_restart = False
 
     def __init__(
-        self, parts: Parts, ranks: Ranks, observers: Observers, note: Callable[[str], None], progress: Progress
+        self,
+        parts: Parts,
+        ranks: Ranks,
+        observers: Observers,
+        note: Callable[[str], None],
+        progress: Progress,
+        *,
+        is_restart: bool = False,
     ) -> None:
-        self.parts, self.ranks = parts, ranks
+        self.parts, self.ranks, self.is_restart = parts, ranks, is_restart
         self.observers = observers
         self.note = note if ranks.is_first else (lambda text: None)
         self.progress = progress if ranks.is_first else silent
@@ -185,6 +200,8 @@ class Assembly:
         ranks, parts = self.ranks, self.parts
         shape = self._step_shape()
         steps = self._num_steps(len(samples), shape)
+        if shape.batch > len(samples):
+            self.note(f"a step of {shape.batch} samples takes some of the {len(samples)} that there are several times")
         schedule = Schedule(self.optimizer.config.schedule, steps)
         self._measure_policy(model, samples, shape)
         torch.manual_seed(self.settings.seed + ranks.rank)
@@ -220,6 +237,7 @@ class Assembly:
     # --- what is checked, read and loaded ----------------------------------------------------------------------------
 
     def _check_parts(self) -> None:
+        check_place(self.store.folder)
         quantizer = self.parts.report["quantizer"].chosen.name
         if quantizer != "none":
             raise ConfigError("quantized weights can't be trained", where="quantizer", found=quantizer, allowed="none")
@@ -299,7 +317,7 @@ class Assembly:
 
     def _kept_batch(self) -> int | None:
         """Samples of a step in the newest saved state; None where there is none, or other sizes were asked for."""
-        if self.settings.resume == "never":
+        if self._begins_anew:
             return None
         step = newest_step(self.store, self.ranks)
         if step is None:
@@ -331,11 +349,21 @@ class Assembly:
             "shuffle": settings.shuffle,
         }
 
+    @property
+    def _begins_anew(self) -> bool:
+        return self.settings.resume == "never" and not self.is_restart
+
     def _resume(self, work: Assembled) -> None:
         """Go on from the newest state, as ``trainer.resume`` says."""
-        if self.settings.resume == "never":
-            return
         step = work.state.newest()
+        if self._begins_anew:
+            if step is not None:
+                raise ConfigError(
+                    f"there are saved states, up to step {step}, among which those of a new run would be lost",
+                    where=str(self.store.folder),
+                    hint="Remove them, or name another store.folder; trainer.resume: auto goes on from the newest.",
+                )
+            return
         if step is None:
             if self.settings.resume == "must":
                 raise StateNotFoundError(
@@ -346,6 +374,8 @@ class Assembly:
             return
         work.resume(step)
         self.note(f"going on after step {step}, from {self.store.folder}")
+        if step >= work.run.steps:
+            self.note(f"no step is left to make: the run is of {work.run.steps} steps")
 
 
 def _check_same_data(digests: Sequence[str], rank: int) -> None:
@@ -405,27 +435,31 @@ class Assembled:
                 with known_to_all_ranks():
                     self.state.save(run.progress.to_dict())
 
-        self.run.ranks.together("starting the trackers", lambda: self._start())
-        outcome = "failed"
-        try:
-            run.train(after_step)
-            with known_to_all_ranks():
-                self.state.wait()
-            outcome = "done"
-        except BaseException as error:
-            outcome = str(error) or type(error).__name__
-            raise
-        finally:
-            if pulse is not None:
-                pulse.rest()
-            self.trackers.finish(outcome)
-        return TrainingResult(self._export(), run.step_number, tuple(losses))
+        with ExitStack() as held:
+            self.run.ranks.together("starting the trackers", lambda: self._start(held))
+            outcome = "failed"
+            try:
+                run.train(after_step)
+                with known_to_all_ranks():
+                    self.state.wait()
+                outcome = "done"
+            except BaseException as error:
+                outcome = str(error) or type(error).__name__
+                raise
+            finally:
+                if pulse is not None:
+                    pulse.rest()
+                self.trackers.finish(outcome)
+            return TrainingResult(self._export(), run.step_number, tuple(losses))
 
     @property
     def store(self) -> Store:
         return cast(Store, self.parts.plugins["store"])
 
-    def _start(self) -> None:
+    def _start(self, held: ExitStack) -> None:
+        # On several machines, one that is cut off would keep the folder from those that go on without it.
+        if self.run.ranks.is_first and num_machines() == 1:
+            held.enter_context(claimed(self.folder, self.note))
         self.trackers.start(self.run.steps, self.run.step_number)
 
     def _export(self) -> Path | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from drivetrain.contracts.optimizer import Optimizer, OptimizerConfig
 from drivetrain.contracts.store import StoredTensor
+from drivetrain.plugins.optimizer.fields import check_betas
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,8 @@ class AdamW(Optimizer):
         implementation: Literal["auto", "fused", "foreach", "loop"] = Field(
             "auto", description="how a step is computed; auto: fused"
         )
+
+        _check_betas = field_validator("betas")(check_betas)
 
     config: Config
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from drivetrain.contracts.optimizer import Optimizer, OptimizerConfig
 from drivetrain.contracts.store import StoredTensor
+from drivetrain.plugins.optimizer.fields import check_betas
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,8 @@ class AdamW8bit(Optimizer):
         )
         eps: float = Field(1e-8, gt=0, description="added to the root of the running square")
         block: int = Field(256, ge=16, description="elements that share a scale")
+
+        _check_betas = field_validator("betas")(check_betas)
 
     config: Config
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from drivetrain.contracts.optimizer import Optimizer, OptimizerConfig
 from drivetrain.contracts.store import StoredTensor
+from drivetrain.plugins.optimizer.fields import check_betas
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,8 @@ class Lion(Optimizer):
 
     class Config(OptimizerConfig):
         betas: tuple[float, float] = Field((0.9, 0.99), description="weight of the mean in the step, and its decay")
+
+        _check_betas = field_validator("betas")(check_betas)
 
     config: Config
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from drivetrain.contracts.optimizer import Optimizer, OptimizerConfig
 from drivetrain.contracts.store import StoredTensor
+from drivetrain.plugins.optimizer.fields import check_betas
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,8 @@ class Muon(Optimizer):
         adam: tuple[str, ...] = Field(
             ("*embed*", "*lm_head*"), description="patterns of names whose matrices go to Adam as well"
         )
+
+        _check_betas = field_validator("betas")(check_betas)
 
     config: Config
 

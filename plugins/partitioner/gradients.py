@@ -57,16 +57,24 @@ class Gradients:
         self._is_last = False
         self._has_begun = False
         self._num_started = 0
+        self._untrained: list[torch.nn.Parameter] = []
         self._used = [False] * len(self._parameters)
         for index, parameter in enumerate(self._parameters):
             if self._bucket_of or self._targets[index] is not parameter:
                 parameter.register_post_accumulate_grad_hook(self._hook(index))
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """What ``optimizer`` does not hold is cleared with the beginning of each step: nobody else does."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self._untrained = [target for target in self._targets if id(target) not in held]
 
     @contextmanager
     def accumulating(self, *, is_last: bool) -> Iterator[None]:
         """One micro-batch: gradients add up; at the end of the last one they are the mean over ranks."""
         if not self._has_begun:
             self._has_begun = True
+            for target in self._untrained:
+                target.grad = None
             self._used = [False] * len(self._parameters)
             self._num_started = 0
             for bucket in self._buckets:

@@ -40,7 +40,7 @@ class NoPartitioner(Partitioner):
 
     def make_optimizer(self, model: torch.nn.Module, factory: OptimizerFactory) -> torch.optim.Optimizer:
         """The optimizer over all trainable parameters. Raises ConfigError when there is none."""
-        masters = self._partitioned[0]
+        masters, gradients = self._partitioned
         if not masters.named:
             raise ConfigError(
                 "the model has no trainable parameter",
@@ -49,6 +49,7 @@ class NoPartitioner(Partitioner):
             )
         optimizer = factory(masters.for_optimizer)
         masters.follow(optimizer)
+        gradients.follow(optimizer)
         return optimizer
 
     def accumulating(self, model: torch.nn.Module, *, is_last: bool) -> AbstractContextManager[None]:

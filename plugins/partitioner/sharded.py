@@ -157,9 +157,18 @@ class ShardedModel:
         return max((bucket.size * itemsize for bucket in self.buckets if bucket.trained), default=64)
 
     def _wanted_transport(self) -> str:
-        """Sections in files are no memory that processes share."""
-        offload = self.offload
-        return "collective" if offload.is_on_disk and offload.moves_parameters else self.options.transport
+        """Sections in files are no memory that processes share. Raises ConfigError where they are to be both."""
+        wanted = self.options.transport
+        if not (self.offload.is_on_disk and self.offload.moves_parameters):
+            return wanted
+        if wanted == "shared" and self.mesh.group is not None:
+            raise ConfigError(
+                "parameters that are offloaded to files lie in no memory that processes share",
+                where="partitioner.transport",
+                found=wanted,
+                allowed="auto, collective",
+            )
+        return "collective"
 
     @torch.no_grad()
     def _cut(self) -> list[CutBucket]:

@@ -58,8 +58,12 @@ class Reader:
             if self._config.broken == "error":
                 error.hint = error.hint or "Mend the line, or set recipe.broken to skip."
                 raise
-            self._skipped.append(error)
+            self.leave_out(error)
             return None
+
+    def leave_out(self, why: DataError) -> None:
+        """Count a row that is not trained on."""
+        self._skipped.append(why)
 
     def tell(self, num_read: int) -> None:
         """Say what was left out. Raises DataError when nothing is left."""
@@ -68,9 +72,8 @@ class Reader:
             more = f" and {len(self._skipped) - _SHOWN} more" if len(self._skipped) > _SHOWN else ""
             self._note(f"{len(self._skipped)} rows of data were left out: {shown}{more}")
         if num_read == 0:
-            raise DataError(
-                "the data holds nothing to train on", where=", ".join(self._config.data), hint="Check recipe.data."
-            )
+            hint = f"All rows were left out; the first: {self._skipped[0]}" if self._skipped else "Check recipe.data."
+            raise DataError("the data holds nothing to train on", where=", ".join(self._config.data), hint=hint)
 
     def _rows_of(self, path: Path) -> Iterator[tuple[str, Row]]:
         reader = _READERS.get(path.suffix.lower())
@@ -143,4 +146,13 @@ def text_of(row: Row, key: str, place: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value:
         raise DataError(f"{key!r} must be a text that is not empty", where=place, found=value)
+    check_unicode(value, place)
     return value
+
+
+def check_unicode(text: str, place: str) -> None:
+    """Raise DataError for half of a surrogate pair, which JSON can spell and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the text is not valid Unicode: {error.reason}", where=place) from error

@@ -174,11 +174,15 @@ class DcpStore(Store):
             _raise_first(error, f"the state of step {job.step} could not be saved")
 
     def _join_ranks(self) -> None:
-        """A group of its own on the CPU: what it tells the other ranks can't come between training's own messages."""
+        """A group of its own on the CPU: what it tells the other ranks can't come between training's own messages. A
+        rank that is lost in a save is missed after as long a time as one that is lost in a step."""
         import torch.distributed as dist
 
         if self._group is None and dist.is_initialized():
-            self._group = dist.new_group(backend="gloo")
+            world: Any = dist.group.WORLD
+            # Gloo, NCCL and RCCL tell theirs; beside another library it is torch's default.
+            options = getattr(world._get_backend(world._device_types[0]), "options", None)
+            self._group = dist.new_group(backend="gloo", timeout=getattr(options, "_timeout", None))
 
     # --- what there is -----------------------------------------------------------------------------------------------
 

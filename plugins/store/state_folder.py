@@ -125,10 +125,14 @@ class StateFolders:
         return self.root / f"{_SAVING}{step:08d}"
 
     def steps(self) -> list[int]:
+        """Of the complete states. Raises StoreError for a folder that may not be read."""
         if not self.root.is_dir():
             return []
-        found = [(match, path) for path in self.root.iterdir() if (match := _COMPLETE.fullmatch(path.name))]
-        return sorted(int(match[1]) for match, path in found if (path / INDEX).is_file())
+        try:
+            found = [(match, path) for path in self.root.iterdir() if (match := _COMPLETE.fullmatch(path.name))]
+            return sorted(int(match[1]) for match, path in found if (path / INDEX).is_file())
+        except OSError as error:
+            raise StoreError(f"the states can't be listed: {error.strerror or error}", where=str(self.root)) from error
 
     def find(self, step: int) -> Path:
         """The folder of a complete state. Raises StateNotFoundError."""
@@ -144,11 +148,15 @@ class StateFolders:
 
         What a process that was killed has left behind goes away here.
         """
-        if self.complete(step).exists():
+        there = self.complete(step)
+        if there.exists():
+            is_state = step in self.steps()
             raise StoreError(
-                f"there is a state of step {step} already",
-                where=str(self.complete(step)),
-                hint="Delete it first, or save to another folder.",
+                f"there is a state of step {step} already"
+                if is_state
+                else "something that is no complete state is in the way",
+                where=str(there),
+                hint="Delete it first, or save to another folder." if is_state else "Remove it.",
             )
         with writing(self.root):
             self.root.mkdir(parents=True, exist_ok=True)

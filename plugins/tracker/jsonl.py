@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,8 +37,10 @@ class JsonlTracker(Tracker):
 
     def record(self, step: int, figures: Mapping[str, float]) -> None:
         assert self._file is not None
+        # JSON has no word for a norm that overflowed.
+        told = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         with _writing(self._path):
-            self._file.write(json.dumps({"step": step, **figures}) + "\n")
+            self._file.write(json.dumps({"step": step, **told}, allow_nan=False) + "\n")
             self._file.flush()
 
     def finish(self, outcome: str) -> None:

@@ -21,6 +21,11 @@ from support.distributions import run_python
 SUITE = "zoo.wild:RunnerSuite"
 OUTCOMES = ("test_passes", "test_fails", "test_errs", "test_skips", "test_not_run", "test_twice")
 FEW = ("test_dtypes_are_repeatable", "test_config_refuses_unknown_keys")
+PROBED = (
+    "test_probe_is_repeatable",
+    "test_import_and_probe_leave_the_environment",
+    "test_import_and_probe_leave_the_process",
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +35,7 @@ def report() -> Report:
         Target("precision", "zoo.wild:CrashesOnUse", tests=FEW),
         Target("precision", "zoo.wild:ExitsOnUse", tests=FEW),
         Target("precision", "fp32", tests=FEW),
+        Target("precision", "zoo.wild:SetsTheEnvironment", tests=PROBED),
     ]
     return run_suites(targets)
 
@@ -75,6 +81,18 @@ def test_a_crash_is_the_failure_of_the_test_that_was_running(report: Report) -> 
 
 
 @pytest.mark.slow
+def test_what_a_plugin_has_changed_in_the_kits_own_process_is_seen(report: Report) -> None:
+    """It is probed there before its manners are examined in a child, which must not take the change over."""
+    assert outcomes(report, "zoo.wild:SetsTheEnvironment") == {
+        PROBED[0]: Outcome.PASSED,
+        PROBED[1]: Outcome.FAILED,
+        PROBED[2]: Outcome.FAILED,
+    }
+    messages = {result.test: result.message for result in report.results}
+    assert "changes WILD_HOME" in messages[PROBED[1]]
+    assert "changes the current folder" in messages[PROBED[2]]
+
+
 def test_a_hang_is_the_failure_of_the_test_that_was_running() -> None:
     started = time.monotonic()
     targets = [Target("precision", "zoo.wild:HangsOnUse", tests=FEW), Target("precision", "fp32", tests=FEW)]

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import drivetrain
 from drivetrain.contracts.precision import Dtypes, LossScaling
-from drivetrain.errors import ConfigError, NonFiniteError
+from drivetrain.errors import ConfigError, NonFiniteError, StoreError, TrainingError
 from drivetrain.testing.tiny import loss_of, make_batch, make_net
 from drivetrain.training.loss_scale import LossScale
 from drivetrain.training.nonfinite import find_offender
@@ -54,6 +54,68 @@ def adamw(net: nn.Module) -> torch.optim.Optimizer:
 def test_a_users_loop_makes_the_plain_steps_to_the_last_bit() -> None:
     net = make_net()
     assert loop(drivetrain.prepare(net, adamw(net), ONE_THREAD)) == plain()
+
+
+def test_a_script_that_is_done_may_be_started_again(tmp_path: Path) -> None:
+    """It goes on from its last state, makes no step, and comes to the same save. Other numbers are refused."""
+
+    def script(name: str) -> int:
+        net = make_net()
+        run = drivetrain.prepare(net, adamw(net), {**ONE_THREAD, "store": {"folder": str(tmp_path)}})
+        done = run.resume() or {"steps": 0}
+        made = len(loop(run, range(done["steps"], STEPS)))
+        run.save(steps=STEPS, name=name)
+        run.close()
+        return made
+
+    assert [script("first"), script("first")] == [STEPS, 0]
+    with pytest.raises(StoreError, match="there is a state of step 4 already"):
+        script("second")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_the_optimizer_does_not_hold_keeps_no_gradient(precision: str) -> None:
+    """It would add up over steps, and all gradients be clipped by a norm that only grows."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(net[0].parameters(), lr=1e-9)
+    run = drivetrain.prepare(net, optimizer, {**ONE_THREAD, "precision": precision})
+    norms = []
+    for _ in range(3):
+        for is_last in (False, True):
+            with run.accumulating(is_last=is_last):
+                run.backward(run.model(torch.ones(3, 4)).float().pow(2).mean())
+        norms.append(run.step().grad_norm)
+    assert norms == pytest.approx(norms[:1] * 3)
+
+
+def test_gradients_that_would_reach_no_other_rank_are_refused() -> None:
+    """One process would not notice; with several, each would go its own way, or none would learn."""
+    net = make_net()
+    run = drivetrain.prepare(net, adamw(net), ONE_THREAD)
+    with run.accumulating():
+        loss = loss_of(run.model, make_batch())
+    with pytest.raises(TrainingError, match=r"backward pass outside of a micro-batch.*with run\.accumulating\(\)"):
+        run.backward(loss)
+    run.step()
+    with run.accumulating(is_last=False):
+        run.backward(loss_of(run.model, make_batch()))
+    with pytest.raises(TrainingError, match=r"a step without its last micro-batch.*is_last=False for all but the last"):
+        run.step()
+    with run.accumulating():
+        run.backward(loss_of(run.model, make_batch()))
+    assert run.step().grad_norm > 0
+    with pytest.raises(TrainingError, match="a step without its last micro-batch"):
+        run.step()
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw-8bit", "adafactor", "muon", "lion"])
+def test_a_save_before_the_first_step_changes_no_step(tmp_path: Path, name: str) -> None:
+    """What an optimizer keeps is made for the save by a step of no length, which must not count as one."""
+    config = {**ONE_THREAD, "optimizer": {"name": name}, "store": {"folder": str(tmp_path)}}
+    run = drivetrain.prepare(make_net(), None, config)
+    run.save()
+    assert loop(run) == loop(drivetrain.prepare(make_net(), None, config))
+    run.close()
 
 
 @pytest.mark.parametrize("policy", ["full", {"name": "selective", "every": 2}])

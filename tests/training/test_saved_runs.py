@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import drivetrain
 from drivetrain import Trainer
 from drivetrain.errors import ConfigError, DamagedStateError, RankLostError, StateNotFoundError
 from drivetrain.plugins.store.dcp import DcpStore
@@ -25,7 +26,7 @@ from drivetrain.training.ranks import Ranks, joined_ranks
 from drivetrain.training.saved import check_state
 from drivetrain.training.trainer import Assembly
 from support.drill import is_running, wait_for
-from support.training import run_settings
+from support.training import ONE_THREAD, run_settings
 
 
 def trained(model: Path, chats: Path, folder: Path, **trainer: Any) -> tuple[dict[str, Any], DcpStore]:
@@ -188,6 +189,17 @@ def test_a_failed_collective_is_a_lost_rank(monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(wanted) as caught, joined_ranks(torch.device("cpu"), "gloo", 60):
             raise error
         assert type(caught.value) is wanted
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_loop_that_can_not_be_prepared_leaves_the_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it can be mended and tried again in the same process."""
+    started = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    for name, value in {**started, "MASTER_PORT": str(_free_port())}.items():
+        monkeypatch.setenv(name, value)
+    foreign = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    with pytest.raises(ConfigError, match="1 parameters that the model does not have"):
+        drivetrain.prepare(torch.nn.Linear(2, 2), foreign, {"platform": ONE_THREAD})
     assert not torch.distributed.is_initialized()
 
 

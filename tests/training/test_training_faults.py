@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import resource
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import drivetrain
 from drivetrain import Trainer
+from drivetrain.config import load_settings
 from drivetrain.contracts.recipe import IGNORED, RecipeContext, Samples
+from drivetrain.contracts.tracker import RunInfo
 from drivetrain.errors import (
     ConfigError,
     DamagedStateError,
@@ -20,14 +29,25 @@ from drivetrain.errors import (
     NonFiniteError,
     PluginRefusedError,
     StateNotFoundError,
+    StoreError,
+    TrainingError,
     UnknownPluginError,
 )
 from drivetrain.plugins.recipe.pretrain import PretrainRecipe
 from drivetrain.plugins.recipe.sft import SftRecipe
+from drivetrain.plugins.store.dcp import DcpStore
+from drivetrain.plugins.tracker.jsonl import JsonlTracker
 from drivetrain.testing.suites.recipe import byte_tokenizer
+from drivetrain.training import plotting
+from drivetrain.training.claim import claimed
+from drivetrain.training.export import export_model
 from drivetrain.training.order import SampleOrder, StepShape
+from drivetrain.training.pulse import Pulse, Pulses
+from drivetrain.training.ranks import Ranks
+from drivetrain.training.run import StepResult
+from drivetrain.training.saving import RunState
 from support.doc_pages import ROOT
-from support.training import run_settings, train_in_processes
+from support.training import read_figures, run_settings, train_in_processes
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -58,7 +78,10 @@ CONFIGURATIONS: list[tuple[Change, type[DrivetrainError], str]] = [
     (assign("checkpoint", {"name": "selective", "modules": ["experts"]}), ConfigError, "no module in the layers"),
     (assign("precision", "fp16"), PluginRefusedError, "does not compute in float16"),
     (assign("tracker", {"also": ["tensorbord"]}), UnknownPluginError, "Did you mean 'tensorboard'"),
+    (assign("tracker", {"also": ["console", "jsonl"]}), ConfigError, "this tracker is named twice; found 'jsonl'"),
+    (assign("optimizer.betas", [0.9, 1]), ConfigError, r"optimizer\.betas: .*from 0 on, below 1"),
     (assign("trainer.resume", "must"), StateNotFoundError, "no saved state to go on from"),
+    (assign("store.folder", f"{__file__}/state"), StoreError, r"no state can be saved here.*\.py is no folder"),
     (assign("model", "/surely/no/model"), DrivetrainError, "/surely/no/model"),
 ]
 
@@ -101,15 +124,26 @@ def test_a_world_size_that_does_not_divide_a_step(model: Path, chats: Path, tmp_
     assert sorted(path.name for path in (tmp_path / "state").iterdir()) == saved
 
 
-def test_a_torn_state_is_named_and_stays(model: Path, chats: Path, tmp_path: Path) -> None:
+def _not_allowed(path: Path) -> bytes:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_a_torn_state_is_named_and_stays(
+    model: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What to remove is told, but not of a state that is whole and may not be read."""
     settings = run_settings(model, chats, tmp_path, steps=3, export=False)
     Trainer(**settings).run()
     (file,) = (tmp_path / "state").rglob("rank-00000.bin")
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     settings["trainer"]["steps"] = 4
-    with pytest.raises(DamagedStateError, match=r"rank-00000\.bin"):
+    with pytest.raises(DamagedStateError, match=r"rank-00000\.bin.*remove the state of step 3 to begin anew"):
         Trainer(**settings).run()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", _not_allowed)
+        with pytest.raises(DamagedStateError, match=r"state\.json: .*Permission denied$"):
+            Trainer(**settings).run()
     file.unlink()
     with pytest.raises(DamagedStateError, match=r"rank-00000\.bin"):
         Trainer(**settings).run()
@@ -123,6 +157,115 @@ def test_the_state_of_another_run_is_refused(model: Path, chats: Path, tmp_path:
     settings["trainer"]["seed"] = 1
     with pytest.raises(ConfigError, match="belongs to another run: its seed is 0, and this run's is 1"):
         Trainer(**settings).run()
+    settings["trainer"]["seed"] = 0
+    settings["recipe"]["train_on"] = "all"
+    with pytest.raises(ConfigError, match=r"another run: it was trained on other samples: recipe\.data"):
+        Trainer(**settings).run()
+
+
+def test_a_run_that_begins_anew_does_not_mix_its_states_with_older_ones(
+    model: Path, chats: Path, tmp_path: Path
+) -> None:
+    """Of two runs in one folder the states with higher numbers would stay, and the next run go on from them. Processes
+    that their agent starts again go on from what they have saved themselves."""
+    settings = run_settings(model, chats, tmp_path, steps=3, export=False)
+    Trainer(**settings).run()
+    settings["trainer"] |= {"resume": "never", "steps": 2}
+    settings["store"] |= {"every": 1, "keep": 1}
+    with pytest.raises(ConfigError, match="saved states, up to step 3, among which those of a new run would be lost"):
+        Trainer(**settings).run()
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-00000003"]
+    settings["trainer"]["steps"] = 4
+    pulses = Pulses(tmp_path, timeout_seconds=60.0)
+    pulses.reset(1)
+    loaded = load_settings(None, settings, origin="argument")
+    with pytest.raises(ConfigError, match="saved states"):
+        Trainer.from_settings(loaded, pulse=Pulse(tmp_path, 0)).run()
+    pulses.reset(1)
+    assert len(Trainer.from_settings(loaded, pulse=Pulse(tmp_path, 0)).run().losses) == 1
+
+
+class _Told(Ranks):
+    """Notes what is done by all ranks together."""
+
+    def together(self, what: str, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except StoreError as error:
+            raise StoreError(f"told by all: {what}: {error}") from error
+
+
+def test_a_state_that_one_rank_can_not_read_is_told_by_all(tmp_path: Path) -> None:
+    """A machine that does not share the store's folder would else end without a word, and the others wait for it."""
+    run = drivetrain.prepare(torch.nn.Linear(2, 2), None, {"store": {"folder": str(tmp_path)}})
+    state = RunState(DcpStore(DcpStore.Config(folder=str(tmp_path))), run, _Told(), {})
+    with pytest.raises(StoreError, match=r"told by all: reading the saved state: .*no complete state of step 4"):
+        state.load(4)
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(model: Path, chats: Path, tmp_path: Path) -> None:
+    """A second one is refused before it writes anything, and may have it once the first is over."""
+    settings = run_settings(model, chats, tmp_path, steps=2, export=False)
+    with Trainer(**settings).assembled() as work:
+
+        def start_another(result: StepResult, steps: int) -> None:
+            with pytest.raises(TrainingError, match="another run is writing to this folder"):
+                Trainer(**settings).run()
+
+        work.train(start_another)
+    assert [figures["step"] for figures in read_figures(tmp_path)] == [1, 2]
+    settings["trainer"]["steps"] = 3
+    assert Trainer(**settings).run().steps == 3
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    notes: list[str] = []
+    with claimed(tmp_path / "run", notes.append):
+        assert (tmp_path / "run").is_dir()
+    assert "can't be locked (No locks available)" in notes[0]
+
+
+def test_a_model_that_can_not_be_written_is_told_and_the_old_one_stays(
+    model: Path, chats: Path, tmp_path: Path
+) -> None:
+    """A full disk, or a file in the way. What is written may be read by whoever may read the folder's other files."""
+    settings = run_settings(model, chats, tmp_path, steps=2)
+    folder = Trainer(**settings).run().folder
+    assert folder is not None
+    weights = folder / "model.safetensors"
+    assert weights.stat().st_mode == (folder / "config.json").stat().st_mode
+    before = weights.stat().st_mtime_ns
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(TrainingError, match=r"the model can't be written: .*File too large"):
+            Trainer(**settings).run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert weights.stat().st_mtime_ns == before
+    assert not (folder.parent / ".model-unfinished").exists()
+    shutil.rmtree(folder)
+    folder.touch()
+    with pytest.raises(TrainingError, match="there is a file of this name"):
+        Trainer(**settings).run()
+
+
+class _OtherFails(Ranks):
+    """A rank that is told of another one's failure."""
+
+    def together(self, what: str, work: Callable[[], Any]) -> Any:
+        raise TrainingError(f"{what} failed")
+
+
+def test_no_rank_gathers_a_model_for_which_there_is_no_room(tmp_path: Path) -> None:
+    """Rank 0 would not take part, and the others wait in vain."""
+    nothing: Any = None  # a model that is asked for its tensors would be an AttributeError
+    with pytest.raises(TrainingError, match="making room for the model failed"):
+        export_model(tmp_path / "model", nothing, nothing, _OtherFails(1, 2))
 
 
 def test_a_loss_that_is_not_finite_names_the_module(model: Path, chats: Path, tmp_path: Path) -> None:
@@ -143,8 +286,14 @@ def test_a_loss_that_is_not_finite_names_the_module(model: Path, chats: Path, tm
 # --- reading data ----------------------------------------------------------------------------------------------------
 
 
-def opened(recipe: type[SftRecipe | PretrainRecipe], notes: list[str] | None = None, **options: Any) -> Samples:
+def opened(
+    recipe: type[SftRecipe | PretrainRecipe],
+    notes: list[str] | None = None,
+    template: str | None = None,
+    **options: Any,
+) -> Samples:
     tokenizer = byte_tokenizer()
+    tokenizer = replace(tokenizer, chat_template=template or tokenizer.chat_template)
     note = (lambda text: None) if notes is None else notes.append
     context = RecipeContext(tokenizer, tokenizer.backend.get_vocab_size(), 512, 1, note)
     return recipe(recipe.Config.model_validate({"length": 128, **options})).open(context)
@@ -180,6 +329,16 @@ def test_answers_alone_are_learnt_to_their_end(tmp_path: Path) -> None:
     assert learnt(opened(SftRecipe, data=str(data))) == "Yes.</s>No.</s>"
     everything = opened(SftRecipe, data=str(data), train_on="all")
     assert learnt(everything) == text_of(everything[0].ids)[len("<s>") :]
+
+
+def test_a_conversation_may_begin_with_an_answer(tmp_path: Path) -> None:
+    """What the template puts in front of it, an instruction of its own say, is no answer."""
+    data = write(tmp_path / "talk.jsonl", {"messages": TALK[2:]})
+    template = "Be kind. " + str(byte_tokenizer().chat_template)
+    assert learnt(opened(SftRecipe, template=template, data=str(data))) == "Yes.</s>No.</s>"
+    silent = template.replace("<s>assistant: ", "")
+    with pytest.raises(DataError, match=r"talk\.jsonl:1: .*can't be told which tokens are the answer"):
+        opened(SftRecipe, template=silent, data=str(data))
 
 
 def test_prompts_and_texts_are_documents_too(tmp_path: Path) -> None:
@@ -225,6 +384,9 @@ FAULTS = {
     "no object": ("[1]", "must hold a JSON object"),
     "no field": ({"words": "x"}, "none of the known fields"),
     "no text": ({"text": 3}, "'text' must be a text"),
+    "half a character": ({"text": "a \ud800"}, "not valid Unicode"),
+    "half a character said": ({"messages": [*TALK[1:2], {"role": "assistant", "content": "\ud800"}]}, "valid Unicode"),
+    "no content": ({"messages": [*TALK[1:2], {"role": "assistant"}]}, "a message has no content"),
     "no message": ({"messages": []}, "must be a list of messages"),
     "no role": ({"messages": [{"content": "x"}]}, "can't be rendered"),
     "no answer": ({"messages": TALK[:2]}, "nothing to learn"),
@@ -249,12 +411,21 @@ def test_a_broken_line_is_named_or_left_out(tmp_path: Path, fault: str) -> None:
 def test_nothing_is_left_when_all_is_broken(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds nothing to train on"):
         opened(SftRecipe, data=str(write(tmp_path / "rows.jsonl", "{", "{")), broken="skip")
+    long = write(tmp_path / "long.jsonl", {"text": "x" * 500})
+    with pytest.raises(
+        DataError, match=r"nothing to train on.*left out; the first: .*long\.jsonl:1: .*longer than a row"
+    ):
+        opened(SftRecipe, data=str(long), too_long="skip")
 
 
 @pytest.mark.parametrize(("too_long", "lengths"), [("cut", [128, 5]), ("skip", [5])])
 def test_a_document_that_is_too_long_may_be_cut_or_left_out(tmp_path: Path, too_long: str, lengths: list[int]) -> None:
-    data = write(tmp_path / "rows.jsonl", {"text": "x" * 500}, {"text": "fine"})
-    samples = opened(SftRecipe, data=str(data), too_long=too_long, pack=False)
+    """And it is told."""
+    data = write(tmp_path / "rows.jsonl", {"text": "x" * 500}, {"text": "fine", "messages": None})
+    notes: list[str] = []
+    samples = opened(SftRecipe, notes, data=str(data), too_long=too_long, pack=False)
+    (note,) = notes
+    assert ("1 documents were cut to 128" if too_long == "cut" else f"1 rows of data were left out: {data}:1") in note
     assert [length for index in range(len(samples)) for length in samples[index].lengths] == lengths
 
 
@@ -348,3 +519,15 @@ def test_the_example_of_the_pages_is_the_file() -> None:
     assert len(rows) == 229
     answers = [row["messages"][1]["content"] for row in rows]
     assert all(answer.startswith("Ahoy! ") and answer.endswith(" Fair winds!") for answer in answers)
+
+
+def test_a_figure_that_json_can_not_hold_leaves_the_line_one_of_json(tmp_path: Path) -> None:
+    """The norm of a step that overflowed is infinite; other programs read the file too, and so does plot."""
+    tracker = JsonlTracker(JsonlTracker.Config())
+    tracker.start(RunInfo(tmp_path, steps=1))
+    tracker.record(1, {"loss": 2.5, "grad_norm": float("inf")})
+    tracker.finish("done")
+    path = tmp_path / "figures.jsonl"
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {"step": 1, "loss": 2.5, "grad_norm": None}
+    (row,) = plotting.read_figures(path)
+    assert math.isnan(row["grad_norm"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import Field
 
-from drivetrain.contracts.plugin import PluginConfig
+from drivetrain.contracts.plugin import PluginConfig, Probe, ProbeContext
 from drivetrain.contracts.precision import Dtypes, Precision
 from drivetrain.plugins.precision.fp32 import Fp32Precision
 from drivetrain.testing.suite import not_run
@@ -50,6 +50,16 @@ class ExitsOnUse(Fp32Precision):
 
     def dtypes(self) -> Dtypes:
         os._exit(0)
+
+
+class SetsTheEnvironment(Fp32Precision):
+    """Configures another library through the environment, and moves the process, whenever it is probed."""
+
+    @classmethod
+    def probe(cls, context: ProbeContext) -> Probe:
+        os.environ["WILD_HOME"] = "/wild"
+        os.chdir("/")
+        return super().probe(context)
 
 
 class RunnerSuite(PrecisionSuite):

@@ -78,6 +78,8 @@ def test_every_kind_has_a_key_and_a_table_without_a_name_means_the_default(file:
     assert asked(load(file, f"{kind.key}: some-name\n"), kind.name)[0] == "some-name"
     name, options, _ = asked(load(file, f"{kind.key}: {{x: 1}}\n"), kind.name)
     assert (name, options) == (kind.default, {"x": 1})
+    assert not load(file, f"{kind.key}: {{x: 1}}\n").parts[kind.name].is_named
+    assert load(file, f"{kind.key}: {{name: y, x: 1}}\n").parts[kind.name].is_named
 
 
 def test_the_model_plugin_is_set_with_architecture_and_the_weights_with_model(file: Path) -> None:

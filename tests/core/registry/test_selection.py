@@ -50,6 +50,13 @@ def outcomes(selection: Selection) -> dict[str, Outcome]:
 # --- asked for by name ---------------------------------------------------------------------------------------------
 
 
+def test_a_default_with_options_is_not_said_to_be_asked_for_by_name() -> None:
+    request = PartRequest("scheduler", "plain", {}, "run.yaml:3", is_named=False)
+    chooser = Selector(Registry([PLAIN]), {"scheduler": request})
+    chooser.choose("scheduler", ProbeContext())
+    assert chooser.report["scheduler"].reason == "'plain' is the default; options of it were asked for (run.yaml:3)"
+
+
 def test_a_name_is_used_even_if_others_rank_higher() -> None:
     plugin, selection = choose(PLAIN, TUNED, VENDOR, name="plain")
     assert type(plugin) is fakes.PlainScheduler

@@ -134,6 +134,13 @@ def test_adafactor_trains() -> None:
 # --- groups and schedules --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("plugin", [AdamW, AdamW8bit, Lion, Muon])
+def test_a_mean_that_never_begins_is_refused(plugin: type[Optimizer]) -> None:
+    for betas in ([1, 0.9], [0.9, -0.1], [0.9, 2]):
+        with pytest.raises(ValueError, match="must be numbers from 0 on, below 1"):
+            plugin.Config.model_validate({"betas": betas})
+
+
 def test_groups_take_parameters_by_name() -> None:
     """The first pattern that fits decides; without one a matrix decays and a vector does not."""
     config = OptimizerConfig(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,20 @@ def test_in_the_foreground_a_save_is_over_when_it_returns(tmp_path: Path) -> Non
     assert store.steps() == [1]
     with pytest.raises(StoreError, match="step 1 already"):
         store.save(1, {"a": torch.ones(3)}, {})
+
+
+def test_what_is_in_the_way_or_may_not_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = made(tmp_path)
+    (tmp_path / "step-00000001").mkdir()
+    with pytest.raises(StoreError, match=r"step-00000001: something that is no complete state is in the way"):
+        store.save(1, {"a": torch.ones(3)}, {}).wait()
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(StoreError, match="the states can't be listed: Permission denied"):
+        store.steps()
 
 
 def test_a_failed_save_is_its_own_caller_s_matter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -108,3 +123,17 @@ def test_values_without_bytes_of_their_own_are_refused(tmp_path: Path) -> None:
     for tensor in (torch.ones(2, device="meta"), torch.eye(2).to_sparse()):
         with pytest.raises(StoreError, match="no plain bytes"):
             made(tmp_path).save(1, {"a": tensor}, {})
+
+
+def test_a_save_waits_for_other_ranks_no_longer_than_a_step_does(tmp_path: Path) -> None:
+    """torch's default for a group of its own is half an hour, for which a rank would not end after the others are
+    lost."""
+    meeting = tmp_path / "meeting"
+    timeout = timedelta(seconds=17)
+    torch.distributed.init_process_group("gloo", f"file://{meeting}", timeout, world_size=1, rank=0)
+    try:
+        store = made(tmp_path / "state")
+        store.save(1, {"a": torch.ones(2)}, {}).wait()
+        assert store._group._get_backend(torch.device("cpu")).options._timeout == timeout
+    finally:
+        torch.distributed.destroy_process_group()
