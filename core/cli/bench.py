@@ -117,13 +117,15 @@ def swap(
     from drivetrain.bench.swap import StepClock, run_swaps
     from drivetrain.bench.workloads import make_workload
     from drivetrain.cli.swap import parse_parts
+    from drivetrain.serving.swap import check_kinds
 
-    clock, there = StepClock(), parse_parts(to)
+    clock, there, home = StepClock(), parse_parts(to), parse_parts(back or [])
+    check_kinds({**there, **home})  # a wrong kind is told before the model is loaded
     with open_llm(settings, [clock]) as llm, show_progress() as progress:
         items = make_workload(workload, requests, llm.vocab_size, seed)
         report = llm.explain()
         at_start = {kind: {"name": report[kind].chosen.name, **report[kind].options} for kind in there}
-        result = run_swaps(llm, clock, items, there, parse_parts(back) if back else at_start, times, progress)
+        result = run_swaps(llm, clock, items, there, home or at_start, times, progress)
         _print({"workload": workload, "seed": seed, **describe_run(llm), **result}, as_json)
 
 

@@ -74,13 +74,13 @@ def _leaves(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...]
         yield from _leaves((*path, key), value[key])
 
 
-def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:
-    """``"a.b=c"`` -> (("a", "b"), c), the value read as YAML. Raises ConfigError."""
+def parse_assignment(text: str, where: str = "--set") -> tuple[tuple[str, ...], Any]:
+    """``"a.b=c"`` -> (("a", "b"), c), the value read as YAML. Raises ConfigError, which says ``where`` it stood."""
     path, equals, value = text.partition("=")
     parts = tuple(part.strip() for part in path.split("."))
     if not equals or not all(parts):
-        raise ConfigError("not an assignment", where="--set", found=text, allowed="path.to.setting=value")
-    return parts, _read_yaml(value, f"--set {path}", {})
+        raise ConfigError("not an assignment", where=where, found=text, allowed="path.to.setting=value")
+    return parts, _read_yaml(value, f"{where} {path}", {})
 
 
 def _read_file(path: Path) -> tuple[Tree, Lines]:

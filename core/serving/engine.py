@@ -587,7 +587,7 @@ class Engine:
         Other books need requests that hold nothing: :meth:`preempt_all` first.
         """
         if scheduler is not self.scheduler:
-            kv.make_rows(scheduler.limits().max_running)
+            kv.allow(scheduler.limits().max_running)
             self.runner.reserve(kv, scheduler.limits().max_batched_tokens, scheduler.limits().max_running)
             self.roster.use_scheduler(scheduler)
         if kv is not self.kv:

@@ -18,7 +18,7 @@ from drivetrain.observers import Observers
 from drivetrain.registry import SelectionReport
 from drivetrain.registry.lock import check_lock
 from drivetrain.serving.loop import EngineLoop, Ticket
-from drivetrain.serving.swap import DEFAULT_PROBATION_STEPS, SwapReport
+from drivetrain.serving.swap import DEFAULT_PROBATION_STEPS, SwapReport, read_parts
 from drivetrain.serving.tokenizer import Tokenizer
 from drivetrain.serving.types import (
     Chunk,
@@ -225,8 +225,9 @@ class LLM:
     ) -> SwapReport:
         """Exchange parts while requests are in flight: ``llm.swap(attention="sdpa", scheduler={"name": "priority"})``.
 
-        Kinds: attention, kernels, quantizer, scheduler. Nothing is dropped; what fails is undone. Blocks until the new
-        parts have passed their probation or the old ones are back.
+        Kinds: attention, kernels, quantizer, scheduler; a table without a name changes options of the part in use.
+        Nothing is dropped; what fails is undone. Blocks until the new parts have passed their probation or the old ones
+        are back.
 
         dry_run:         say what it would take, and change nothing.
         probation_steps: steps after which the new parts stay.
@@ -236,9 +237,9 @@ class LLM:
         Raises SwapError, a PluginError or ConfigError, with nothing changed; parts that fail later are rolled back,
         which the report says.
         """
-        settings = load_settings(None, parts, origin="argument")
+        requests = read_parts(parts, self.explain(), origin="argument")
         return self._loop.swap(
-            settings.parts, dry_run=dry_run, probation_steps=probation_steps, timeout_seconds=timeout_seconds
+            requests, dry_run=dry_run, probation_steps=probation_steps, timeout_seconds=timeout_seconds
         )
 
     # --- life ------------------------------------------------------------------------------------------------------

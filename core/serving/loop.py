@@ -239,6 +239,7 @@ class EngineLoop:
         """
         limit = self.engine.settings.swap_timeout_seconds if timeout_seconds is None else timeout_seconds
         _check_limit(limit)
+        _check_swap(dry_run, probation_steps)
         deadline = time.monotonic() + limit
         if not self._swapping.acquire(blocking=False):
             raise SwapError("another swap is under way", hint="Try again when it has ended.")
@@ -396,8 +397,16 @@ def _enter_thread(device: torch.device) -> None:
 
 
 def _check_limit(seconds: object) -> None:
-    if isinstance(seconds, bool) or not (isinstance(seconds, int | float) and 0 < seconds < float("inf")):
-        raise SwapError("timeout_seconds must be a number > 0", found=seconds)
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not (is_number and 0 < seconds <= threading.TIMEOUT_MAX):  # type: ignore[operator]
+        raise SwapError(f"timeout_seconds must be a number > 0 and <= {threading.TIMEOUT_MAX:g}", found=seconds)
+
+
+def _check_swap(dry_run: object, probation_steps: object) -> None:
+    if not isinstance(dry_run, bool):
+        raise SwapError("dry_run must be true or false", found=dry_run)
+    if isinstance(probation_steps, bool) or not isinstance(probation_steps, int) or probation_steps < 0:
+        raise SwapError("probation_steps must be an integer >= 0", found=probation_steps)
 
 
 def _estimate(prepared: PreparedSwap, epoch: int) -> SwapReport:

@@ -62,6 +62,9 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("bench", "throughput", *TINY, "--workload", "mixt"), "Did you mean 'mixed'?"),
     (("bench", "throughput", *TINY, "--requests", "0"), "--requests"),
     (("bench", "serve", *TINY, "--workload", "mixt"), "Did you mean 'mixed'?"),
+    (("bench", "swap", *TINY, "--to", "engine=3"), "can't exchange its engine"),
+    (("swap", "127.0.0.1:8000", "scheduler=fcfs"), "no address of a server"),
+    (("swap", "http://127.0.0.1:8000", "scheduler"), "KIND=NAME: not an assignment"),
 ]
 
 

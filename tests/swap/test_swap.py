@@ -254,6 +254,14 @@ def test_a_dry_run_says_what_it_takes_and_changes_nothing(llm: LLM) -> None:
         ({"platform": "cpu"}, SwapError, "can't exchange its platform"),
         ({}, SwapError, "nothing to exchange"),
         ({"atention": "sdpa"}, ConfigError, "attention"),
+        (
+            {"scheduler": "priority", "engine": {"max_waiting": 3}},
+            SwapError,
+            "settings stay as they are; found 'engine'",
+        ),
+        ({"scheduler": "priority", "model": "another"}, SwapError, "settings stay as they are; found 'model'"),
+        ({"scheduler": "priority", "probation_steps": "8"}, SwapError, "probation_steps must be"),
+        ({"scheduler": "priority", "dry_run": "no"}, SwapError, "dry_run must be"),
     ],
 )
 def test_bad_input_is_refused(llm: LLM, parts: Any, error: type[DrivetrainError], message: str) -> None:
@@ -338,7 +346,22 @@ def test_an_engine_that_stalls_before_the_commit_is_not_waited_for(llm: LLM, gat
     assert_whole(llm)
 
 
-@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan"), True, "5"])
+def test_options_without_a_name_are_those_of_the_part_in_use(llm: LLM) -> None:
+    """To change one limit must not bring back the default scheduler, nor set its other options back."""
+    llm.swap(scheduler={"name": "priority", "max_running": 5, "max_batched_tokens": 64})
+    report = llm.swap(scheduler={"max_running": 6})
+    assert report.changes == {"scheduler": ("priority", "priority")}
+    assert llm.explain()["scheduler"].options == {"max_running": 6, "max_batched_tokens": 64}
+
+
+def test_a_scheduler_may_allow_any_number_of_requests(llm: LLM) -> None:
+    """What never runs takes no memory: such a swap once ended the process for want of it."""
+    with Traffic(llm):
+        llm.swap(probation_steps=2, scheduler={"name": "fcfs", "max_running": 10**12})
+    assert_whole(llm)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan"), True, "5", 10**400, 1e300])
 def test_a_time_limit_that_is_none_is_refused(llm: LLM, seconds: Any) -> None:
     with pytest.raises(SwapError, match="timeout_seconds must be a number > 0"):
         llm.swap(timeout_seconds=seconds, scheduler="priority")
