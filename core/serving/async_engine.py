@@ -133,6 +133,11 @@ class AsyncEngine:
         return self.stack.max_model_len
 
     @property
+    def max_waiting(self) -> int:
+        """Most requests that wait at a time; one more is refused."""
+        return self.stack.engine.settings.max_waiting
+
+    @property
     def tokenizer(self) -> Tokenizer:
         return self.stack.tokenizer
 

@@ -158,7 +158,7 @@ class LLM:
         **options: Any,
     ) -> GenerationResult:
         """Answer a conversation: messages with ``role`` and ``content``, rendered by the model's chat template."""
-        prompt = self.tokenizer.render_chat(list(messages), **(template_variables or {}))
+        prompt = self.tokenizer.render_chat(list(messages), variables=template_variables)
         return self.generate(prompt, params, add_special_tokens=False, **options)[0]
 
     def stream_chat(
@@ -170,7 +170,7 @@ class LLM:
         **options: Any,
     ) -> ChunkStream:
         """As :meth:`chat`, chunk by chunk."""
-        prompt = self.tokenizer.render_chat(list(messages), **(template_variables or {}))
+        prompt = self.tokenizer.render_chat(list(messages), variables=template_variables)
         return self.stream(prompt, params, add_special_tokens=False, **options)
 
     # --- looking at it ---------------------------------------------------------------------------------------------

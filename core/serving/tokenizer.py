@@ -108,7 +108,7 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         continue_final: bool = False,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text of a conversation, by the model's chat template.
 
@@ -131,10 +131,12 @@ class Tokenizer:
         prepared = [_prepared(message, index, template.wants_parts) for index, message in enumerate(messages)]
         if not prepared:
             raise InvalidRequestError("there must be at least one message", param="messages")
+        if "messages" in (variables or {}):
+            raise InvalidRequestError("the messages are no variable of a chat template", param="messages")
         if continue_final:
             prepared[-1] = _marked(prepared[-1])
-        names = {**self._special, "tools": None, "documents": None, **variables}
-        text = template.render({**names, "messages": prepared, "add_generation_prompt": add_generation_prompt})
+        names = {**self._special, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        text = template.render({**names, **(variables or {}), "messages": prepared})
         if not continue_final:
             return text
         if _END_OF_CONTENT not in text:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,9 @@ async def create_chat_completion(request: Request) -> Response:
     body = await read_request(request, ChatBody, service.config)
     model = service.resolve_model(body.model)
     generation = to_request(body, service)
-    (stream,) = await submit_all(service.engine, [generation])
+    # A chat has no prompt of its own: the engine's is made of its messages.
+    with _limit_named(body), renamed("prompt", "messages", in_text=False):
+        (stream,) = await submit_all(service.engine, [generation])
     answer = _Answer(service, body, stream, generation.params, model, int(time.time()))
     if body.stream:
         return EventStream(answer.payloads(), [stream])
@@ -75,13 +78,18 @@ def _params(body: ChatBody, service: Service) -> SamplingParams:
         raise InvalidRequestError(
             "max_tokens and max_completion_tokens say different things", param="max_tokens", hint="Send one of them."
         )
-    with renamed("max_tokens", "max_tokens" if newer is None else "max_completion_tokens"):
+    with _limit_named(body):
         return sampling_params(
             body,
             service.engine.defaults,
             max_tokens=older if newer is None else newer,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
+
+
+def _limit_named(body: ChatBody) -> AbstractContextManager[None]:
+    """Refusals of ``max_tokens`` name it as the request did."""
+    return renamed("max_tokens", "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens")
 
 
 def _prompt(body: ChatBody, tokenizer: Tokenizer) -> str:
@@ -115,7 +123,7 @@ def render(
         [message.for_template() for message in messages],
         add_generation_prompt=add_generation_prompt,
         continue_final=continue_final,
-        **(variables or {}),
+        variables=variables,
     )
 
 

@@ -42,6 +42,7 @@ async def create_completion(request: Request) -> Response:
     service = service_of(request)
     body = await read_request(request, CompletionBody, service.config)
     model = service.resolve_model(body.model)
+    _check_count(body, service.engine.max_waiting)
     params = _params(body, service)
     timeout_seconds = service.resolve_timeout(body.timeout_seconds)
     requests = [
@@ -53,6 +54,18 @@ async def create_completion(request: Request) -> Response:
     if body.stream:
         return EventStream(answer.payloads(), streams)
     return JSONResponse(await run_while_connected(request.receive, answer.whole(), streams))
+
+
+def _check_count(body: CompletionBody, max_waiting: int) -> None:
+    # More could never wait together, however often the client tries again.
+    if len(body.prompt) > max_waiting:
+        raise InvalidRequestError(
+            "more prompts than this server lets wait at once (engine.max_waiting)",
+            param="prompt",
+            found=len(body.prompt),
+            allowed=f"at most {max_waiting}",
+            hint="Send them in several requests.",
+        )
 
 
 def _params(body: CompletionBody, service: Service) -> SamplingParams:

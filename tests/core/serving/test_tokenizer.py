@@ -295,7 +295,7 @@ def test_templates_have_what_they_are_written_for() -> None:
     assert render("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}") == "<s>Hi</s>"
     assert render("{{ {'b': '<é>', 'a': 1} | tojson }}") == '{"b": "<é>", "a": 1}'
     assert re.fullmatch(r"20\d\d", render("{{ strftime_now('%Y') }}"))
-    assert render("{{ tools is none }}{{ flag }}", flag=7) == "True7"
+    assert render("{{ tools is none }}{{ flag }}", variables={"flag": 7, "self": 1, "index": 2}) == "True7"
     assert (
         render("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ loop.last }}{% endfor %}")
         == "FalseFalse"
@@ -383,3 +383,8 @@ def test_malformed_messages_are_named(message: Any) -> None:
 def test_there_must_be_a_message() -> None:
     with pytest.raises(InvalidRequestError, match="at least one"):
         chat(CHATML).render_chat([])
+
+
+def test_the_messages_are_no_variable() -> None:
+    with pytest.raises(InvalidRequestError, match="no variable"):
+        render(CHATML, variables={"messages": []})

@@ -180,12 +180,23 @@ def test_what_nobody_foresaw_is_a_500_in_the_same_format() -> None:
         def stats(self) -> dict[str, Any]:
             raise ZeroDivisionError("the secret of the stack")
 
-    with LiveServer(Broken()) as server:
-        response = server.get("/debug/stats")
+    origin = "https://page.example"
+    with LiveServer(Broken(), allow_origins=[origin]) as server, httpx.Client(base_url=server.url) as client:
+        response = client.get("/debug/stats", headers={"x-request-id": "mine-1", "origin": origin})
         assert response.status_code == 500
         assert response.json()["error"]["code"] == "internal_error"
         assert "secret" not in response.text
-        assert server.get("/health").status_code == 200
+        assert response.headers["x-request-id"] == "mine-1"
+        assert response.headers["access-control-allow-origin"] == origin
+        assert client.get("/health").status_code == 200  # over the same connection
+
+
+def test_more_prompts_than_may_ever_wait_are_no_matter_of_time(server: LiveServer, engine: FakeEngine) -> None:
+    before = len(engine.requests)
+    response = server.post("/v1/completions", {"prompt": ["x"] * (engine.max_waiting + 1)})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "prompt"
+    assert len(engine.requests) == before
 
 
 # --- who may come in -------------------------------------------------------------------------------------------------
