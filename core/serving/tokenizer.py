@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from drivetrain.contracts.loader import TokenizerData
 
+LONG_TEXT = 16_384
+"""Characters, or tokens, above which reading a text takes so long (some ms) that nobody else should wait for it."""
+
 _REPLACEMENT = "\ufffd"
 _MAX_TEMPLATE_STEPS = 300_000
 _MAX_REPEATED_LENGTH = 10_000_000
@@ -66,17 +69,25 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``. Special tokens written out in the text are found as such.
 
+        A long text is read without holding the interpreter: other threads go on meanwhile.
+
         add_special_tokens: add what the tokenizer puts around a text, usually a start token.
         Raises InvalidRequestError for text that is no valid Unicode (half of a surrogate pair).
         """
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) > LONG_TEXT:  # of the library's calls, those for batches let go of the interpreter
+                (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            else:
+                encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
         except (TypeError, UnicodeEncodeError) as error:
             raise InvalidRequestError("the text is not valid Unicode", param="prompt") from error
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ``ids``, with no clean-up of spaces; bytes that are no UTF-8 come out as U+FFFD."""
+        if len(ids) > LONG_TEXT:  # as in encode
+            return str(self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0])
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def token_text(self, token_id: int) -> str:

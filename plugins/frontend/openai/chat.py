@@ -27,7 +27,7 @@ from drivetrain.plugins.frontend.openai.generation import (
 from drivetrain.plugins.frontend.openai.logprobs import chat_logprobs
 from drivetrain.plugins.frontend.openai.pages import json_body
 from drivetrain.plugins.frontend.openai.schemas import ChatBody, Message
-from drivetrain.plugins.frontend.openai.service import Service, service_of
+from drivetrain.plugins.frontend.openai.service import Service, done_aside, service_of
 from drivetrain.serving.types import Chunk, GenerationRequest, SamplingParams
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ async def create_chat_completion(request: Request) -> Response:
     service = service_of(request)
     body = await read_request(request, ChatBody, service.config)
     model = service.resolve_model(body.model)
-    generation = to_request(body, service)
+    length = sum(message.num_characters for message in body.messages)
+    generation = await done_aside(length, lambda: to_request(body, service))
     # A chat has no prompt of its own: the engine's is made of its messages.
     with _limit_named(body), renamed("prompt", "messages", in_text=False):
         (stream,) = await submit_all(service.engine, [generation])

@@ -83,6 +83,8 @@ async def submit_all(engine: AsyncEngine, requests: Iterable[GenerationRequest])
     streams: list[RequestStream] = []
     try:
         for request in requests:
+            if streams:
+                await asyncio.sleep(0)  # between two prompts of a list, everybody else gets a turn
             streams.append(await engine.submit(request))
     except BaseException:
         cancel_all(streams)

@@ -27,6 +27,7 @@ from drivetrain.serving.types import MAX_LOGPROBS
 
 UNSUPPORTED = "unsupported_parameter"
 COMPLETION_MAX_TOKENS = 16
+_AROUND_A_MESSAGE = 40
 
 
 class Only:
@@ -148,6 +149,12 @@ class Message(RequestBody):
     tool_calls: Annotated[Any, Only([], feature="tool calls")] = None
     tool_call_id: Annotated[Any, Only(feature="tool calls")] = None
     function_call: Annotated[Any, Only(feature="function calls")] = None
+
+    @property
+    def num_characters(self) -> int:
+        """How much text there is to render, with as much beside the content as templates write around it."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return len(content) + _AROUND_A_MESSAGE
 
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates read it."""

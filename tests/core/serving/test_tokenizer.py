@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pydoc_data.topics
 import re
+import threading
 import time
 from typing import Any
 
@@ -383,6 +384,31 @@ def test_malformed_messages_are_named(message: Any) -> None:
 def test_there_must_be_a_message() -> None:
     with pytest.raises(InvalidRequestError, match="at least one"):
         chat(CHATML).render_chat([])
+
+
+def test_other_threads_go_on_while_a_long_text_is_read() -> None:
+    """Otherwise one client's prompt of a megabyte stops every stream for seconds."""
+    text = "The quick brown fox. " * 20_000
+    begun, ended = threading.Event(), threading.Event()
+    ids: list[int] = []
+
+    def read() -> None:
+        begun.set()
+        ids.extend(BYTE_LEVEL.encode(text))
+        ended.set()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    begun.wait()
+    turns = 0
+    while not ended.wait(0.0005):
+        turns += 1
+    thread.join()
+    assert turns > 5
+    assert ids == BYTE_LEVEL._backend.encode(text).ids
+    assert BYTE_LEVEL.decode(ids) == text
+    with pytest.raises(InvalidRequestError):
+        BYTE_LEVEL.encode("\ud800" + text)
 
 
 def test_the_messages_are_no_variable() -> None:
