@@ -46,6 +46,9 @@ class ByteTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return _MARKS[token_id].encode() if token_id in _MARKS else bytes([token_id])
 
+    def is_special(self, token_id: int) -> bool:
+        return token_id in _MARKS
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -181,6 +181,24 @@ class OpenAIContract:
         assert choice.logprobs.text_offset == sorted(choice.logprobs.text_offset)
 
     @pytest.mark.parametrize("stream", [False, True])
+    def test_offsets_of_tokens_are_places_in_the_text(self, server: LiveServer, stream: bool) -> None:
+        """Start tokens that are not in the text have no width, and parts of a character are where it is."""
+        prompt = "Grüße 日本 🇩🇪: x"
+        answer = complete(server, prompt=prompt, logprobs=0, echo=True, stream=stream)
+        choices = [c for chunk in answer for c in chunk.choices] if stream else answer.choices
+        text = "".join(choice.text for choice in choices)
+        parts = [choice.logprobs for choice in choices if choice.logprobs]
+        tokens = [token for part in parts for token in part.tokens]
+        offsets = [offset for part in parts for offset in part.text_offset]
+        num_prompt_tokens = server.post("/tokenize", {"prompt": prompt}).json()["count"]
+        assert offsets[num_prompt_tokens] == len(prompt)
+        assert sum(offset < len(prompt) for offset in offsets) == num_prompt_tokens
+        whole = [(token, at) for token, at in zip(tokens, offsets, strict=True) if not token.startswith("bytes:")]
+        assert all(
+            text.startswith(token, at) for token, at in whole[:num_prompt_tokens] if token not in ("<s>", "</s>")
+        )
+
+    @pytest.mark.parametrize("stream", [False, True])
     def test_no_tokens_and_echo_only_score_the_prompt(self, server: LiveServer, stream: bool) -> None:
         answer = complete(server, max_tokens=0, echo=True, logprobs=0, stream=stream)
         choices = [c for chunk in answer for c in chunk.choices] if stream else answer.choices
