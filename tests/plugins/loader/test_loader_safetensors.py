@@ -70,6 +70,16 @@ def test_reads_what_transformers_writes(folder: Path, model: Any) -> None:
         assert checkpoint.tensor(name, torch.bfloat16).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("value", ["3", 3.0, True, ["3"]])
+def test_an_end_token_that_is_none_is_refused(tmp_path: Path, model: Any, value: Any) -> None:
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"eos_token_id": value}))
+    with pytest.raises(LoaderError, match="eos_token_id is no token id"):
+        _ = open_folder(tmp_path).eos_token_ids
+
+
 def test_missing_tensor_is_named_with_the_nearest(folder: Path) -> None:
     with pytest.raises(MissingTensorError, match=r"'model\.norm\.weights'.*'model\.norm\.weight'"):
         open_folder(folder).tensor("model.norm.weights", torch.float32)
