@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from drivetrain.assembly import ServingStack, build_engine, resolve_parts
 from drivetrain.config import Settings, load_settings
@@ -158,7 +158,7 @@ class LLM:
         **options: Any,
     ) -> GenerationResult:
         """Answer a conversation: messages with ``role`` and ``content``, rendered by the model's chat template."""
-        prompt = self.tokenizer.render_chat(list(messages), variables=template_variables)
+        prompt = self.tokenizer.render_chat(messages, variables=template_variables)
         return self.generate(prompt, params, add_special_tokens=False, **options)[0]
 
     def stream_chat(
@@ -170,7 +170,7 @@ class LLM:
         **options: Any,
     ) -> ChunkStream:
         """As :meth:`chat`, chunk by chunk."""
-        prompt = self.tokenizer.render_chat(list(messages), variables=template_variables)
+        prompt = self.tokenizer.render_chat(messages, variables=template_variables)
         return self.stream(prompt, params, add_special_tokens=False, **options)
 
     # --- looking at it ---------------------------------------------------------------------------------------------
@@ -265,19 +265,29 @@ class LLM:
     def _recommended(self, prompt: Prompt) -> SamplingParams:
         """The default parameters, with no more new tokens than the context has room for behind this prompt."""
         params = self.default_params
+        if not isinstance(prompt, Sequence):
+            return params  # the request will be refused for it
         room = self.max_model_len - len(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
         return dataclasses.replace(params, max_tokens=room) if 0 < room < (params.max_tokens or 0) else params
 
     def _pair(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[tuple[Prompt, SamplingParams]]:
-        several: list[Prompt]
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            several = [prompts]  # type: ignore[list-item]
-        else:
-            several = list(prompts)  # type: ignore[arg-type]
+        if not isinstance(prompts, Sequence):
+            raise InvalidRequestError(
+                "prompts must be a text, a list of token ids, or a list of these",
+                param="prompts",
+                found=type(prompts).__name__,
+                hint="An array has a method tolist.",
+            )
+        is_one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+        several = cast(list[Prompt], [prompts] if is_one else list(prompts))
         if params is None or isinstance(params, SamplingParams):
             return [(prompt, params or self._recommended(prompt)) for prompt in several]
+        if not isinstance(params, Sequence):
+            raise InvalidRequestError(
+                "params must be SamplingParams or a list of them", param="params", found=type(params).__name__
+            )
         if len(params) != len(several):
             raise InvalidRequestError(
                 "params must be one for all prompts or one for each",

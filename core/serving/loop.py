@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -208,6 +209,8 @@ class EngineLoop:
     def _check_open(self) -> None:
         if self._failure is not None:
             raise RequestFailedError("the engine has failed", hint=f"Its error was: {self._failure}")
+        if self._is_stopping:
+            raise DrainingError("the engine was closed and takes no new requests", hint="Send it to another one.")
         if self._is_draining:
             raise DrainingError("the server is draining and takes no new requests", hint="Send it to another replica.")
 
@@ -432,7 +435,8 @@ def _failed(ticket: Ticket, message: str) -> list[Chunk]:
 
 def _check_timing(request: GenerationRequest) -> None:
     timeout = request.timeout_seconds
-    if timeout is not None and not (isinstance(timeout, int | float) and 0 < timeout < float("inf")):
+    is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    if timeout is not None and not (is_number and 0 < timeout <= sys.float_info.max):  # an int may be larger
         raise InvalidRequestError("timeout_seconds must be a number > 0", param="timeout_seconds", found=timeout)
     if isinstance(request.priority, bool) or not isinstance(request.priority, int):
         raise InvalidRequestError("priority must be an integer", param="priority", found=request.priority)

@@ -138,6 +138,10 @@ class Tokenizer:
                 param="continue_final",
                 hint="Set add_generation_prompt to false",
             )
+        if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
+            raise InvalidRequestError(
+                "messages must be a list of messages", param="messages", found=type(messages).__name__
+            )
         template = self._template
         prepared = [_prepared(message, index, template.wants_parts) for index, message in enumerate(messages)]
         if not prepared:
