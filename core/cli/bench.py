@@ -15,6 +15,7 @@ from drivetrain.cli.console import note, print_json, print_table, show_progress
 from drivetrain.cli.generate import open_llm
 from drivetrain.cli.options import with_settings
 from drivetrain.config import Settings
+from drivetrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from drivetrain.bench.trace import StepTrace
@@ -134,7 +135,10 @@ def swap(
 def serve(
     settings: Settings,
     url: Annotated[
-        str | None, typer.Option(help="A running server. Default: start one here.", show_default=False)
+        str | None,
+        typer.Option(
+            help="A running server, of which --model may name one. Default: start one here.", show_default=False
+        ),
     ] = None,
     workload: Annotated[str, typer.Option(help="mixed or shared-prefix.")] = "mixed",
     requests: Requests = None,
@@ -161,8 +165,15 @@ def serve(
 
     make_workload(workload, requests, vocab_size=1000, seed=seed)  # a wrong name is told before a server is started
     goal = Goal(goal_first_token, goal_token)
+    if url is not None and settings.parts:
+        raise ConfigError(
+            "a running server has chosen its parts already",
+            where="--url",
+            found=", ".join(settings.parts),
+            hint="Leave them out, or leave out --url to start a server with them.",
+        )
     with running_server(settings, url) as address, show_progress() as progress:
-        model = find_model(address, api_key)
+        model = find_model(address, api_key, None if url is None else settings.model)
         items = make_workload(workload, requests, vocab_size or model.vocab_size or _USUAL_VOCABULARY, seed)
         result = asyncio.run(run_load(model, items, rate=rate, goal=goal, seed=seed, progress=progress))
     _print({"workload": workload, "seed": seed, "model": model.name, "url": address, **result}, as_json)

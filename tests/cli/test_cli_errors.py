@@ -57,6 +57,9 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("generate", "hi", *TINY, "--set", "engine.kv_memory=1KiB"), "engine.kv_memory"),
     (("generate", "", *TINY), "the prompt is empty"),
     (("serve", *TINY, "--port", "70000"), "frontend.port"),
+    (("serve", *TINY, "--set", "frontend.api_key=5"), "frontend.api_key: Input should be"),
+    (("serve", *TINY, "--set", "frontend.api_key=[a, 5]"), "frontend.api_key.1: Input should be"),
+    (("bench", "serve", "--url", "http://127.0.0.1:1", "--scheduler", "fcfs"), "has chosen its parts"),
     (("serve", *TINY, "--host", "192.0.2.1"), "no address of this machine"),
     (("serve", *TINY, "--api-key", " "), "a key may not be empty"),
     (("bench", "throughput", *TINY, "--workload", "mixt"), "Did you mean 'mixed'?"),
@@ -147,6 +150,21 @@ def test_what_nobody_foresaw_is_one_line_too(cli: Cli, monkeypatch: pytest.Monke
     assert outcome.error.startswith("error: unexpected ZeroDivisionError: first line second line. ")
     assert "--debug" in outcome.error
     assert "Traceback" in cli("plugins", "list", "--debug").err
+
+
+def test_ctrl_c_while_a_class_is_made_is_an_interrupt(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11 makes a RuntimeError of what is raised in ``__set_name__``; commands import for half a second."""
+
+    class Interrupted:
+        def __set_name__(self, owner: type, name: str) -> None:
+            raise KeyboardInterrupt
+
+    def fail(*_: object, **__: object) -> None:
+        type("Made", (), {"field": Interrupted()})
+
+    monkeypatch.setattr("drivetrain.cli.plugins.discover", fail)
+    outcome = cli("plugins", "list")
+    assert (outcome.status, outcome.err.strip()) == (130, "interrupted")
 
 
 def test_text_that_the_terminal_cannot_show_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
