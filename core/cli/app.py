@@ -136,7 +136,11 @@ def _is_interrupt(error: BaseException | None) -> bool:
 
 
 def _let_any_text_through() -> None:
-    """Characters that the terminal can't show become ``?`` and broken ones reach the check that names them."""
+    """Characters that the terminal can't show become ``?`` and broken ones reach the check that names them; output goes
+    nowhere where a stream was closed by whoever started the command."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # for as long as the process lives
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)

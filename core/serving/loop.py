@@ -27,7 +27,7 @@ from drivetrain.errors import (
     SwapError,
 )
 from drivetrain.registry import PartRequest
-from drivetrain.serving.background import LateError, result_by, start
+from drivetrain.serving.background import LateError, Work, result_by, start
 from drivetrain.serving.request import Request
 from drivetrain.serving.swap import (
     DEFAULT_PROBATION_STEPS,
@@ -110,6 +110,7 @@ class EngineLoop:
         self._failure: str | None = None
         self._thread: threading.Thread | None = None
         self._swapping = threading.Lock()
+        self._preparing: list[Work[PreparedSwap]] = []
         self._last_progress = time.monotonic()
 
     # --- life ------------------------------------------------------------------------------------------------------
@@ -151,6 +152,13 @@ class EngineLoop:
             if self._thread.is_alive():
                 _log.critical("a step does not return; the engine's thread is left behind")
                 self._give_up("the engine was stopped while a step did not return")
+
+    @property
+    def has_left_behind(self) -> bool:
+        """Whether a thread of this loop is at work still: a step that does not return, or parts of a swap that nobody
+        waits for any more. After :meth:`shutdown`, the interpreter can't take itself apart around them."""
+        threads = [self._thread, *(preparing.thread for preparing in self._preparing)]
+        return any(thread is not None and thread.is_alive() for thread in threads)
 
     def health(self) -> Health:
         since = 0.0 if self.is_empty else time.monotonic() - self._last_progress
@@ -281,9 +289,13 @@ class EngineLoop:
             return prepare(self.stack, requests, dry_run=dry_run)
 
         what = f"preparing {', '.join(requests) or 'nothing'}"
+        preparing = start(work, "drivetrain-swap")
+        self._preparing = [*(other for other in self._preparing if other.thread.is_alive()), preparing]
         try:
-            return result_by(deadline_seconds, start(work, "drivetrain-swap"), what)
+            return result_by(deadline_seconds, preparing, what, lambda: not self._is_stopping)
         except LateError as error:
+            if self._is_stopping:
+                raise SwapError("the engine stopped before the swap was finished; nothing has changed") from error
             raise SwapError(
                 f"{what} took longer than {limit_seconds:g} s and was given up; nothing has changed",
                 hint="Where the parts need longer, set engine.swap_timeout_seconds. What a hanging part holds is free "

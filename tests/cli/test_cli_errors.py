@@ -176,6 +176,16 @@ def test_text_that_the_terminal_cannot_show_is_no_error(monkeypatch: pytest.Monk
     assert narrow.buffer.getvalue() == b"???\n"  # type: ignore[attr-defined]
 
 
+def test_a_command_without_output_streams_does_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under a service manager that closes them: they are None then."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert app.run(["plugins", "list", "--kind", "scheduler"]) == 0
+    assert app.run(["plugins", "list", "--kind", "nothing"]) == 1
+    sys.stdout.close()
+    sys.stderr.close()
+
+
 def test_a_prompt_that_is_no_text_is_refused(tiny: Path) -> None:
     outcome = run_command("generate", "-", "--model", tiny, *ONE_THREAD, stdin=b"\xff\xfe")
     assert outcome.returncode == 1

@@ -308,6 +308,28 @@ def test_a_part_that_hangs_while_it_is_prepared_is_given_up(
     assert_whole(llm)
 
 
+def test_who_closes_the_engine_does_not_wait_for_parts_that_are_being_made(llm: LLM, gate: threading.Event) -> None:
+    """A server once took SIGTERM only when the swap was prepared, or its time was up."""
+    failures: list[Exception] = []
+
+    def swap() -> None:
+        try:
+            llm.swap(timeout_seconds=300, attention={"name": "faulty", "phase": "hang"})
+        except SwapError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    wait_until(lambda: bool(llm._loop._preparing))
+    llm.close()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert "the engine stopped before the swap was finished" in str(failures[0])
+    assert llm._loop.has_left_behind
+    gate.set()
+    wait_until(lambda: not llm._loop.has_left_behind)
+
+
 def test_the_limit_of_the_settings_holds_where_none_is_named(folder: Path, gate: threading.Event) -> None:
     with LLM(folder, engine={"max_model_len": 96, "swap_timeout_seconds": 0.3}) as llm:
         llm._stack.parts.registry = Registry(refs_with_swap_parts())
