@@ -24,6 +24,7 @@ from drivetrain.errors import (
     PluginError,
     PluginRefusedError,
     UnknownPluginError,
+    first_fault,
     nearest,
 )
 from drivetrain.registry.discovery import PluginRef, discover, load, normalized
@@ -275,7 +276,7 @@ def make_config(plugin: type[Plugin], ref: PluginRef, request: PartRequest) -> P
     try:
         return plugin.Config.model_validate(dict(request.options))
     except ValidationError as error:
-        first, path = _first_fault(error, request.options)
+        first, path, message = first_fault(error.errors(), request.options)
         where = f"{request.place(path)}: {'.'.join([KINDS[ref.kind].key, *path])}"
         if first["type"] == "extra_forbidden":
             known = list(plugin.Config.model_fields) if len(path) == 1 else []
@@ -287,37 +288,11 @@ def make_config(plugin: type[Plugin], ref: PluginRef, request: PartRequest) -> P
                 hint=f"Did you mean {close!r}?" if close else None,
             ) from error
         raise ConfigError(
-            first["msg"].removeprefix("Value error, "),
+            message,
             where=where,
             found=None if _is_secret(plugin, path) else first["input"],
             hint=f"Run: drivetrain plugins info {ref.kind}/{ref.name}",
         ) from error
-
-
-def _first_fault(error: ValidationError, options: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
-    """The first thing that is wrong, and its path as the user wrote it: pydantic's has the members of unions in it.
-
-    Of the members of a union that failed, the one that got deepest into the value is the one that was meant.
-    """
-    faults = error.errors()
-    paths = [_written_path(fault, options) for fault in faults]
-    deepest = max(
-        (at for at, path in enumerate(paths) if path[: len(paths[0])] == paths[0]), key=lambda at: len(paths[at])
-    )
-    return faults[deepest], paths[deepest]
-
-
-def _written_path(fault: Any, options: Mapping[str, Any]) -> tuple[str, ...]:
-    here: Any = options
-    path: list[str] = []
-    for part in fault["loc"]:
-        is_key = isinstance(here, Mapping) and part in here
-        if is_key or (isinstance(here, list | tuple) and part in range(len(here))):
-            path.append(str(part))
-            here = here[part]
-    if fault["type"] == "missing" and fault["loc"]:
-        path.append(str(fault["loc"][-1]))
-    return tuple(path)
 
 
 def _is_secret(plugin: type[Plugin], path: tuple[str, ...]) -> bool:

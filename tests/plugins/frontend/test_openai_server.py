@@ -280,10 +280,13 @@ def test_a_key_among_the_options_is_masked_where_the_selection_is_served() -> No
     assert response.json()["selections"][0]["options"] == {"api_key": [masked, masked], "port": 0}
 
 
-@pytest.mark.parametrize("keys", ["", "  ", [], ["good", ""]])
-def test_an_empty_key_is_no_key(keys: Any) -> None:
+@pytest.mark.parametrize("keys", ["", "  ", [], ["good", ""], "good ", ["\tgood"]])
+def test_a_key_that_nobody_can_send_is_no_key(keys: Any) -> None:
     with pytest.raises(pydantic.ValidationError):
         OpenAIConfig(api_key=keys)
+    if isinstance(keys, str):
+        with pytest.raises(pydantic.ValidationError):
+            OpenAIConfig(admin_token=keys)
 
 
 def test_only_named_origins_may_read_answers() -> None:
