@@ -65,9 +65,14 @@ class Checkpoint(ABC):
 
     @property
     def architecture(self) -> str:
-        """The first entry of ``config["architectures"]``, for example ``"LlamaForCausalLM"``."""
+        """The first entry of ``config["architectures"]``, for example ``"LlamaForCausalLM"``. Raises LoaderError when
+        that is no list of names."""
         architectures = self.config.get("architectures") or ["unknown"]
-        return str(architectures[0])
+        if not isinstance(architectures, list | tuple) or not isinstance(architectures[0], str):
+            raise LoaderError(
+                "architectures must be a list of names", where=f"{self.path}, config.json", found=architectures
+            )
+        return architectures[0]
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

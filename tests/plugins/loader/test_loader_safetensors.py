@@ -140,6 +140,19 @@ def test_a_damaged_header_is_told(tmp_path: Path, header: bytes) -> None:
         open_folder(tmp_path)
 
 
+def test_a_type_that_the_library_does_not_know_is_told(tmp_path: Path) -> None:
+    """Also when it is the type of another tensor than the one that is read."""
+    header = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '
+    header += b'"b": {"dtype": "F31", "shape": [1], "data_offsets": [4, 8]}}'
+    (tmp_path / "config.json").write_text('{"architectures": "LlamaForCausalLM"}')
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    checkpoint = open_folder(tmp_path)
+    with pytest.raises(LoaderError, match=r"model\.safetensors.*header is damaged.*F31"):
+        checkpoint.tensor("a", torch.float32)
+    with pytest.raises(LoaderError, match="architectures must be a list"):
+        _ = checkpoint.architecture
+
+
 def test_no_or_corrupt_config_is_told(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(LoaderError, match=r"no config\.json"):
