@@ -125,7 +125,7 @@ def swap(
     with open_llm(settings, [clock]) as llm, show_progress() as progress:
         items = make_workload(workload, requests, llm.vocab_size, seed)
         report = llm.explain()
-        at_start = {kind: {"name": report[kind].chosen.name, **report[kind].options} for kind in there}
+        at_start = {kind: {"name": report[kind].chosen.qualified, **report[kind].options} for kind in there}
         result = run_swaps(llm, clock, items, there, home or at_start, times, progress)
         _print({"workload": workload, "seed": seed, **describe_run(llm), **result}, as_json)
 

@@ -268,7 +268,7 @@ def read_parts(table: Mapping[str, Any], report: SelectionReport, *, origin: str
     if settings:
         raise SwapError("a running engine's settings stay as they are", found=settings[0], allowed=SWAPPABLE)
     named = {
-        key: {"name": report[key].chosen.name, **report[key].options, **value}
+        key: {"name": report[key].chosen.qualified, **report[key].options, **value}
         if key in SWAPPABLE and isinstance(value, Mapping) and "name" not in value
         else value
         for key, value in table.items()
