@@ -57,13 +57,13 @@ async def create_completion(request: Request) -> Response:
 
 
 def _check_count(body: CompletionBody, max_waiting: int) -> None:
-    # More could never wait together, however often the client tries again.
-    if len(body.prompt) > max_waiting:
+    # The last prompt would find the others' n sequences each before it, however often the client tries again.
+    if (len(body.prompt) - 1) * (body.n or 1) >= max_waiting:
         raise InvalidRequestError(
-            "more prompts than this server lets wait at once (engine.max_waiting)",
+            "more prompts, each with n answers, than this server lets wait at once (engine.max_waiting)",
             param="prompt",
-            found=len(body.prompt),
-            allowed=f"at most {max_waiting}",
+            found=f"{len(body.prompt)} prompts of {body.n or 1}",
+            allowed=f"at most {max_waiting} together",
             hint="Send them in several requests.",
         )
 

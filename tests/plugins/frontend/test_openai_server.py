@@ -234,9 +234,13 @@ def test_a_long_text_is_read_aside(path: str, body: dict[str, Any]) -> None:
 
 def test_more_prompts_than_may_ever_wait_are_no_matter_of_time(server: LiveServer, engine: FakeEngine) -> None:
     before = len(engine.requests)
-    response = server.post("/v1/completions", {"prompt": ["x"] * (engine.max_waiting + 1)})
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == "prompt"
+    for body in (
+        {"prompt": ["x"] * (engine.max_waiting + 1)},
+        {"prompt": ["x"] * (engine.max_waiting // 64 + 1), "n": 64},
+    ):
+        response = server.post("/v1/completions", body)
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "prompt"
     assert len(engine.requests) == before
 
 
