@@ -29,6 +29,7 @@ from drivetrain.contracts.source import ListsNames, Progress, Source, silent
 from drivetrain.errors import (
     ConfigError,
     FusionError,
+    InvalidRequestError,
     KernelBuildError,
     LoaderError,
     ModelNotFoundError,
@@ -383,6 +384,7 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
 
     if parts.checkpoint is None or parts.spec is None:
         raise ConfigError("no model is named", hint="Give one with --model NAME, for example smollm2-135m.")
+    defaults, end_tokens = sampling_defaults(parts.checkpoint), frozenset(parts.checkpoint.eos_token_ids)
     parts.platform.activate()
     build_attention(parts, progress)
     device = parts.platform.device()
@@ -415,7 +417,7 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
         ),
         kv,
         parts.scheduler,
-        EngineLimits(max_model_len, parts.spec.vocab_size, frozenset(parts.checkpoint.eos_token_ids)),
+        EngineLimits(max_model_len, parts.spec.vocab_size, end_tokens),
         parts.settings.engine,
         lambda prompt, skip_special: Detokenizer(tokenizer, prompt, skip_special),
         observers,
@@ -425,12 +427,25 @@ def build_engine(parts: Parts, *, observers: Observers | None = None, progress: 
     engine.runner.capture_ahead(progress)
     if needs is not None:
         check_room(parts, needs)
-    defaults = {
-        name: parts.checkpoint.generation_config[name]
-        for name in _SAMPLING_DEFAULTS
-        if parts.checkpoint.generation_config.get(name) is not None
-    }
     return ServingStack(engine, parts, tokenizer, binder, max_model_len, defaults, needs)
+
+
+def sampling_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the model's authors recommend, by SamplingParams field. Raises LoaderError for what no request could use."""
+    from drivetrain.serving.types import SamplingParams
+
+    found = {name: checkpoint.generation_config.get(name) for name in _SAMPLING_DEFAULTS}
+    defaults = {name: value for name, value in found.items() if value is not None}
+    try:
+        SamplingParams(**defaults)
+    except InvalidRequestError as error:
+        raise LoaderError(
+            f"the model's recommended sampling can't be used: {error.what}",
+            where=str(checkpoint.path),
+            found=error.found,
+            hint=f"Mend {error.param} in generation_config.json, or remove it.",
+        ) from error
+    return defaults
 
 
 def build_attention(parts: Parts, progress: Progress) -> None:

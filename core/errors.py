@@ -6,7 +6,7 @@ Foreign exceptions are mapped to one of these at the edge where they arise, with
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -14,6 +14,32 @@ def nearest(found: str, allowed: Iterable[str]) -> str | None:
     """The spelling in ``allowed`` that is closest to ``found``, or None when nothing is close."""
     matches = difflib.get_close_matches(found, list(allowed), n=1, cutoff=0.6)
     return matches[0] if matches else None
+
+
+def first_fault(faults: Sequence[Mapping[str, Any]], value: Any) -> tuple[Mapping[str, Any], tuple[str, ...], str]:
+    """The first of pydantic's ``faults`` with ``value``, its path as it was written, and what is wrong.
+
+    pydantic's own paths have the members of unions in them. Of the members that failed, the one that got deepest into
+    the value is the one that was meant; those that failed at the same place are told together.
+    """
+    paths = [_written_path(fault, value) for fault in faults]
+    related = [at for at, path in enumerate(paths) if path[: len(paths[0])] == paths[0]]
+    deepest = max(related, key=lambda at: len(paths[at]))
+    wanted = [str(faults[at]["msg"]).removeprefix("Value error, ") for at in related if paths[at] == paths[deepest]]
+    others = (text.removeprefix("Input should be ") for text in wanted[1:])
+    return faults[deepest], paths[deepest], " or ".join(dict.fromkeys((wanted[0], *others)))
+
+
+def _written_path(fault: Mapping[str, Any], value: Any) -> tuple[str, ...]:
+    path: list[str] = []
+    for part in fault["loc"]:
+        is_key = isinstance(value, Mapping) and part in value
+        if is_key or (isinstance(value, list | tuple) and part in range(len(value))):
+            path.append(str(part))
+            value = value[part]
+    if fault["type"] == "missing" and fault["loc"]:
+        path.append(str(fault["loc"][-1]))
+    return tuple(path)
 
 
 class DrivetrainError(Exception):

@@ -64,14 +64,17 @@ class ServedModel:
     name: str
     max_model_len: int | None
     vocab_size: int | None
-    headers: dict[str, str] = field(default_factory=dict, repr=False)
+    headers: dict[bytes, bytes] = field(default_factory=dict, repr=False)
 
 
-def find_model(url: str, api_key: str | None = None) -> ServedModel:
-    """The first model that the server at ``url`` lists. Raises ConfigError when there is none to be had."""
+def find_model(url: str, api_key: str | None = None, name: str | None = None) -> ServedModel:
+    """The model ``name`` of the server at ``url``, or the first that it lists. Raises ConfigError when there is none to
+    be had."""
     import httpx
 
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    headers = (
+        {b"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
+    )  # as bytes: any character may be in it
     try:
         response = httpx.get(f"{url}/v1/models", headers=headers, timeout=30, trust_env=False)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -79,14 +82,18 @@ def find_model(url: str, api_key: str | None = None) -> ServedModel:
     if response.status_code in (401, 403):
         raise ConfigError("the server wants an API key", where=url, hint="Give one with --api-key.")
     try:
-        card = response.json()["data"][0]
-        return ServedModel(url, card["id"], card.get("max_model_len"), card.get("vocab_size"), headers)
-    except (ValueError, LookupError, TypeError) as error:
+        cards = {card["id"]: card for card in response.json()["data"]}
+        first = next(iter(cards))
+    except (ValueError, LookupError, TypeError, StopIteration) as error:
         raise ConfigError(
             f"the server lists no models; it answered {response.status_code} at /v1/models",
             where=url,
             hint="Give the address before /v1 of a server that speaks the OpenAI API.",
         ) from error
+    if name is not None and name not in cards:
+        raise ConfigError("the server does not serve this model", where=url, found=name, allowed=tuple(cards))
+    card = cards[name or first]
+    return ServedModel(url, card["id"], card.get("max_model_len"), card.get("vocab_size"), headers)
 
 
 async def run_load(

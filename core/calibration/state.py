@@ -50,10 +50,16 @@ class RunFolder:
     def begin(self, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
         """Make the folder, or take up the one that is there.
 
-        Raises CalibrationError when one is there and was not asked for, or when it is of another run.
+        Raises CalibrationError when one is there and was not asked for, when it is of another run, and when it can't be
+        made.
         """
         if not self.path.exists():
-            self.path.mkdir(parents=True)
+            try:
+                self.path.mkdir(parents=True)
+            except OSError as error:
+                raise CalibrationError(
+                    f"the folder of the run can't be made: {error.strerror}", where=str(self.path), hint="Name another."
+                ) from error
             self._write_text(_RUN, json.dumps(fingerprint, indent=2, sort_keys=True))
             return
         if not resume:

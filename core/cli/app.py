@@ -120,13 +120,27 @@ def run(argv: list[str]) -> int:
     except Exception as error:
         if isinstance(error, _ClickException):
             return _show_usage(error, debug)
+        if _is_interrupt(error):
+            note("interrupted")
+            return _INTERRUPTED
         what = f"unexpected {type(error).__name__}: {error}".rstrip(": ")
         _show(f"{what}. This is a fault in Drivetrain or in a plugin: run it again with --debug", error, debug)
         return 1
 
 
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: while a class is made, Python 3.11 turns it into a RuntimeError."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__
+    return error is not None
+
+
 def _let_any_text_through() -> None:
-    """Characters that the terminal can't show become ``?`` and broken ones reach the check that names them."""
+    """Characters that the terminal can't show become ``?`` and broken ones reach the check that names them; output goes
+    nowhere where a stream was closed by whoever started the command."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # for as long as the process lives
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)

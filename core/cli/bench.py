@@ -15,6 +15,7 @@ from drivetrain.cli.console import note, print_json, print_table, show_progress
 from drivetrain.cli.generate import open_llm
 from drivetrain.cli.options import with_settings
 from drivetrain.config import Settings
+from drivetrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from drivetrain.bench.trace import StepTrace
@@ -117,13 +118,15 @@ def swap(
     from drivetrain.bench.swap import StepClock, run_swaps
     from drivetrain.bench.workloads import make_workload
     from drivetrain.cli.swap import parse_parts
+    from drivetrain.serving.swap import check_kinds
 
-    clock, there = StepClock(), parse_parts(to)
+    clock, there, home = StepClock(), parse_parts(to), parse_parts(back or [])
+    check_kinds({**there, **home})  # a wrong kind is told before the model is loaded
     with open_llm(settings, [clock]) as llm, show_progress() as progress:
         items = make_workload(workload, requests, llm.vocab_size, seed)
         report = llm.explain()
-        at_start = {kind: {"name": report[kind].chosen.name, **report[kind].options} for kind in there}
-        result = run_swaps(llm, clock, items, there, parse_parts(back) if back else at_start, times, progress)
+        at_start = {kind: {"name": report[kind].chosen.qualified, **report[kind].options} for kind in there}
+        result = run_swaps(llm, clock, items, there, home or at_start, times, progress)
         _print({"workload": workload, "seed": seed, **describe_run(llm), **result}, as_json)
 
 
@@ -132,7 +135,10 @@ def swap(
 def serve(
     settings: Settings,
     url: Annotated[
-        str | None, typer.Option(help="A running server. Default: start one here.", show_default=False)
+        str | None,
+        typer.Option(
+            help="A running server, of which --model may name one. Default: start one here.", show_default=False
+        ),
     ] = None,
     workload: Annotated[str, typer.Option(help="mixed or shared-prefix.")] = "mixed",
     requests: Requests = None,
@@ -159,8 +165,15 @@ def serve(
 
     make_workload(workload, requests, vocab_size=1000, seed=seed)  # a wrong name is told before a server is started
     goal = Goal(goal_first_token, goal_token)
+    if url is not None and settings.parts:
+        raise ConfigError(
+            "a running server has chosen its parts already",
+            where="--url",
+            found=", ".join(settings.parts),
+            hint="Leave them out, or leave out --url to start a server with them.",
+        )
     with running_server(settings, url) as address, show_progress() as progress:
-        model = find_model(address, api_key)
+        model = find_model(address, api_key, None if url is None else settings.model)
         items = make_workload(workload, requests, vocab_size or model.vocab_size or _USUAL_VOCABULARY, seed)
         result = asyncio.run(run_load(model, items, rate=rate, goal=goal, seed=seed, progress=progress))
     _print({"workload": workload, "seed": seed, "model": model.name, "url": address, **result}, as_json)

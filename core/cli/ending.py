@@ -2,7 +2,8 @@
 
 Usually the interpreter takes itself apart. A rank of a run must not wait for that: threads of torch's process groups
 still let go of tensors then, and a thread that asks a dying interpreter for its lock ends the whole process with
-SIGABRT, at random, after everything was done or told. The agent would take it for a crash, and start anew.
+SIGABRT, at random, after everything was done or told. The agent would take it for a crash, and start anew. Neither may
+a server that leaves a thread behind, one that makes the parts of a swap, say.
 """
 
 from __future__ import annotations

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "smollm2-135m"
 
+USUAL_TEXT, USUAL_ANSWER = 128, 512
+"""Most new tokens of a continued text and of an answer where nobody says, as far as the context has room."""
+
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 _CONTROLS |= dict.fromkeys(range(128, 160), 0xFFFD)
 """Control characters -> signs that show them: a model's text may not steer the terminal."""
@@ -51,11 +54,22 @@ def _checked(**given: Any) -> dict[str, Any]:
     return options
 
 
-def _params(llm: LLM, options: dict[str, Any]) -> SamplingParams:
-    """Sampling parameters: the model's recommendation, with what was given on the command line over it."""
+def _params(llm: LLM, options: dict[str, Any], usual: int, num_prompt_tokens: int) -> SamplingParams:
+    """Sampling parameters: the model's recommendation, with what was given on the command line over it.
+
+    Nobody who leaves --max-tokens out should have to know the context: ``usual`` is meant, or what there is room for.
+    """
     from drivetrain.serving.types import SamplingParams
 
-    return SamplingParams(**{**llm.sampling_defaults, **options})
+    room = llm.max_model_len - num_prompt_tokens
+    # Without room, the refusal speaks of the prompt.
+    limit = {"max_tokens": min(usual, room) if room > 0 else usual}
+    return SamplingParams(**{**llm.sampling_defaults, **limit, **options})
+
+
+def _chat_params(llm: LLM, options: dict[str, Any], messages: list[dict[str, str]]) -> SamplingParams:
+    rendered = llm.tokenizer.render_chat(messages)
+    return _params(llm, options, USUAL_ANSWER, len(llm.tokenizer.encode(rendered, add_special_tokens=False)))
 
 
 def open_llm(settings: Settings, observers: Sequence[object] = ()) -> LLM:
@@ -73,7 +87,16 @@ def open_llm(settings: Settings, observers: Sequence[object] = ()) -> LLM:
     return llm
 
 
-MaxTokens = Annotated[int | None, typer.Option(help="Most new tokens.")]
+MaxTextTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", help=f"Most new tokens. Default: {USUAL_TEXT}, if there is room.", show_default=False),
+]
+MaxAnswerTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens", help=f"Most new tokens. Default: {USUAL_ANSWER}, if there is room.", show_default=False
+    ),
+]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy. Default: the model's.", show_default=False)]
 TopP = Annotated[float | None, typer.Option(help="Keep the smallest set with this probability.", show_default=False)]
 TopK = Annotated[int | None, typer.Option(help="Keep the k most likely tokens.", show_default=False)]
@@ -87,7 +110,7 @@ Stop = Annotated[
 def generate(
     settings: Settings,
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads standard input.", show_default=False)],
-    max_tokens: MaxTokens = 128,
+    max_tokens: MaxTextTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -107,7 +130,7 @@ def generate(
     )
     text = sys.stdin.read() if prompt == "-" else prompt
     with open_llm(settings) as llm:
-        params = _params(llm, options)
+        params = _params(llm, options, USUAL_TEXT, len(llm.tokenizer.encode(text)))
         if as_json:
             print_json(_as_dict(llm.generate(text, params)[0]))
         elif n == 1:
@@ -144,7 +167,7 @@ def chat(
         str | None, typer.Argument(help="One message; without it, a conversation.", show_default=False)
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.", show_default=False)] = None,
-    max_tokens: MaxTokens = 512,
+    max_tokens: MaxAnswerTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -157,15 +180,15 @@ def chat(
     options = _checked(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     history: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     with open_llm(settings) as llm:
-        params = _params(llm, options)
         if message is not None:
-            answer(llm, [*history, {"role": "user", "content": message}], params)
+            messages = [*history, {"role": "user", "content": message}]
+            answer(llm, messages, _chat_params(llm, options, messages))
             return
         note("Type a message. /reset starts anew, /exit ends.")
-        _converse(llm, history, params)
+        _converse(llm, history, options)
 
 
-def _converse(llm: LLM, history: list[dict[str, str]], params: SamplingParams) -> None:
+def _converse(llm: LLM, history: list[dict[str, str]], options: dict[str, Any]) -> None:
     start = list(history)
     while True:
         try:
@@ -178,10 +201,10 @@ def _converse(llm: LLM, history: list[dict[str, str]], params: SamplingParams) -
             history = list(start)
             note("started anew")
         elif line:
-            history = _exchange(llm, [*history, {"role": "user", "content": line}], params)
+            history = _exchange(llm, [*history, {"role": "user", "content": line}], options)
 
 
-def _exchange(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) -> list[dict[str, str]]:
+def _exchange(llm: LLM, messages: list[dict[str, str]], options: dict[str, Any]) -> list[dict[str, str]]:
     """One answer of a conversation; returns what the conversation holds after it.
 
     Ctrl-C ends the answer and keeps what was said of it. A message that is refused, because the conversation has grown
@@ -189,7 +212,7 @@ def _exchange(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) 
     """
     text = ""
     try:
-        for chunk in _printed(llm.stream_chat(messages, params)):
+        for chunk in _printed(llm.stream_chat(messages, _chat_params(llm, options, messages))):
             text += chunk.text
     except KeyboardInterrupt:
         note("\n(interrupted)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import TIMEOUT_MAX
 from typing import Annotated, Any
 
 import typer
@@ -24,7 +25,10 @@ def swap(
     timeout_seconds: Annotated[
         float | None,
         typer.Option(
-            min=0.001, help="Time limit; by default the server's engine.swap_timeout_seconds.", show_default=False
+            min=0.001,
+            max=TIMEOUT_MAX,
+            help="Time limit; by default the server's engine.swap_timeout_seconds.",
+            show_default=False,
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -48,7 +52,7 @@ def parse_parts(parts: list[str]) -> dict[str, Any]:
     """``["attention=sdpa", "attention.block_size=8"]`` as the server's table."""
     body: dict[str, dict[str, Any]] = {}
     for text in parts:
-        path, value = parse_assignment(text)
+        path, value = parse_assignment(text, where="KIND=NAME")
         if len(path) > 2:
             raise ConfigError("too deep a path", found=text, allowed="KIND=NAME or KIND.OPTION=VALUE")
         body.setdefault(path[0], {})["name" if len(path) == 1 else path[1]] = value
@@ -58,11 +62,14 @@ def parse_parts(parts: list[str]) -> dict[str, Any]:
 def _post(url: str, body: dict[str, Any], token: str | None) -> dict[str, Any]:
     import httpx
 
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    # As bytes: a token may hold any character, and what a header may hold without saying so is ASCII.
+    headers = {b"Authorization": f"Bearer {token}".encode()} if token else {}
     try:
         response = httpx.post(f"{url}/v1/admin/swap", json=body, headers=headers, timeout=None, trust_env=False)
         answer = response.json()
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+    except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+        raise ConfigError("no address of a server", found=url, allowed="such as http://127.0.0.1:8000") from error
+    except (httpx.HTTPError, ValueError) as error:
         raise ConfigError(f"no server answers: {error}", where=url, hint="Start one with drivetrain serve.") from error
     if response.status_code == 404:
         raise SwapError("this server lets nobody swap", where=url, hint="Start it with --admin-token TOKEN.")

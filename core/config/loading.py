@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from drivetrain.config.settings import TOP_LEVEL_KEYS, EngineSettings, Settings
 from drivetrain.config.trainer import TrainerSettings
 from drivetrain.contracts.kinds import KINDS
-from drivetrain.errors import ConfigError, nearest
+from drivetrain.errors import ConfigError, first_fault, nearest
 from drivetrain.registry.selection import PartRequest
 
 _KIND_OF_KEY = {kind.key: kind.name for kind in KINDS.values()}
@@ -74,13 +74,13 @@ def _leaves(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...]
         yield from _leaves((*path, key), value[key])
 
 
-def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:
-    """``"a.b=c"`` -> (("a", "b"), c), the value read as YAML. Raises ConfigError."""
+def parse_assignment(text: str, where: str = "--set") -> tuple[tuple[str, ...], Any]:
+    """``"a.b=c"`` -> (("a", "b"), c), the value read as YAML. Raises ConfigError, which says ``where`` it stood."""
     path, equals, value = text.partition("=")
     parts = tuple(part.strip() for part in path.split("."))
     if not equals or not all(parts):
-        raise ConfigError("not an assignment", where="--set", found=text, allowed="path.to.setting=value")
-    return parts, _read_yaml(value, f"--set {path}", {})
+        raise ConfigError("not an assignment", where=where, found=text, allowed="path.to.setting=value")
+    return parts, _read_yaml(value, f"{where} {path}", {})
 
 
 def _read_file(path: Path) -> tuple[Tree, Lines]:
@@ -260,12 +260,12 @@ def _table(key: str, model: type[_Table], tree: Tree, lines: Lines, default_orig
     try:
         return model.model_validate(value or {})
     except ValidationError as error:
-        first = error.errors()[0]
-        path = (key, *(str(part) for part in first["loc"]))
+        first, inner, message = first_fault(error.errors(), value or {})
+        path = (key, *inner)
         place = f"{_place(path, lines, default_origin)}: {'.'.join(path)}"
         if first["type"] == "extra_forbidden":
             raise _unknown(path[-1], place, list(model.model_fields)) from error
-        raise ConfigError(first["msg"].removeprefix("Value error, "), where=place, found=first["input"]) from error
+        raise ConfigError(message, where=place, found=first["input"]) from error
 
 
 def _unknown(name: str, place: str, known: Iterable[str]) -> ConfigError:

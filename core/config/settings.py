@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -55,10 +56,16 @@ class EngineSettings(BaseModel):
         "where the fused model's outputs are not the same",
     )
     stall_seconds: float = Field(
-        default=60.0, gt=0, description="a step that takes longer counts as stalled in /health"
+        default=60.0,
+        gt=0,
+        le=threading.TIMEOUT_MAX,
+        description="a step that takes longer counts as stalled in /health",
     )
     swap_timeout_seconds: float = Field(
-        default=300.0, gt=0, description="time limit of a swap, from preparing to the end of its probation"
+        default=300.0,
+        gt=0,
+        le=threading.TIMEOUT_MAX,
+        description="time limit of a swap, from preparing to the end of its probation",
     )
 
     master_copy: Literal["none", "resident"] = Field(
@@ -125,5 +132,8 @@ class Settings:
     trainer: TrainerSettings = field(default_factory=lambda: TrainerSettings.model_validate({}))
 
 
-TOP_LEVEL_KEYS = ("model", *(kind.key for kind in KINDS.values()), "engine", "trainer", "plugins")
+PART_KEYS = tuple(kind.key for kind in KINDS.values())
+"""Every key of a configuration file that names a part."""
+
+TOP_LEVEL_KEYS = ("model", *PART_KEYS, "engine", "trainer", "plugins")
 """Every key that a configuration file may have at its top."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from drivetrain.contracts.plugin import Plugin, Probe, ProbeContext
+from drivetrain.errors import LoaderError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -64,17 +65,31 @@ class Checkpoint(ABC):
 
     @property
     def architecture(self) -> str:
-        """The first entry of ``config["architectures"]``, for example ``"LlamaForCausalLM"``."""
+        """The first entry of ``config["architectures"]``, for example ``"LlamaForCausalLM"``. Raises LoaderError when
+        that is no list of names."""
         architectures = self.config.get("architectures") or ["unknown"]
-        return str(architectures[0])
+        if not isinstance(architectures, list | tuple) or not isinstance(architectures[0], str):
+            raise LoaderError(
+                "architectures must be a list of names", where=f"{self.path}, config.json", found=architectures
+            )
+        return architectures[0]
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Token ids that end an answer, from the generation configuration and the model's."""
+        """Token ids that end an answer, from the generation configuration and the model's. Raises LoaderError for what
+        is no token id: with it, answers would never end."""
         found: list[int] = []
         for config in (self.generation_config, self.config):
             value = config.get("eos_token_id")
-            found += [value] if isinstance(value, int) else list(value or ())
+            ids = value if isinstance(value, list | tuple) else () if value is None else (value,)
+            if not all(type(token) is int for token in ids):
+                raise LoaderError(
+                    "eos_token_id is no token id and no list of them",
+                    where=str(self.path),
+                    found=value,
+                    hint="Mend it in config.json or generation_config.json.",
+                )
+            found += ids
         return tuple(dict.fromkeys(found))
 
     @abstractmethod

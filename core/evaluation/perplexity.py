@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from drivetrain.assembly import ServingStack
+from drivetrain.assembly import ServingStack, resolve_parts
 from drivetrain.config import Settings
 from drivetrain.contracts.source import Progress, silent
 from drivetrain.errors import ConfigError
@@ -141,10 +141,13 @@ def compare_quantizers(
     with torch.inference_mode():
         stack = open_stack(_with_parts(settings, wide), context, progress)
         text = _windows(stack, data, num_tokens)
+        others = list(_others(settings, quantizers, packed))
+        for _, own_settings in others:  # what can't be had is told before the text is read
+            resolve_parts(own_settings, leave_out=("frontend",))
         reference = _Reference(Scorer(stack), text, progress)
         own = _measure("float32", reference.scorer, reference, text, silent)
         rows = []
-        for name, own_settings in _others(settings, quantizers, packed):
+        for name, own_settings in others:
             other = open_stack(own_settings, text.context, progress)
             _check_same_tokens(stack, other, name)
             rows.append(_measure(name, Scorer(other), reference, text, progress))

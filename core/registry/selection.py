@@ -24,6 +24,7 @@ from drivetrain.errors import (
     PluginError,
     PluginRefusedError,
     UnknownPluginError,
+    first_fault,
     nearest,
 )
 from drivetrain.registry.discovery import PluginRef, discover, load, normalized
@@ -277,8 +278,7 @@ def make_config(plugin: type[Plugin], ref: PluginRef, request: PartRequest) -> P
     try:
         return plugin.Config.model_validate(dict(request.options))
     except ValidationError as error:
-        first = error.errors()[0]
-        path = tuple(str(part) for part in first["loc"])
+        first, path, message = first_fault(error.errors(), request.options)
         where = f"{request.place(path)}: {'.'.join([KINDS[ref.kind].key, *path])}"
         if first["type"] == "extra_forbidden":
             known = list(plugin.Config.model_fields) if len(path) == 1 else []
@@ -290,7 +290,7 @@ def make_config(plugin: type[Plugin], ref: PluginRef, request: PartRequest) -> P
                 hint=f"Did you mean {close!r}?" if close else None,
             ) from error
         raise ConfigError(
-            first["msg"].removeprefix("Value error, "),
+            message,
             where=where,
             found=None if _is_secret(plugin, path) else first["input"],
             hint=f"Run: drivetrain plugins info {ref.kind}/{ref.name}",

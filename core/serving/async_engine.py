@@ -17,11 +17,8 @@ from drivetrain.observers import Observers
 from drivetrain.registry import PartRequest, SelectionReport
 from drivetrain.serving.loop import EngineLoop, Health, Ticket
 from drivetrain.serving.swap import DEFAULT_PROBATION_STEPS, SwapReport
-from drivetrain.serving.tokenizer import Tokenizer
+from drivetrain.serving.tokenizer import LONG_TEXT, Tokenizer
 from drivetrain.serving.types import Chunk, GenerationRequest, PromptInfo
-
-_LONG_TEXT = 16_384
-"""Characters above which a prompt is tokenized off the event loop."""
 
 
 class _Mailbox:
@@ -133,6 +130,11 @@ class AsyncEngine:
         return self.stack.max_model_len
 
     @property
+    def max_waiting(self) -> int:
+        """Most requests that wait at a time; one more is refused."""
+        return self.stack.engine.settings.max_waiting
+
+    @property
     def tokenizer(self) -> Tokenizer:
         return self.stack.tokenizer
 
@@ -156,7 +158,7 @@ class AsyncEngine:
         if mailbox is None or mailbox.loop is not loop:
             mailbox = self._mailbox = _Mailbox(loop)
         stream = RequestStream(self, mailbox, request.params.n)
-        if isinstance(request.prompt, str) and len(request.prompt) > _LONG_TEXT:
+        if isinstance(request.prompt, str) and len(request.prompt) > LONG_TEXT:
             stream._ticket = await self._submit_in_thread(request, stream)
         else:
             stream._ticket = self.loop.submit(request, stream.receive)

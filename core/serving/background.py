@@ -17,6 +17,9 @@ _log = logging.getLogger("drivetrain")
 
 T = TypeVar("T")
 
+_LOOK_SECONDS = 0.1
+"""How often whoever waits looks whether the result is still wanted."""
+
 
 class Work(Future[T]):
     """What comes of a daemon thread's work."""
@@ -41,23 +44,27 @@ def start(work: Callable[[], T], name: str) -> Work[T]:
     return future
 
 
-def result_by(deadline_seconds: float, future: Work[T], name: str) -> T:
+def result_by(deadline_seconds: float, future: Work[T], name: str, is_wanted: Callable[[], bool] = lambda: True) -> T:
     """The result of ``future`` if it is there by ``deadline_seconds`` of ``time.monotonic``. Raises what it raises.
 
-    Raises LateError otherwise, and when the wait itself is broken off; what comes afterwards is dropped, and logged.
+    Raises LateError otherwise, also as soon as ``is_wanted`` says no or the wait itself is broken off; what comes
+    afterwards is dropped, and logged.
     """
     try:
-        done, _ = wait([future], max(0.0, deadline_seconds - time.monotonic()))
-    except BaseException:  # an interrupt from the keyboard
+        while not (done := wait([future], _slice(deadline_seconds)).done):
+            if time.monotonic() >= deadline_seconds or not is_wanted():
+                raise LateError(name)
+    except BaseException:  # too late, or an interrupt from the keyboard
         future.add_done_callback(lambda late: _drop(late, name))
         raise
-    if not done:
-        future.add_done_callback(lambda late: _drop(late, name))
-        raise LateError(name)
     # It has only to let go of what it held: a daemon thread that frees tensors while the interpreter ends aborts the
     # process.
     future.thread.join()
-    return future.result()
+    return done.pop().result()
+
+
+def _slice(deadline_seconds: float) -> float:
+    return min(_LOOK_SECONDS, max(0.0, deadline_seconds - time.monotonic()))
 
 
 class LateError(Exception):

@@ -19,6 +19,7 @@ from drivetrain.errors import BlockAccountingError
 
 GONE = -1
 """Entry of a block table whose tokens no layer of the group can see any more."""
+_FIRST_ROWS = 64
 
 BlockHash = bytes
 
@@ -158,8 +159,9 @@ class SequenceBlocks:
 class KVManager:
     """Gives blocks to requests, shares prefixes, and takes back what a window has passed.
 
-    tables: for each KV group, int32 [max_running, blocks of the longest request]; a request's row mirrors its blocks,
-            with 0 where there is none, so that a step gathers tables without a loop over tokens.
+    tables: for each KV group, int32 [rows, blocks of the longest request]; a request's row mirrors its blocks, with 0
+            where there is none, so that a step gathers tables without a loop over tokens. Rows are made when they are
+            needed: a scheduler may allow any number of requests, and far fewer ever run.
     """
 
     def __init__(
@@ -178,8 +180,10 @@ class KVManager:
         self.block_size = block_size
         self.pools = tuple(BlockPool(count) for count in num_blocks)
         self.prefix_cache = prefix_cache
-        self.tables = tuple(np.zeros((max_running, -(-max_tokens // block_size)), dtype=np.int32) for _ in self.groups)
-        self._rows = list(range(max_running - 1, -1, -1))
+        self.tables = tuple(np.zeros((0, -(-max_tokens // block_size)), dtype=np.int32) for _ in self.groups)
+        self._max_running = max_running
+        self._rows: list[int] = []
+        self._make_rows(_FIRST_ROWS)
         self._root = hashlib.blake2b(salt.encode(), digest_size=16).digest()
         self.pending_copies: list[list[tuple[int, int]]] = [[] for _ in self.groups]
 
@@ -194,6 +198,8 @@ class KVManager:
 
     def open(self) -> SequenceBlocks:
         """Books for a request that starts to run."""
+        if not self._rows:
+            self._make_rows(2 * len(self.tables[0]))
         return SequenceBlocks(self._rows.pop(), len(self.groups))
 
     def close(self, sequence: SequenceBlocks) -> None:
@@ -249,13 +255,9 @@ class KVManager:
         for pool in self.pools:
             pool.forget_all()
 
-    def make_rows(self, max_running: int) -> None:
-        """Have room for the tables of ``max_running`` requests at least."""
-        have = len(self.tables[0])
-        if max_running > have:
-            more = ((0, max_running - have), (0, 0))
-            self.tables = tuple(np.pad(table, more) for table in self.tables)
-            self._rows = [*range(max_running - 1, have - 1, -1), *self._rows]
+    def allow(self, max_running: int) -> None:
+        """Let so many requests run at once at least."""
+        self._max_running = max(self._max_running, max_running)
 
     def fork(self, parent: SequenceBlocks, child: SequenceBlocks, num_tokens: int) -> None:
         """Let ``child`` share the parent's blocks of the first ``num_tokens`` tokens."""
@@ -345,6 +347,13 @@ class KVManager:
             pool.check()
 
     # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _make_rows(self, wanted: int) -> None:
+        """Have ``wanted`` rows, but no more than may run."""
+        have, wanted = len(self.tables[0]), min(wanted, self._max_running)
+        assert wanted > have, f"more than {self._max_running} requests would run"
+        self.tables = tuple(np.pad(table, ((0, wanted - have), (0, 0))) for table in self.tables)
+        self._rows = [*range(wanted - 1, have - 1, -1), *self._rows]
 
     def _append(self, sequence: SequenceBlocks, index: int, block: int) -> None:
         position = len(sequence.blocks[index])

@@ -165,6 +165,14 @@ class Engine:
         params = request.params
         if not prompt:
             raise InvalidRequestError("the prompt is empty", param="prompt", hint="Send at least one token.")
+        room = self.limits.max_model_len - len(prompt)
+        if room < 1:
+            raise PromptTooLongError(
+                f"the prompt has {len(prompt)} tokens; with at least one new token this model takes "
+                f"{self.limits.max_model_len}",
+                param="prompt",
+                hint="Shorten the prompt.",
+            )
         for name, tokens in (
             ("prompt", prompt),
             ("stop_token_ids", params.stop_token_ids),
@@ -177,14 +185,6 @@ class Engine:
                     param=name,
                     allowed=f"0..{self.limits.vocab_size - 1}",
                 )
-        room = self.limits.max_model_len - len(prompt)
-        if room < 1:
-            raise PromptTooLongError(
-                f"the prompt has {len(prompt)} tokens; with at least one new token this model takes "
-                f"{self.limits.max_model_len}",
-                param="prompt",
-                hint="Shorten the prompt.",
-            )
         if params.max_tokens is not None and params.max_tokens > room:
             raise PromptTooLongError(
                 f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}: together more than the "
@@ -587,7 +587,7 @@ class Engine:
         Other books need requests that hold nothing: :meth:`preempt_all` first.
         """
         if scheduler is not self.scheduler:
-            kv.make_rows(scheduler.limits().max_running)
+            kv.allow(scheduler.limits().max_running)
             self.runner.reserve(kv, scheduler.limits().max_batched_tokens, scheduler.limits().max_running)
             self.roster.use_scheduler(scheduler)
         if kv is not self.kv:

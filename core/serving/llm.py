@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from drivetrain.assembly import ServingStack, build_engine, resolve_parts
 from drivetrain.config import Settings, load_settings
@@ -18,7 +18,7 @@ from drivetrain.observers import Observers
 from drivetrain.registry import SelectionReport
 from drivetrain.registry.lock import check_lock
 from drivetrain.serving.loop import EngineLoop, Ticket
-from drivetrain.serving.swap import DEFAULT_PROBATION_STEPS, SwapReport
+from drivetrain.serving.swap import DEFAULT_PROBATION_STEPS, SwapReport, read_parts
 from drivetrain.serving.tokenizer import Tokenizer
 from drivetrain.serving.types import (
     Chunk,
@@ -158,7 +158,7 @@ class LLM:
         **options: Any,
     ) -> GenerationResult:
         """Answer a conversation: messages with ``role`` and ``content``, rendered by the model's chat template."""
-        prompt = self.tokenizer.render_chat(list(messages), **(template_variables or {}))
+        prompt = self.tokenizer.render_chat(messages, variables=template_variables)
         return self.generate(prompt, params, add_special_tokens=False, **options)[0]
 
     def stream_chat(
@@ -170,7 +170,7 @@ class LLM:
         **options: Any,
     ) -> ChunkStream:
         """As :meth:`chat`, chunk by chunk."""
-        prompt = self.tokenizer.render_chat(list(messages), **(template_variables or {}))
+        prompt = self.tokenizer.render_chat(messages, variables=template_variables)
         return self.stream(prompt, params, add_special_tokens=False, **options)
 
     # --- looking at it ---------------------------------------------------------------------------------------------
@@ -225,8 +225,9 @@ class LLM:
     ) -> SwapReport:
         """Exchange parts while requests are in flight: ``llm.swap(attention="sdpa", scheduler={"name": "priority"})``.
 
-        Kinds: attention, kernels, quantizer, scheduler. Nothing is dropped; what fails is undone. Blocks until the new
-        parts have passed their probation or the old ones are back.
+        Kinds: attention, kernels, quantizer, scheduler; a table without a name changes options of the part in use.
+        Nothing is dropped; what fails is undone. Blocks until the new parts have passed their probation or the old ones
+        are back.
 
         dry_run:         say what it would take, and change nothing.
         probation_steps: steps after which the new parts stay.
@@ -236,9 +237,9 @@ class LLM:
         Raises SwapError, a PluginError or ConfigError, with nothing changed; parts that fail later are rolled back,
         which the report says.
         """
-        settings = load_settings(None, parts, origin="argument")
+        requests = read_parts(parts, self.explain(), origin="argument")
         return self._loop.swap(
-            settings.parts, dry_run=dry_run, probation_steps=probation_steps, timeout_seconds=timeout_seconds
+            requests, dry_run=dry_run, probation_steps=probation_steps, timeout_seconds=timeout_seconds
         )
 
     # --- life ------------------------------------------------------------------------------------------------------
@@ -264,19 +265,29 @@ class LLM:
     def _recommended(self, prompt: Prompt) -> SamplingParams:
         """The default parameters, with no more new tokens than the context has room for behind this prompt."""
         params = self.default_params
+        if not isinstance(prompt, Sequence):
+            return params  # the request will be refused for it
         room = self.max_model_len - len(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
         return dataclasses.replace(params, max_tokens=room) if 0 < room < (params.max_tokens or 0) else params
 
     def _pair(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[tuple[Prompt, SamplingParams]]:
-        several: list[Prompt]
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            several = [prompts]  # type: ignore[list-item]
-        else:
-            several = list(prompts)  # type: ignore[arg-type]
+        if not isinstance(prompts, Sequence):
+            raise InvalidRequestError(
+                "prompts must be a text, a list of token ids, or a list of these",
+                param="prompts",
+                found=type(prompts).__name__,
+                hint="An array has a method tolist.",
+            )
+        is_one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+        several = cast(list[Prompt], [prompts] if is_one else list(prompts))
         if params is None or isinstance(params, SamplingParams):
             return [(prompt, params or self._recommended(prompt)) for prompt in several]
+        if not isinstance(params, Sequence):
+            raise InvalidRequestError(
+                "params must be SamplingParams or a list of them", param="params", found=type(params).__name__
+            )
         if len(params) != len(several):
             raise InvalidRequestError(
                 "params must be one for all prompts or one for each",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -26,7 +27,7 @@ from drivetrain.errors import (
     SwapError,
 )
 from drivetrain.registry import PartRequest
-from drivetrain.serving.background import LateError, result_by, start
+from drivetrain.serving.background import LateError, Work, result_by, start
 from drivetrain.serving.request import Request
 from drivetrain.serving.swap import (
     DEFAULT_PROBATION_STEPS,
@@ -109,6 +110,7 @@ class EngineLoop:
         self._failure: str | None = None
         self._thread: threading.Thread | None = None
         self._swapping = threading.Lock()
+        self._preparing: list[Work[PreparedSwap]] = []
         self._last_progress = time.monotonic()
 
     # --- life ------------------------------------------------------------------------------------------------------
@@ -150,6 +152,13 @@ class EngineLoop:
             if self._thread.is_alive():
                 _log.critical("a step does not return; the engine's thread is left behind")
                 self._give_up("the engine was stopped while a step did not return")
+
+    @property
+    def has_left_behind(self) -> bool:
+        """Whether a thread of this loop is at work still: a step that does not return, or parts of a swap that nobody
+        waits for any more. After :meth:`shutdown`, the interpreter can't take itself apart around them."""
+        threads = [self._thread, *(preparing.thread for preparing in self._preparing)]
+        return any(thread is not None and thread.is_alive() for thread in threads)
 
     def health(self) -> Health:
         since = 0.0 if self.is_empty else time.monotonic() - self._last_progress
@@ -208,6 +217,8 @@ class EngineLoop:
     def _check_open(self) -> None:
         if self._failure is not None:
             raise RequestFailedError("the engine has failed", hint=f"Its error was: {self._failure}")
+        if self._is_stopping:
+            raise DrainingError("the engine was closed and takes no new requests", hint="Send it to another one.")
         if self._is_draining:
             raise DrainingError("the server is draining and takes no new requests", hint="Send it to another replica.")
 
@@ -239,6 +250,7 @@ class EngineLoop:
         """
         limit = self.engine.settings.swap_timeout_seconds if timeout_seconds is None else timeout_seconds
         _check_limit(limit)
+        _check_swap(dry_run, probation_steps)
         deadline = time.monotonic() + limit
         if not self._swapping.acquire(blocking=False):
             raise SwapError("another swap is under way", hint="Try again when it has ended.")
@@ -277,9 +289,13 @@ class EngineLoop:
             return prepare(self.stack, requests, dry_run=dry_run)
 
         what = f"preparing {', '.join(requests) or 'nothing'}"
+        preparing = start(work, "drivetrain-swap")
+        self._preparing = [*(other for other in self._preparing if other.thread.is_alive()), preparing]
         try:
-            return result_by(deadline_seconds, start(work, "drivetrain-swap"), what)
+            return result_by(deadline_seconds, preparing, what, lambda: not self._is_stopping)
         except LateError as error:
+            if self._is_stopping:
+                raise SwapError("the engine stopped before the swap was finished; nothing has changed") from error
             raise SwapError(
                 f"{what} took longer than {limit_seconds:g} s and was given up; nothing has changed",
                 hint="Where the parts need longer, set engine.swap_timeout_seconds. What a hanging part holds is free "
@@ -396,8 +412,16 @@ def _enter_thread(device: torch.device) -> None:
 
 
 def _check_limit(seconds: object) -> None:
-    if isinstance(seconds, bool) or not (isinstance(seconds, int | float) and 0 < seconds < float("inf")):
-        raise SwapError("timeout_seconds must be a number > 0", found=seconds)
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not (is_number and 0 < seconds <= threading.TIMEOUT_MAX):  # type: ignore[operator]
+        raise SwapError(f"timeout_seconds must be a number > 0 and <= {threading.TIMEOUT_MAX:g}", found=seconds)
+
+
+def _check_swap(dry_run: object, probation_steps: object) -> None:
+    if not isinstance(dry_run, bool):
+        raise SwapError("dry_run must be true or false", found=dry_run)
+    if isinstance(probation_steps, bool) or not isinstance(probation_steps, int) or probation_steps < 0:
+        raise SwapError("probation_steps must be an integer >= 0", found=probation_steps)
 
 
 def _estimate(prepared: PreparedSwap, epoch: int) -> SwapReport:
@@ -423,7 +447,8 @@ def _failed(ticket: Ticket, message: str) -> list[Chunk]:
 
 def _check_timing(request: GenerationRequest) -> None:
     timeout = request.timeout_seconds
-    if timeout is not None and not (isinstance(timeout, int | float) and 0 < timeout < float("inf")):
+    is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    if timeout is not None and not (is_number and 0 < timeout <= sys.float_info.max):  # an int may be larger
         raise InvalidRequestError("timeout_seconds must be a number > 0", param="timeout_seconds", found=timeout)
     if isinstance(request.priority, bool) or not isinstance(request.priority, int):
         raise InvalidRequestError("priority must be an integer", param="priority", found=request.priority)

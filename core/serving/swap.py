@@ -20,7 +20,7 @@ import dataclasses
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, cast
@@ -37,7 +37,8 @@ from drivetrain.assembly import (
     with_kv,
 )
 from drivetrain.binding import bind_sample
-from drivetrain.config import EngineSettings
+from drivetrain.config import EngineSettings, load_settings
+from drivetrain.config.settings import PART_KEYS, TOP_LEVEL_KEYS
 from drivetrain.contracts.attention import (
     FULL_KV,
     PAGED_BNGD,
@@ -255,7 +256,27 @@ class PreparedSwap:
         return self.phase is Phase.WITHDRAWN
 
 
-def check_kinds(requests: Mapping[str, PartRequest]) -> None:
+def read_parts(table: Mapping[str, Any], report: SelectionReport, *, origin: str) -> Mapping[str, PartRequest]:
+    """Kind -> what is asked for, from a table as in a configuration file. Raises SwapError and ConfigError.
+
+    A table without a name is about the part in use, which keeps its name and its other options.
+
+    report: what is in use.
+    origin: what to call the place that the table comes from.
+    """
+    settings = [key for key in table if key in TOP_LEVEL_KEYS and key not in PART_KEYS]
+    if settings:
+        raise SwapError("a running engine's settings stay as they are", found=settings[0], allowed=SWAPPABLE)
+    named = {
+        key: {"name": report[key].chosen.qualified, **report[key].options, **value}
+        if key in SWAPPABLE and isinstance(value, Mapping) and "name" not in value
+        else value
+        for key, value in table.items()
+    }
+    return load_settings(None, named, origin=origin).parts
+
+
+def check_kinds(requests: Iterable[str]) -> None:
     """Raise SwapError unless every kind can be exchanged while serving."""
     for kind in requests:
         if kind not in SWAPPABLE:

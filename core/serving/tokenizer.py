@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from drivetrain.contracts.loader import TokenizerData
 
+LONG_TEXT = 16_384
+"""Characters, or tokens, above which reading a text takes so long (some ms) that nobody else should wait for it."""
+
 _REPLACEMENT = "\ufffd"
 _MAX_TEMPLATE_STEPS = 300_000
 _MAX_REPEATED_LENGTH = 10_000_000
@@ -66,17 +69,25 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``. Special tokens written out in the text are found as such.
 
+        A long text is read without holding the interpreter: other threads go on meanwhile.
+
         add_special_tokens: add what the tokenizer puts around a text, usually a start token.
         Raises InvalidRequestError for text that is no valid Unicode (half of a surrogate pair).
         """
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) > LONG_TEXT:  # of the library's calls, those for batches let go of the interpreter
+                (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            else:
+                encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
         except (TypeError, UnicodeEncodeError) as error:
             raise InvalidRequestError("the text is not valid Unicode", param="prompt") from error
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ``ids``, with no clean-up of spaces; bytes that are no UTF-8 come out as U+FFFD."""
+        if len(ids) > LONG_TEXT:  # as in encode
+            return str(self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0])
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def token_text(self, token_id: int) -> str:
@@ -108,7 +119,7 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         continue_final: bool = False,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text of a conversation, by the model's chat template.
 
@@ -127,14 +138,20 @@ class Tokenizer:
                 param="continue_final",
                 hint="Set add_generation_prompt to false",
             )
+        if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
+            raise InvalidRequestError(
+                "messages must be a list of messages", param="messages", found=type(messages).__name__
+            )
         template = self._template
         prepared = [_prepared(message, index, template.wants_parts) for index, message in enumerate(messages)]
         if not prepared:
             raise InvalidRequestError("there must be at least one message", param="messages")
+        if "messages" in (variables or {}):
+            raise InvalidRequestError("the messages are no variable of a chat template", param="messages")
         if continue_final:
             prepared[-1] = _marked(prepared[-1])
-        names = {**self._special, "tools": None, "documents": None, **variables}
-        text = template.render({**names, "messages": prepared, "add_generation_prompt": add_generation_prompt})
+        names = {**self._special, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        text = template.render({**names, **(variables or {}), "messages": prepared})
         if not continue_final:
             return text
         if _END_OF_CONTENT not in text:

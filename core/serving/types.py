@@ -159,7 +159,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt and how to continue it.
+    """One prompt and how to continue it. Raises InvalidRequestError for a prompt or parameters of another type.
 
     prompt:          text, or token ids that are used as they are.
     priority:        smaller is more urgent, 0 is normal; only some schedulers look at it.
@@ -176,6 +176,17 @@ class GenerationRequest:
     timeout_seconds: float | None = None
     add_special_tokens: bool = True
     is_streamed: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompt, bytes | bytearray) or not isinstance(self.prompt, Sequence):
+            raise InvalidRequestError(
+                "a prompt must be text or a list of token ids",
+                param="prompt",
+                found=type(self.prompt).__name__,
+                hint="An array has a method tolist, bytes have decode.",
+            )
+        if not isinstance(self.params, SamplingParams):
+            raise InvalidRequestError("params must be SamplingParams", param="params", found=type(self.params).__name__)
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,14 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def _handle(self, file: Path) -> Any:
         if file not in self._handles:
-            from safetensors import safe_open
+            from safetensors import SafetensorError, safe_open
 
-            self._handles[file] = safe_open(file, framework="pt")
+            try:
+                self._handles[file] = safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise LoaderError(
+                    f"the file's header is damaged: {error}", where=str(file), hint="Fetch it again"
+                ) from error
         return self._handles[file]
 
 
@@ -137,7 +142,7 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
             return {}
         raise LoaderError(f"the checkpoint has no {path.name}", where=str(path.parent)) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise LoaderError(f"the file can't be read: {error}", where=str(path)) from error
+        raise LoaderError(f"the file's header is damaged: {error}", where=str(path)) from error
     try:
         value = json.loads(text)
     except ValueError as error:

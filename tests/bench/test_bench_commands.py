@@ -190,6 +190,10 @@ def test_a_running_server_is_measured(cli: Cli, server: LiveServer) -> None:
     assert (result["goal_met_share"], result["goodput_requests_per_second"]) == (0, 0)
     assert (result["url"], result["model"]) == (server.url, server.model)
     assert server.seconds_until_idle() < 1
+    other = cli("bench", "serve", *words, "--model", "another")
+    assert other.status == 1
+    assert "does not serve this model; found 'another'" in other.error
+    assert json.loads(cli("bench", "serve", *words, "--model", server.model).out)["model"] == server.model
 
 
 def test_arrivals_are_as_frequent_as_asked(cli: Cli, server: LiveServer) -> None:

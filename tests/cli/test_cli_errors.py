@@ -55,13 +55,20 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("generate", "hi", *TINY, "--max-tokens", "9999"), "Set max_tokens to at most 2046"),
     (("generate", "hi", *TINY, "--set", "engine.max_model_len=99999"), "max_model_len"),
     (("generate", "hi", *TINY, "--set", "engine.kv_memory=1KiB"), "engine.kv_memory"),
+    (("generate", "hi", *TINY, "--set", "engine.fuse=maybe"), "engine.fuse: Input should be a valid boolean"),
     (("generate", "", *TINY), "the prompt is empty"),
     (("serve", *TINY, "--port", "70000"), "frontend.port"),
+    (("serve", *TINY, "--set", "frontend.api_key=5"), "frontend.api_key: Input should be a valid string or"),
+    (("serve", *TINY, "--set", "frontend.api_key=[a, 5]"), "frontend.api_key.1: Input should be"),
+    (("bench", "serve", "--url", "http://127.0.0.1:1", "--scheduler", "fcfs"), "has chosen its parts"),
     (("serve", *TINY, "--host", "192.0.2.1"), "no address of this machine"),
     (("serve", *TINY, "--api-key", " "), "a key may not be empty"),
     (("bench", "throughput", *TINY, "--workload", "mixt"), "Did you mean 'mixed'?"),
     (("bench", "throughput", *TINY, "--requests", "0"), "--requests"),
     (("bench", "serve", *TINY, "--workload", "mixt"), "Did you mean 'mixed'?"),
+    (("bench", "swap", *TINY, "--to", "engine=3"), "can't exchange its engine"),
+    (("swap", "127.0.0.1:8000", "scheduler=fcfs"), "no address of a server"),
+    (("swap", "http://127.0.0.1:8000", "scheduler"), "KIND=NAME: not an assignment"),
 ]
 
 
@@ -146,6 +153,21 @@ def test_what_nobody_foresaw_is_one_line_too(cli: Cli, monkeypatch: pytest.Monke
     assert "Traceback" in cli("plugins", "list", "--debug").err
 
 
+def test_ctrl_c_while_a_class_is_made_is_an_interrupt(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11 makes a RuntimeError of what is raised in ``__set_name__``; commands import for half a second."""
+
+    class Interrupted:
+        def __set_name__(self, owner: type, name: str) -> None:
+            raise KeyboardInterrupt
+
+    def fail(*_: object, **__: object) -> None:
+        type("Made", (), {"field": Interrupted()})
+
+    monkeypatch.setattr("drivetrain.cli.plugins.discover", fail)
+    outcome = cli("plugins", "list")
+    assert (outcome.status, outcome.err.strip()) == (130, "interrupted")
+
+
 def test_text_that_the_terminal_cannot_show_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", narrow)
@@ -153,6 +175,16 @@ def test_text_that_the_terminal_cannot_show_is_no_error(monkeypatch: pytest.Monk
     print("ä日\udcff")
     narrow.flush()
     assert narrow.buffer.getvalue() == b"???\n"  # type: ignore[attr-defined]
+
+
+def test_a_command_without_output_streams_does_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under a service manager that closes them: they are None then."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert app.run(["plugins", "list", "--kind", "scheduler"]) == 0
+    assert app.run(["plugins", "list", "--kind", "nothing"]) == 1
+    sys.stdout.close()
+    sys.stderr.close()
 
 
 def test_a_prompt_that_is_no_text_is_refused(tiny: Path) -> None:

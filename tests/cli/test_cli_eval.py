@@ -74,6 +74,7 @@ def test_errors_name_what_is_wrong(cli: Cli, tiny: Path, text: Path, tmp_path: P
         shown = cli(*words, *more)
         assert shown.status == 1
         assert message in shown.error, shown.error
+        assert "reading with" not in shown.err  # told before the text is read
     assert "no model is named" in cli("eval", "perplexity", "--data", text).error
 
 
@@ -108,10 +109,12 @@ def test_folders_made_of_the_model_are_measured_too(cli: Cli, tiny: Path, text: 
 
 def test_quantize_tells_errors_of_its_options(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     words = ("quantize", tiny, *ONE_THREAD, "--out", tmp_path / "out")
+    (tmp_path / "file").touch()
     for more, message in (
         ((), "--quantizer: no quantizer is named"),
         (("--quantizer", "gptq"), "--data: quantizer 'gptq' is calibrated on a text"),
         (("--quantizer", "int8", "--memory", "much"), "--memory: 'much' is no size"),
+        (("--quantizer", "int8", "--out", tmp_path / "file" / "out"), "the folder of the run can't be made"),
         (("--quantizer", "int8", "--memory", "1MiB"), "--memory: quantizing layer by layer takes at least"),
     ):
         shown = cli(*words, *more)

@@ -158,6 +158,16 @@ def test_a_message_that_is_too_long_does_not_end_the_conversation(cli: Cli, on: 
     assert outcome.out == cli(*words, stdin="Hello\n").out
 
 
+def test_without_a_limit_an_answer_is_as_long_as_there_is_room(cli: Cli, on: tuple[object, ...]) -> None:
+    """A short context is no error of whoever named no limit."""
+    short = (*on, *GREEDY, "--set", "engine.max_model_len=40")
+    result = json.loads(cli("generate", "The quick", *short, "--json").out)
+    assert result["prompt_tokens"] + len(result["completions"][0]["token_ids"]) <= 40
+    assert cli("chat", "Hi", *short).status == 0
+    refused = cli("generate", "The quick " * 40, *short)
+    assert "Shorten the prompt" in refused.error
+
+
 # --- demo ------------------------------------------------------------------------------------------------------------
 
 

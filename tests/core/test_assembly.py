@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from drivetrain.assembly import (
     Parts,
     build_engine,
     resolve_parts,
+    sampling_defaults,
 )
 from drivetrain.config import Settings, load_settings
 from drivetrain.contracts.kinds import KINDS
@@ -174,6 +176,16 @@ def test_the_installed_plugins_resolve_for_training_without_a_model() -> None:
     wanted = {kind.name for kind in KINDS.values() if "train" in kind.purposes}
     assert set(parts.plugins) == wanted - {"source", "loader", "model"}
     assert parts.plan.purpose == "train"
+
+
+def test_recommended_sampling_is_checked_before_anybody_is_served() -> None:
+    """Found with the first request, it would be an error of a client that said nothing of the kind."""
+    checkpoint = fakes.FakeCheckpoint(Path("a-model"))
+    checkpoint.generation_config = {"temperature": 0.5, "top_k": None, "max_length": 20}
+    assert sampling_defaults(checkpoint) == {"temperature": 0.5}
+    checkpoint.generation_config = {"temperature": "hot"}
+    with pytest.raises(LoaderError, match=r"a-model: .*temperature must be .*'hot'.*generation_config\.json"):
+        sampling_defaults(checkpoint)
 
 
 def test_no_engine_without_a_model() -> None:

@@ -68,6 +68,8 @@ def test_only_the_admin_may(url: str, engine: AsyncEngine, token: str | None) ->
         ({"scheduler": "priority", "timeout_seconds": 0}, 400, "timeout_seconds"),
         ({"scheduler": "priority", "timeout_seconds": True}, 400, "timeout_seconds"),
         ({"scheduler": "priority", "timeout_seconds": 1e-9}, 409, "nothing has changed"),
+        ({"scheduler": "priority", "timeout_seconds": 10**400}, 400, "timeout_seconds"),
+        ({"scheduler": "priority", "engine": {"max_waiting": 3}}, 409, "settings stay as they are"),
         ({"platform": "cpu"}, 409, "can't exchange its platform"),
         ({}, 409, "nothing to exchange"),
         ([], 400, "object"),
@@ -93,6 +95,8 @@ def test_the_command_swaps_and_says_so(url: str) -> None:
     refused = run_command("swap", url, "scheduler=nothing", "--admin-token", TOKEN)
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: ")
+    stranger = run_command("swap", url, "scheduler=priority", "--admin-token", "sésame")
+    assert "this needs the admin token" in stranger.stderr
 
 
 def test_quantizers_with_rules_are_swapped_by_request_and_by_command(url: str) -> None:

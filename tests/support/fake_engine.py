@@ -46,15 +46,18 @@ class ByteTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return _MARKS[token_id].encode() if token_id in _MARKS else bytes([token_id])
 
+    def is_special(self, token_id: int) -> bool:
+        return token_id in _MARKS
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
         continue_final: bool = False,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        if variables.get("forbidden"):
+        if (variables or {}).get("forbidden"):
             raise InvalidRequestError("the chat template refuses this", param="messages")
         turns = [f"{_TURN}{message['role']}: {_content(message)}" for message in messages]
         return "\n".join(turns)
@@ -105,6 +108,7 @@ class FakeEngine:
     seconds_per_token: float = 0.0
     capacity: int = 256
     max_model_len: int = 4096
+    max_waiting: int = 1024
     defaults: Mapping[str, object] = field(default_factory=lambda: {"temperature": 0.0})
     created: int = 1_700_000_000
 
@@ -147,8 +151,10 @@ class FakeEngine:
             raise InvalidRequestError("the prompt is empty", param="prompt")
         if max(ids) >= self.tokenizer.vocab_size:
             raise InvalidRequestError("token id out of range", param="prompt", found=max(ids))
-        if len(ids) + (request.params.max_tokens or 1) > self.max_model_len:
+        if len(ids) >= self.max_model_len:
             raise PromptTooLongError(f"{len(ids)} tokens are too many", param="prompt")
+        if len(ids) + (request.params.max_tokens or 1) > self.max_model_len:
+            raise PromptTooLongError("max_tokens is too much", param="max_tokens", hint="Lower max_tokens.")
         return tuple(ids)
 
     def health(self) -> FakeHealth:

@@ -6,6 +6,7 @@ Nothing here depends on what the model says, only on how it is said.
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import math
 import socket
@@ -180,6 +181,24 @@ class OpenAIContract:
         assert choice.logprobs.text_offset == sorted(choice.logprobs.text_offset)
 
     @pytest.mark.parametrize("stream", [False, True])
+    def test_offsets_of_tokens_are_places_in_the_text(self, server: LiveServer, stream: bool) -> None:
+        """Start tokens that are not in the text have no width, and parts of a character are where it is."""
+        prompt = "Grüße 日本 🇩🇪: x"
+        answer = complete(server, prompt=prompt, logprobs=0, echo=True, stream=stream)
+        choices = [c for chunk in answer for c in chunk.choices] if stream else answer.choices
+        text = "".join(choice.text for choice in choices)
+        parts = [choice.logprobs for choice in choices if choice.logprobs]
+        tokens = [token for part in parts for token in part.tokens]
+        offsets = [offset for part in parts for offset in part.text_offset]
+        num_prompt_tokens = server.post("/tokenize", {"prompt": prompt}).json()["count"]
+        assert offsets[num_prompt_tokens] == len(prompt)
+        assert sum(offset < len(prompt) for offset in offsets) == num_prompt_tokens
+        whole = [(token, at) for token, at in zip(tokens, offsets, strict=True) if not token.startswith("bytes:")]
+        assert all(
+            text.startswith(token, at) for token, at in whole[:num_prompt_tokens] if token not in ("<s>", "</s>")
+        )
+
+    @pytest.mark.parametrize("stream", [False, True])
     def test_no_tokens_and_echo_only_score_the_prompt(self, server: LiveServer, stream: bool) -> None:
         answer = complete(server, max_tokens=0, echo=True, logprobs=0, stream=stream)
         choices = [c for chunk in answer for c in chunk.choices] if stream else answer.choices
@@ -218,6 +237,8 @@ class OpenAIContract:
             ({"messages": []}, "messages"),
             ({"messages": "hello"}, "messages"),
             ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+            ({"messages": [{"role": "tool", "content": "4", "tool_call_id": "1"}]}, "messages[0].role"),
+            ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages[0].tool_calls"),
             ({"messages": [{"role": "user"}]}, "messages[0].content"),
             ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
             ({"messages": [{"role": "user", "content": "x", "contnt": 1}]}, "messages[0].contnt"),
@@ -227,6 +248,7 @@ class OpenAIContract:
             ),
             ({"continue_final_message": True}, "continue_final_message"),
             ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+            ({"moderation": {"model": "x"}}, "moderation"),
             ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
             ({"functions": [{"name": "f"}]}, "functions"),
             ({"response_format": {"type": "json_object"}}, "response_format"),
@@ -292,6 +314,9 @@ class OpenAIContract:
             "stop": None,
             "seed": None,
             "top_logprobs": None,
+            "prompt_cache_retention": "24h",
+            "prompt_cache_options": {"mode": "implicit"},
+            "chat_template_kwargs": {"self": 1, "template": "x"},
         }
         body = {"model": server.model, "messages": QUESTION, "max_tokens": 3} | nothing
         assert server.post("/v1/chat/completions", body).status_code == 200
@@ -318,6 +343,14 @@ class OpenAIContract:
         with pytest.raises(openai.BadRequestError) as raised:
             complete(server, prompt="word " * (longest + 1))
         assert raised.value.code == "context_length_exceeded"
+        with pytest.raises(openai.BadRequestError) as raised:
+            chat(server, messages=[{"role": "user", "content": "word " * (longest + 1)}])
+        assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "messages")
+        for name in ("max_tokens", "max_completion_tokens"):
+            with pytest.raises(openai.BadRequestError) as raised:
+                chat(server, **{"max_tokens": openai.omit, name: longest})
+            assert (raised.value.code, raised.value.param) == ("context_length_exceeded", name)
+            assert name in raised.value.message
 
     @pytest.mark.parametrize(
         "raw",
@@ -354,6 +387,14 @@ class OpenAIContract:
         assert response.status_code == 415
         assert response.json()["error"]["code"] == "unsupported_media_type"
 
+    def test_a_compressed_body_is_refused_as_such(self, server: LiveServer) -> None:
+        headers = {"content-type": "application/json", "content-encoding": "gzip"}
+        response = httpx.post(
+            f"{server.url}/v1/completions", content=gzip.compress(b'{"prompt": "x"}'), headers=headers
+        )
+        assert response.status_code == 415
+        assert "compressed" in response.json()["error"]["message"]
+
     @pytest.mark.parametrize("is_declared", [True, False])
     def test_a_body_of_ten_megabytes_is_refused_and_the_answer_arrives(
         self, server: LiveServer, is_declared: bool
@@ -380,6 +421,13 @@ class OpenAIContract:
         wrong = server.get("/v1/completions")
         assert (wrong.status_code, wrong.json()["error"]["code"]) == (405, "method_not_allowed")
         assert wrong.headers["allow"] == "POST"
+
+    def test_head_is_answered_wherever_get_is(self, server: LiveServer) -> None:
+        for path in ("/health", "/v1/models", "/"):
+            head = httpx.head(server.url + path)
+            assert (head.status_code, head.content) == (200, b"")
+            assert head.headers["content-type"] == server.get(path).headers["content-type"]
+        assert httpx.head(f"{server.url}/v1/completions").status_code == 405
 
     def test_a_request_out_of_time_is_a_408(self, server: LiveServer) -> None:
         response = server.post("/v1/completions", {"prompt": "x", "timeout_seconds": 1e-6})

@@ -254,6 +254,14 @@ def test_a_dry_run_says_what_it_takes_and_changes_nothing(llm: LLM) -> None:
         ({"platform": "cpu"}, SwapError, "can't exchange its platform"),
         ({}, SwapError, "nothing to exchange"),
         ({"atention": "sdpa"}, ConfigError, "attention"),
+        (
+            {"scheduler": "priority", "engine": {"max_waiting": 3}},
+            SwapError,
+            "settings stay as they are; found 'engine'",
+        ),
+        ({"scheduler": "priority", "model": "another"}, SwapError, "settings stay as they are; found 'model'"),
+        ({"scheduler": "priority", "probation_steps": "8"}, SwapError, "probation_steps must be"),
+        ({"scheduler": "priority", "dry_run": "no"}, SwapError, "dry_run must be"),
     ],
 )
 def test_bad_input_is_refused(llm: LLM, parts: Any, error: type[DrivetrainError], message: str) -> None:
@@ -300,6 +308,28 @@ def test_a_part_that_hangs_while_it_is_prepared_is_given_up(
     assert_whole(llm)
 
 
+def test_who_closes_the_engine_does_not_wait_for_parts_that_are_being_made(llm: LLM, gate: threading.Event) -> None:
+    """A server once took SIGTERM only when the swap was prepared, or its time was up."""
+    failures: list[Exception] = []
+
+    def swap() -> None:
+        try:
+            llm.swap(timeout_seconds=300, attention={"name": "faulty", "phase": "hang"})
+        except SwapError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    wait_until(lambda: bool(llm._loop._preparing))
+    llm.close()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert "the engine stopped before the swap was finished" in str(failures[0])
+    assert llm._loop.has_left_behind
+    gate.set()
+    wait_until(lambda: not llm._loop.has_left_behind)
+
+
 def test_the_limit_of_the_settings_holds_where_none_is_named(folder: Path, gate: threading.Event) -> None:
     with LLM(folder, engine={"max_model_len": 96, "swap_timeout_seconds": 0.3}) as llm:
         llm._stack.parts.registry = Registry(refs_with_swap_parts())
@@ -338,7 +368,22 @@ def test_an_engine_that_stalls_before_the_commit_is_not_waited_for(llm: LLM, gat
     assert_whole(llm)
 
 
-@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan"), True, "5"])
+def test_options_without_a_name_are_those_of_the_part_in_use(llm: LLM) -> None:
+    """To change one limit must not bring back the default scheduler, nor set its other options back."""
+    llm.swap(scheduler={"name": "priority", "max_running": 5, "max_batched_tokens": 64})
+    report = llm.swap(scheduler={"max_running": 6})
+    assert report.changes == {"scheduler": ("priority", "priority")}
+    assert llm.explain()["scheduler"].options == {"max_running": 6, "max_batched_tokens": 64}
+
+
+def test_a_scheduler_may_allow_any_number_of_requests(llm: LLM) -> None:
+    """What never runs takes no memory: such a swap once ended the process for want of it."""
+    with Traffic(llm):
+        llm.swap(probation_steps=2, scheduler={"name": "fcfs", "max_running": 10**12})
+    assert_whole(llm)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan"), True, "5", 10**400, 1e300])
 def test_a_time_limit_that_is_none_is_refused(llm: LLM, seconds: Any) -> None:
     with pytest.raises(SwapError, match="timeout_seconds must be a number > 0"):
         llm.swap(timeout_seconds=seconds, scheduler="priority")

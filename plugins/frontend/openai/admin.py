@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable
+from threading import TIMEOUT_MAX
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from drivetrain.config import load_settings
 from drivetrain.errors import ConfigError, InvalidRequestError, PluginError, SwapError
 from drivetrain.plugins.frontend.openai.body import read_json
 from drivetrain.plugins.frontend.openai.errors import InvalidKeyError, SwapRefusedError
 from drivetrain.plugins.frontend.openai.service import service_of
+from drivetrain.serving.swap import read_parts
 
 router = APIRouter(prefix="/v1/admin")
 
@@ -30,7 +31,7 @@ async def swap(request: Request) -> Response:
     body = await read_json(request, service.config)
     options = _options(body)
     try:
-        parts = load_settings(None, body, origin="request").parts
+        parts = read_parts(body, service.engine.report(), origin="request")
         report = await service.engine.swap(parts, **options)
     except SwapError as error:
         raise SwapRefusedError(str(error)) from error
@@ -46,7 +47,7 @@ def _options(body: dict[str, Any]) -> dict[str, Any]:
         if name in body:
             value = body.pop(name)
             if not is_right(value):
-                raise InvalidRequestError(f"{name} has the wrong type", param=name, found=value, allowed=allowed)
+                raise InvalidRequestError(f"{name} must be {allowed}", param=name, found=value)
             options[name] = value
     return options
 
@@ -56,9 +57,12 @@ def _is_number(value: Any) -> bool:
 
 
 _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "dry_run": (lambda value: isinstance(value, bool), "bool"),
-    "probation_steps": (lambda value: _is_number(value) and isinstance(value, int) and value >= 0, "int"),
-    "timeout_seconds": (lambda value: _is_number(value) and 0 < value < float("inf"), "a number > 0"),
+    "dry_run": (lambda value: isinstance(value, bool), "true or false"),
+    "probation_steps": (lambda value: _is_number(value) and isinstance(value, int) and value >= 0, "an integer >= 0"),
+    "timeout_seconds": (
+        lambda value: _is_number(value) and 0 < value <= TIMEOUT_MAX,
+        f"a number > 0 and <= {TIMEOUT_MAX:g}",
+    ),
 }
 
 

@@ -40,6 +40,7 @@ async def read_request(request: Request, schema: type[B], config: OpenAIConfig) 
 async def read_json(request: Request, config: OpenAIConfig) -> dict[str, Any]:
     """The body of ``request`` as a JSON object. Raises as :func:`read_request` does."""
     _check_media_type(request.headers.get("content-type"))
+    _check_encoding(request.headers.get("content-encoding"))
     return parse_json(await _read_bytes(request, config))
 
 
@@ -52,6 +53,13 @@ def _check_media_type(content_type: str | None) -> None:
             "the body must be JSON",
             found=content_type or "no content-type",
             hint="Send 'Content-Type: application/json'.",
+        )
+
+
+def _check_encoding(encoding: str | None) -> None:
+    if encoding is not None and encoding.strip().lower() not in ("", "identity"):
+        raise MediaTypeError(
+            "this server reads no compressed bodies", found=encoding, hint="Send the JSON as it is, without it."
         )
 
 
@@ -134,8 +142,10 @@ def parse_request(schema: type[B], body: Mapping[str, Any]) -> B:
 def _first_fault(error: ValidationError, body: Mapping[str, Any], schema: type[RequestBody]) -> RequestError:
     """What pydantic found, as one refusal. Members of a union that failed at the same place are joined."""
     faults = error.errors(include_url=False)
-    # A misspelt field is the likely cause of the other faults (a required one that is missing, say).
-    fault = next((fault for fault in faults if fault["type"] == "extra_forbidden"), None)
+    # A misspelt field is the likely cause of the other faults (a required one that is missing, say), and so is a
+    # feature that is not there (no content, beside tool calls).
+    telling = [fault for cause in ("extra_forbidden", UNSUPPORTED) for fault in faults if fault["type"] == cause]
+    fault = next(iter(telling), None)
     if fault is None:
         # Of a union's members, the one that got deepest into the value is the one that was meant.
         first = _path(faults[0]["loc"], body)

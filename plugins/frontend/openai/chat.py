@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from drivetrain.plugins.frontend.openai.generation import (
 from drivetrain.plugins.frontend.openai.logprobs import chat_logprobs
 from drivetrain.plugins.frontend.openai.pages import json_body
 from drivetrain.plugins.frontend.openai.schemas import ChatBody, Message
-from drivetrain.plugins.frontend.openai.service import Service, service_of
+from drivetrain.plugins.frontend.openai.service import Service, done_aside, service_of
 from drivetrain.serving.types import Chunk, GenerationRequest, SamplingParams
 
 if TYPE_CHECKING:
@@ -44,8 +45,11 @@ async def create_chat_completion(request: Request) -> Response:
     service = service_of(request)
     body = await read_request(request, ChatBody, service.config)
     model = service.resolve_model(body.model)
-    generation = to_request(body, service)
-    (stream,) = await submit_all(service.engine, [generation])
+    length = sum(message.num_characters for message in body.messages)
+    generation = await done_aside(length, lambda: to_request(body, service))
+    # A chat has no prompt of its own: the engine's is made of its messages.
+    with _limit_named(body), renamed("prompt", "messages", in_text=False):
+        (stream,) = await submit_all(service.engine, [generation])
     answer = _Answer(service, body, stream, generation.params, model, int(time.time()))
     if body.stream:
         return EventStream(answer.payloads(), [stream])
@@ -75,13 +79,18 @@ def _params(body: ChatBody, service: Service) -> SamplingParams:
         raise InvalidRequestError(
             "max_tokens and max_completion_tokens say different things", param="max_tokens", hint="Send one of them."
         )
-    with renamed("max_tokens", "max_tokens" if newer is None else "max_completion_tokens"):
+    with _limit_named(body):
         return sampling_params(
             body,
             service.engine.defaults,
             max_tokens=older if newer is None else newer,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
+
+
+def _limit_named(body: ChatBody) -> AbstractContextManager[None]:
+    """Refusals of ``max_tokens`` name it as the request did."""
+    return renamed("max_tokens", "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens")
 
 
 def _prompt(body: ChatBody, tokenizer: Tokenizer) -> str:
@@ -115,7 +124,7 @@ def render(
         [message.for_template() for message in messages],
         add_generation_prompt=add_generation_prompt,
         continue_final=continue_final,
-        **(variables or {}),
+        variables=variables,
     )
 
 

@@ -42,6 +42,7 @@ async def create_completion(request: Request) -> Response:
     service = service_of(request)
     body = await read_request(request, CompletionBody, service.config)
     model = service.resolve_model(body.model)
+    _check_count(body, service.engine.max_waiting)
     params = _params(body, service)
     timeout_seconds = service.resolve_timeout(body.timeout_seconds)
     requests = [
@@ -53,6 +54,18 @@ async def create_completion(request: Request) -> Response:
     if body.stream:
         return EventStream(answer.payloads(), streams)
     return JSONResponse(await run_while_connected(request.receive, answer.whole(), streams))
+
+
+def _check_count(body: CompletionBody, max_waiting: int) -> None:
+    # The last prompt would find the others' n sequences each before it, however often the client tries again.
+    if (len(body.prompt) - 1) * (body.n or 1) >= max_waiting:
+        raise InvalidRequestError(
+            "more prompts, each with n answers, than this server lets wait at once (engine.max_waiting)",
+            param="prompt",
+            found=f"{len(body.prompt)} prompts of {body.n or 1}",
+            allowed=f"at most {max_waiting} together",
+            hint="Send them in several requests.",
+        )
 
 
 def _params(body: CompletionBody, service: Service) -> SamplingParams:
@@ -108,7 +121,7 @@ class _Answer:
     def _choice(self, choice: Choice) -> dict[str, Any]:
         logprobs = None
         if self.params.logprobs is not None:
-            builder = CompletionLogprobs(self.service.engine.tokenizer)
+            builder = self._logprobs_builder()
             parts = [self._echoed_logprobs(choice.position, builder)] if self.body.echo else []
             logprobs = joined(*parts, builder.output(choice.logprobs))
         return {
@@ -120,6 +133,9 @@ class _Answer:
             **({"epochs": choice.epochs} if self.body.return_epochs else {}),
         }
 
+    def _logprobs_builder(self) -> CompletionLogprobs:
+        return CompletionLogprobs(self.service.engine.tokenizer, self.params.skip_special_tokens)
+
     def _echoed_text(self, choice: int) -> str:
         if not self.body.echo:
             return ""
@@ -130,7 +146,8 @@ class _Answer:
 
     def _echoed_logprobs(self, choice: int, builder: CompletionLogprobs) -> dict[str, Any]:
         prompt = self.streams[choice // self.params.n].prompt
-        return builder.prompt(prompt.token_ids, prompt.logprobs or [None] * len(prompt.token_ids))
+        text = self._echoed_text(choice)
+        return builder.prompt(text, prompt.token_ids, prompt.logprobs or [None] * len(prompt.token_ids))
 
     async def payloads(self) -> AsyncGenerator[dict[str, Any]]:
         wants_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
@@ -143,7 +160,7 @@ class _Answer:
             async for stream, chunk in chunks:
                 choice = stream * self.params.n + chunk.index
                 is_first = choice not in builders
-                builder = builders.setdefault(choice, CompletionLogprobs(self.service.engine.tokenizer))
+                builder = builders.setdefault(choice, self._logprobs_builder())
                 if _only_scores(self.body):
                     chunk = replace(chunk, text="", token_ids=(), logprobs=chunk.logprobs and ())
                 num_tokens += len(chunk.token_ids)

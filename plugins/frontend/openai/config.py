@@ -11,6 +11,14 @@ from drivetrain.contracts.plugin import PluginConfig
 MIB = 1024 * 1024
 
 
+def _check_secret(what: str, secret: SecretStr) -> None:
+    text = secret.get_secret_value()
+    if not text.strip():
+        raise ValueError(f"{what} may not be empty")
+    if text != text.strip():
+        raise ValueError(f"{what} may not begin or end with a space: a header can't carry it, and nobody could get in")
+
+
 class OpenAIConfig(PluginConfig):
     """Where the server listens, who may use it, and its limits."""
 
@@ -23,7 +31,6 @@ class OpenAIConfig(PluginConfig):
     )
     admin_token: SecretStr | None = Field(
         None,
-        min_length=1,
         description="Token for POST /v1/admin/swap, sent as `Authorization: Bearer TOKEN`. None closes the path.",
     )
     served_names: tuple[str, ...] = Field((), description="Names that requests may use beside the model's own.")
@@ -56,8 +63,15 @@ class OpenAIConfig(PluginConfig):
         keys = value if isinstance(value, tuple) else () if value is None else (value,)
         if isinstance(value, tuple) and not keys:
             raise ValueError("an empty list of keys would lock everybody out; leave api_key out to ask for no key")
-        if any(not key.get_secret_value().strip() for key in keys):
-            raise ValueError("a key may not be empty")
+        for key in keys:
+            _check_secret("a key", key)
+        return value
+
+    @field_validator("admin_token")
+    @classmethod
+    def _token_holds_something(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            _check_secret("the token", value)
         return value
 
     @property

@@ -141,7 +141,7 @@ def _http_error(status: int, detail: object, headers: Mapping[str, str] | None) 
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Make every failure of ``app`` answer in the API's format."""
+    """Make every failure of ``app`` that has a name answer in the API's format; ``Guard`` answers the others."""
 
     @app.exception_handler(DrivetrainError)
     async def known(request: Request, error: DrivetrainError) -> Response:
@@ -164,7 +164,3 @@ def install_handlers(app: FastAPI) -> None:
     @app.exception_handler(ClientGoneError)
     async def gone(request: Request, error: ClientGoneError) -> Response:
         return Response(status_code=499)
-
-    @app.exception_handler(Exception)
-    async def unknown(request: Request, error: Exception) -> Response:
-        return error_response(as_request_error(error))

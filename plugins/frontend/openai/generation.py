@@ -57,13 +57,17 @@ def sampling_params(
 
 
 @contextmanager
-def renamed(inner: str, outer: str) -> Iterator[None]:
-    """Refusals of the parameter ``inner`` speak of ``outer``, the name that the request gave it."""
+def renamed(inner: str, outer: str, *, in_text: bool = True) -> Iterator[None]:
+    """Refusals of the parameter ``inner`` speak of ``outer``, the name that the request gave it; with ``in_text``, in
+    their words too."""
     try:
         yield
-    except InvalidRequestError as error:
+    except RequestError as error:
         if error.param == inner:
-            error.param, error.what = outer, error.what.replace(inner, outer, 1)
+            error.param = outer
+            if in_text:
+                error.what = error.what.replace(inner, outer, 1)
+                error.hint = error.hint and error.hint.replace(inner, outer, 1)
         raise
 
 
@@ -79,6 +83,8 @@ async def submit_all(engine: AsyncEngine, requests: Iterable[GenerationRequest])
     streams: list[RequestStream] = []
     try:
         for request in requests:
+            if streams:
+                await asyncio.sleep(0)  # between two prompts of a list, everybody else gets a turn
             streams.append(await engine.submit(request))
     except BaseException:
         cancel_all(streams)

@@ -1,8 +1,9 @@
-"""The door of the server: every response gets a request id, and closed paths need a key."""
+"""The door of the server: every response gets a request id, closed paths need a key, and no failure goes unanswered."""
 
 from __future__ import annotations
 
 import hmac
+import logging
 import re
 import uuid
 from collections.abc import Sequence
@@ -10,7 +11,9 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from drivetrain.plugins.frontend.openai.errors import InvalidKeyError, error_response
+from drivetrain.plugins.frontend.openai.errors import InvalidKeyError, as_request_error, error_response
+
+logger = logging.getLogger(__name__)
 
 ADMIN_PREFIX = "/v1/admin/"
 """Paths below it ask for the admin token instead, where they exist at all."""
@@ -20,7 +23,8 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class Guard:
-    """ASGI middleware: sets ``x-request-id`` (the client's own, when it is well formed) and checks the API key."""
+    """ASGI middleware: sets ``x-request-id`` (the client's own, when it is well formed), checks the API key, answers
+    what nobody else could, and lets HEAD be asked wherever GET may; the server leaves the body out."""
 
     def __init__(self, app: ASGIApp, *, keys: Sequence[bytes]) -> None:
         self.app = app
@@ -33,17 +37,28 @@ class Guard:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        has_begun = False
 
         async def send_with_id(message: Message) -> None:
+            nonlocal has_begun
             if message["type"] == "http.response.start":
+                has_begun = True
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        error = self._refusal(scope["path"], headers)
-        if error is None:
-            await self.app(scope, receive, send_with_id)
-        else:
-            await error_response(error)(scope, receive, send_with_id)
+        refusal = self._refusal(scope["path"], headers)
+        if refusal is not None:
+            await error_response(refusal)(scope, receive, send_with_id)
+            return
+        try:
+            await self.app({**scope, "method": "GET"} if scope["method"] == "HEAD" else scope, receive, send_with_id)
+        except Exception as error:
+            # Answered here, inside of what adds headers: further out, the answer would have neither its request id nor
+            # what lets a web page read it, and the connection would be closed without a word.
+            if has_begun:
+                raise
+            logger.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
+            await error_response(as_request_error(error))(scope, receive, send_with_id)
 
     def _refusal(self, path: str, headers: Headers) -> InvalidKeyError | None:
         if not self.keys or path in OPEN_PATHS or path.startswith(ADMIN_PREFIX):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import codecs
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.serving.types import TokenLogprob
@@ -35,29 +36,53 @@ def _chat_token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str
 
 
 class CompletionLogprobs:
-    """Builds the ``logprobs`` of one choice of a completion, piece by piece; keeps the offset in its text."""
+    """Builds the ``logprobs`` of one choice of a completion, piece by piece; keeps the offset in its text.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    The offset of a token that is only a part of a character is that of the character. A token that the text leaves out
+    (the start token that encoding adds, a special token) has no width.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self.tokenizer = tokenizer
-        self.offset = 0
+        self._skips = skip_special_tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._offset = 0
 
-    def prompt(self, token_ids: Sequence[int], entries: Sequence[TokenLogprob | None]) -> dict[str, Any]:
-        """Of the prompt, with null where nothing came before."""
-        return self._render(zip(token_ids, entries, strict=True))
+    def prompt(self, text: str, token_ids: Sequence[int], entries: Sequence[TokenLogprob | None]) -> dict[str, Any]:
+        """Of the prompt, which the choice repeats as ``text``; with null where nothing came before."""
+        rendered = self._render(zip(token_ids, entries, strict=True), self._offsets_in(text, token_ids))
+        self._offset = len(text)
+        return rendered
 
-    def output(self, entries: Iterable[TokenLogprob]) -> dict[str, Any]:
+    def output(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
         """Of new tokens."""
-        return self._render((entry.token_id, entry) for entry in entries)
+        return self._render(((entry.token_id, entry) for entry in entries), self._offsets_of(entries))
 
-    def _render(self, pairs: Iterable[tuple[int, TokenLogprob | None]]) -> dict[str, Any]:
+    def _offsets_in(self, text: str, token_ids: Iterable[int]) -> Iterator[int]:
+        # Text that was sent is not what its tokens spell: some are added, and a first space may be.
+        raw, at, num_begun = text.encode(), 0, 0
+        for token_id in token_ids:
+            yield num_begun - _is_inside_character(raw, at)
+            spelled = self.tokenizer.token_bytes(token_id)
+            if at == 0 and not raw.startswith(spelled):
+                spelled = spelled.removeprefix(b" ")
+            if raw.startswith(spelled, at):
+                num_begun += sum(not _is_inside_character(raw, place) for place in range(at, at + len(spelled)))
+                at += len(spelled)
+
+    def _offsets_of(self, entries: Iterable[TokenLogprob]) -> Iterator[int]:
+        for entry in entries:
+            yield self._offset
+            if not (self._skips and self.tokenizer.is_special(entry.token_id)):
+                self._offset += len(self._decoder.decode(self.tokenizer.token_bytes(entry.token_id)))
+
+    def _render(self, pairs: Iterable[tuple[int, TokenLogprob | None]], offsets: Iterable[int]) -> dict[str, Any]:
         rendered: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for token_id, entry in pairs:
-            label = self._label(token_id)
-            rendered["tokens"].append(label)
-            rendered["text_offset"].append(self.offset)
+        for (token_id, entry), offset in zip(pairs, offsets, strict=True):
+            rendered["tokens"].append(self._label(token_id))
+            rendered["text_offset"].append(offset)
             rendered["token_logprobs"].append(None if entry is None else max(entry.logprob, LOWEST_LOGPROB))
             rendered["top_logprobs"].append(None if entry is None else self._top(entry))
-            self.offset += len(self.tokenizer.token_text(token_id))
         return rendered
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
@@ -73,6 +98,11 @@ class CompletionLogprobs:
         if _UNREADABLE not in text:
             return text
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.tokenizer.token_bytes(token_id))
+
+
+def _is_inside_character(raw: bytes, place: int) -> bool:
+    """Whether a character of this UTF-8 begins before ``place`` and ends behind it."""
+    return place < len(raw) and raw[place] & 0xC0 == 0x80
 
 
 def joined(*parts: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -13,7 +13,11 @@ from drivetrain.plugins.frontend.openai.body import read_request
 from drivetrain.plugins.frontend.openai.chat import render
 from drivetrain.plugins.frontend.openai.pages import json_body
 from drivetrain.plugins.frontend.openai.schemas import DetokenizeBody, TokenizeBody
-from drivetrain.plugins.frontend.openai.service import Service, service_of
+from drivetrain.plugins.frontend.openai.service import Service, done_aside, service_of
+
+if TYPE_CHECKING:
+    from drivetrain.serving.async_engine import AsyncEngine
+    from drivetrain.serving.tokenizer import Tokenizer
 
 router = APIRouter()
 
@@ -52,15 +56,19 @@ async def tokenize(request: Request) -> Response:
     service = service_of(request)
     body = await read_request(request, TokenizeBody, service.config)
     service.resolve_model(body.model)
-    tokenizer = service.engine.tokenizer
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("send one of prompt and messages", param="prompt")
+    length = len(body.prompt or "") + sum(message.num_characters for message in body.messages or ())
+    return await done_aside(length, lambda: _tokenized(body, service.engine))
+
+
+def _tokenized(body: TokenizeBody, engine: AsyncEngine) -> Response:
     if body.messages is not None:
-        text = render(tokenizer, body.messages, body.add_generation_prompt)
-        tokens = tokenizer.encode(text, add_special_tokens=False)
+        text = render(engine.tokenizer, body.messages, body.add_generation_prompt)
+        tokens = engine.tokenizer.encode(text, add_special_tokens=False)
     else:
-        tokens = tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
-    return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": service.engine.max_model_len})
+        tokens = engine.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+    return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": engine.max_model_len})
 
 
 @router.post("/detokenize", tags=["tokens"], summary="Tokens to text", openapi_extra=json_body(DetokenizeBody))
@@ -69,7 +77,10 @@ async def detokenize(request: Request) -> Response:
     service = service_of(request)
     body = await read_request(request, DetokenizeBody, service.config)
     service.resolve_model(body.model)
-    tokenizer = service.engine.tokenizer
+    return await done_aside(len(body.tokens), lambda: _detokenized(body, service.engine.tokenizer))
+
+
+def _detokenized(body: DetokenizeBody, tokenizer: Tokenizer) -> Response:
     for position, token in enumerate(body.tokens):
         if not 0 <= token < tokenizer.vocab_size:
             raise InvalidRequestError(

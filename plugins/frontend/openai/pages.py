@@ -46,7 +46,7 @@ _ERRORS = {
     "404": "No such model",
     "408": "The request ran out of time before its first token, or its body did not arrive in time",
     "413": "The body is too large",
-    "415": "The body is not declared as JSON",
+    "415": "The body is not declared as JSON, or is compressed",
     "429": "The queue is full; try again after Retry-After seconds",
     "500": "The engine failed on this request",
     "503": "The server is draining",

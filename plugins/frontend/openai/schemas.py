@@ -27,6 +27,7 @@ from drivetrain.serving.types import MAX_LOGPROBS
 
 UNSUPPORTED = "unsupported_parameter"
 COMPLETION_MAX_TOKENS = 16
+_AROUND_A_MESSAGE = 40
 
 
 class Only:
@@ -106,6 +107,8 @@ class GenerationBody(RequestBody):
     metadata: dict[str, Any] | None = Field(None, description="Accepted; changes nothing.")
     safety_identifier: str | None = Field(None, description="Accepted; changes nothing.")
     prompt_cache_key: str | None = Field(None, description="Accepted; prefixes are shared by their tokens alone.")
+    prompt_cache_options: dict[str, Any] | None = Field(None, description="Accepted; every prefix is cached alike.")
+    prompt_cache_retention: str | None = Field(None, description="Accepted; every prefix is cached alike.")
     store: Annotated[Any, Only(False, feature="stored completions")] = None
     service_tier: Annotated[Any, Only("auto", "default", feature="service tiers")] = None
 
@@ -126,10 +129,16 @@ def _is_text_part(part: object) -> object:
     return part
 
 
+def _is_spoken(role: object) -> object:
+    if role in ("tool", "function"):
+        raise PydanticCustomError(UNSUPPORTED, "messages of role {role}: tool calls are not supported", {"role": role})
+    return role
+
+
 class Message(RequestBody):
     """One turn of a chat. ``developer`` is read as ``system``, which is the word that chat templates know."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_is_spoken)]
     content: str | list[Annotated[ContentPart, BeforeValidator(_is_text_part)]]
     name: str | None = None
 
@@ -138,7 +147,14 @@ class Message(RequestBody):
     annotations: Annotated[Any, Only([], feature="annotations")] = None
     audio: Annotated[Any, Only(feature="audio")] = None
     tool_calls: Annotated[Any, Only([], feature="tool calls")] = None
+    tool_call_id: Annotated[Any, Only(feature="tool calls")] = None
     function_call: Annotated[Any, Only(feature="function calls")] = None
+
+    @property
+    def num_characters(self) -> int:
+        """How much text there is to render, with as much beside the content as templates write around it."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return len(content) + _AROUND_A_MESSAGE
 
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates read it."""
@@ -175,6 +191,7 @@ class ChatBody(GenerationBody):
     reasoning_effort: Annotated[Any, Only(feature="reasoning effort")] = None
     verbosity: Annotated[Any, Only("medium", feature="verbosity")] = None
     web_search_options: Annotated[Any, Only(feature="web search")] = None
+    moderation: Annotated[Any, Only(feature="moderation")] = None
 
 
 Prompt = str | list[int]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from starlette.requests import Request
 
 from drivetrain.errors import InvalidRequestError, UnknownModelError
 from drivetrain.plugins.frontend.openai.config import OpenAIConfig
+from drivetrain.serving.tokenizer import LONG_TEXT
 
 if TYPE_CHECKING:
     from drivetrain.serving.async_engine import AsyncEngine
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,12 @@ class Service:
                 allowed=f"at most {longest:g}",
             )
         return longest if wanted is None else wanted
+
+
+async def done_aside(amount: int, work: Callable[[], T]) -> T:
+    """The result of ``work``, which reads this many characters or tokens: in a thread where it would hold up the event
+    loop, and with it every other client."""
+    return await asyncio.to_thread(work) if amount > LONG_TEXT else work()
 
 
 def service_of(request: Request) -> Service:

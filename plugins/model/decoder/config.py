@@ -6,6 +6,7 @@ Keys of transformers 4 (``rope_theta`` and ``rope_scaling``) and 5 (``rope_param
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -146,6 +147,12 @@ def _optional_number(keys: Keys, key: str, where: str = "") -> float | None:
     return None if keys.get(key) is None else _number(keys, key, where=where)
 
 
+def _positive(number: float, key: str) -> float:
+    if not 0 < number < math.inf:
+        raise _fail("a number above zero is needed", key, number, "a number > 0")
+    return number
+
+
 def _choice(found: object, allowed: Mapping[str, Any] | tuple[str, ...], key: str) -> str:
     if not isinstance(found, str) or found not in allowed:
         near = nearest(str(found), allowed)
@@ -253,12 +260,20 @@ def _rope_keys(keys: Keys, layer_type: str | None) -> tuple[Keys, str]:
     name = "rope_parameters"
     if table is None:
         table, name = keys.get("rope_scaling") or {}, "rope_scaling"
+    table = _table(table, name)
+    if name == "rope_scaling":
         # The older key scales only the layers that see everything.
         return ({} if layer_type == "sliding_attention" else table), name
     if any(isinstance(table.get(kind), Mapping) for kind in _LAYER_TYPES):
         chosen = layer_type or "full_attention"
-        return table.get(chosen) or {}, f"{name}.{chosen}"
+        return _table(table.get(chosen) or {}, f"{name}.{chosen}"), f"{name}.{chosen}"
     return table, name
+
+
+def _table(found: object, name: str) -> Keys:
+    if not isinstance(found, Mapping):
+        raise _fail("a table is needed", name, found, "a table with rope_type and its numbers")
+    return found
 
 
 def _longrope_factors(table: Keys, key: str, where: str, expected: int) -> tuple[float, ...]:
@@ -282,7 +297,9 @@ def _read_rope(
     theta_key, default_theta = "rope_theta", traits.default_theta
     if is_local:
         theta_key, default_theta = "rope_local_base_freq", traits.local_theta or traits.default_theta
-    theta = _optional_number(table, "rope_theta", where) or _number(keys, theta_key, default_theta)
+    theta = _optional_number(table, "rope_theta", where)
+    if theta is None:
+        theta = _number(keys, theta_key, default_theta)
     fraction = _number(table, "partial_rotary_factor", keys.get("partial_rotary_factor") or 1.0, where)
     if fraction != 1.0 and not traits.has_partial_rotary:
         raise _fail("this architecture rotates whole heads", f"{where}partial_rotary_factor", fraction, "1.0")
@@ -292,21 +309,24 @@ def _read_rope(
     factor = _optional_number(table, "factor", where)
     if kind in ("linear", "dynamic", "llama3") and factor is None:
         raise _fail(f"rope of type {kind} needs a factor", f"{where}factor", None, "a number")
+    low, high = _number(table, "low_freq_factor", 1.0, where), _number(table, "high_freq_factor", 4.0, where)
+    if kind == "llama3" and high <= low:
+        raise _fail("high_freq_factor must be above low_freq_factor", f"{where}high_freq_factor", high, f"> {low:g}")
     is_longrope = kind == "longrope"
     attention_factor = _optional_number(table, "attention_factor", where)
     return RopeConfig(
         kind=kind,
-        theta=theta,
+        theta=_positive(theta, f"{where}rope_theta"),
         rotary_size=rotary_size,
         max_position=max_position,
-        factor=factor,
+        factor=None if factor is None else _positive(factor, f"{where}factor"),
         original_length=_original_length(keys, table, max_position),
-        low_freq_factor=_number(table, "low_freq_factor", 1.0, where),
-        high_freq_factor=_number(table, "high_freq_factor", 4.0, where),
+        low_freq_factor=_positive(low, f"{where}low_freq_factor"),
+        high_freq_factor=high,
         attention_factor=attention_factor,
         # 0 stands for "not set" in published files
-        beta_fast=_optional_number(table, "beta_fast", where) or 32.0,
-        beta_slow=_optional_number(table, "beta_slow", where) or 1.0,
+        beta_fast=_positive(_optional_number(table, "beta_fast", where) or 32.0, f"{where}beta_fast"),
+        beta_slow=_positive(_optional_number(table, "beta_slow", where) or 1.0, f"{where}beta_slow"),
         mscale=_number(table, "mscale", 0.0, where),
         mscale_all_dim=_number(table, "mscale_all_dim", 0.0, where),
         truncate=bool(table.get("truncate", True)),

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from drivetrain.errors import DrainingError, InvalidRequestError, PromptTooLongError, QueueFullError
-from drivetrain.serving.async_engine import _LONG_TEXT, AsyncEngine, RequestStream
+from drivetrain.serving.async_engine import AsyncEngine, RequestStream
+from drivetrain.serving.tokenizer import LONG_TEXT
 from drivetrain.serving.types import Chunk, FinishReason, GenerationRequest, SamplingParams
 from support.fake_model import expected_tokens, greedy, prompts
 from support.fake_stack import assert_nothing_is_held, held_model, make_stack, text_of, wait_until
@@ -140,7 +141,7 @@ def test_cancelling_in_mid_stream_ends_the_stream_and_frees_everything(make: Any
     [
         (GenerationRequest([], greedy(1)), InvalidRequestError),
         (GenerationRequest([1] * 70, greedy(1)), PromptTooLongError),
-        (GenerationRequest("a" * (_LONG_TEXT + 1), greedy(1)), PromptTooLongError),
+        (GenerationRequest("a" * (LONG_TEXT + 1), greedy(1)), PromptTooLongError),
     ],
 )
 def test_errors_are_raised_where_the_request_is_submitted(
@@ -188,7 +189,7 @@ def test_whoever_leaves_while_a_long_text_is_still_read_leaves_nothing_behind(
 ) -> None:
     engine = make()
     # A text this long would never fit the fake's context: let it be read as a short one.
-    monkeypatch.setattr("drivetrain.serving.async_engine._LONG_TEXT", 3)
+    monkeypatch.setattr("drivetrain.serving.async_engine.LONG_TEXT", 3)
 
     async def run() -> None:
         with held_model(engine.stack):

@@ -174,3 +174,21 @@ def test_of_a_cached_prefix_the_tail_goes_first() -> None:
     other = kv.open()
     assert kv.extend(other, 0, 2)  # takes one of the four
     assert kv.num_cached([*tokens, 9], []) == 6
+
+
+def test_rows_are_made_when_requests_need_them() -> None:
+    """A scheduler that allows any number of requests takes no memory for those that never come."""
+    group = KVGroup(0, (0,), None)
+    kv = KVManager([group], [200], 2, max_running=2, max_tokens=4, prefix_cache=False, salt="")
+    assert len(kv.tables[0]) == 2
+    kv.allow(10**12)
+    opened = [kv.open() for _ in range(100)]
+    for sequence in opened:
+        assert kv.extend(sequence, 0, 2)
+    assert sorted(sequence.row for sequence in opened) == list(range(100))
+    assert [kv.tables[0][own.row, 0] for own in opened] == [own.blocks[0][0] for own in opened]
+    assert len(kv.tables[0]) < 1000
+    for sequence in opened:
+        kv.close(sequence)
+    kv.check()
+    assert not kv.tables[0].any()

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -103,6 +104,36 @@ def test_an_error_in_the_second_prompt_leaves_nothing_running(llm: LLM) -> None:
     assert llm.stats()["output_tokens"] <= 1
     with pytest.raises(InvalidRequestError, match="one for each"):
         llm.generate([PROMPT, PROMPT], [greedy(1)])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "param"),
+    [
+        (None, None, "prompts"),
+        (7, greedy(1), "prompts"),
+        (np.array(PROMPT), greedy(1), "prompts"),
+        (b"bytes", greedy(1), "prompt"),
+        ([None], None, "prompt"),
+        ([np.array(PROMPT)], greedy(1), "prompt"),
+        (["text", 5], greedy(1), "prompt"),
+        ("text", {"max_tokens": 3}, "params"),
+        (["text"], [None], "params"),
+    ],
+)
+def test_what_is_no_prompt_or_no_parameters_is_told(llm: LLM, prompts: Any, params: Any, param: str) -> None:
+    """Not as a TypeError from somewhere inside, and bytes not as token ids."""
+    with pytest.raises(InvalidRequestError) as caught:
+        llm.generate(prompts, params)
+    assert caught.value.param == param
+    if not isinstance(prompts, list):
+        with pytest.raises(InvalidRequestError):
+            llm.stream(prompts, params)
+
+
+@pytest.mark.parametrize("messages", [None, "hello", {"role": "user", "content": "x"}])
+def test_what_is_no_list_of_messages_is_told(llm: LLM, messages: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="list of messages"):
+        llm.chat(messages)
 
 
 def test_more_prompts_than_may_wait_are_no_error() -> None:

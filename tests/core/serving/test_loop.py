@@ -112,6 +112,8 @@ def test_text_is_encoded_and_prompt_logprobs_are_known_at_the_first_chunk(make: 
         ([1], {"max_tokens": 64}, {}, PromptTooLongError, "max_tokens"),
         ([1], {}, {"timeout_seconds": 0}, InvalidRequestError, "timeout_seconds"),
         ([1], {}, {"timeout_seconds": float("nan")}, InvalidRequestError, "timeout_seconds"),
+        ([1], {}, {"timeout_seconds": True}, InvalidRequestError, "timeout_seconds"),
+        ([1], {}, {"timeout_seconds": 10**400}, InvalidRequestError, "timeout_seconds"),
         ([1], {}, {"priority": 1.5}, InvalidRequestError, "priority"),
     ],
 )
@@ -211,7 +213,7 @@ def test_shutdown_ends_what_runs_waits_and_is_unread(make: Any) -> None:
         assert set(client.reasons(ticket)) == {FinishReason.CANCELLED}
     assert_nothing_is_held(loop.stack)
     loop.shutdown()
-    with pytest.raises(DrainingError):
+    with pytest.raises(DrainingError, match="was closed"):
         client.submit(PROMPT, greedy(5))
 
 

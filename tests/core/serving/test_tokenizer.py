@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pydoc_data.topics
 import re
+import threading
 import time
 from typing import Any
 
@@ -295,7 +296,7 @@ def test_templates_have_what_they_are_written_for() -> None:
     assert render("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}") == "<s>Hi</s>"
     assert render("{{ {'b': '<é>', 'a': 1} | tojson }}") == '{"b": "<é>", "a": 1}'
     assert re.fullmatch(r"20\d\d", render("{{ strftime_now('%Y') }}"))
-    assert render("{{ tools is none }}{{ flag }}", flag=7) == "True7"
+    assert render("{{ tools is none }}{{ flag }}", variables={"flag": 7, "self": 1, "index": 2}) == "True7"
     assert (
         render("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ loop.last }}{% endfor %}")
         == "FalseFalse"
@@ -383,3 +384,33 @@ def test_malformed_messages_are_named(message: Any) -> None:
 def test_there_must_be_a_message() -> None:
     with pytest.raises(InvalidRequestError, match="at least one"):
         chat(CHATML).render_chat([])
+
+
+def test_other_threads_go_on_while_a_long_text_is_read() -> None:
+    """Otherwise one client's prompt of a megabyte stops every stream for seconds."""
+    text = "The quick brown fox. " * 20_000
+    begun, ended = threading.Event(), threading.Event()
+    ids: list[int] = []
+
+    def read() -> None:
+        begun.set()
+        ids.extend(BYTE_LEVEL.encode(text))
+        ended.set()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    begun.wait()
+    turns = 0
+    while not ended.wait(0.0005):
+        turns += 1
+    thread.join()
+    assert turns > 5
+    assert ids == BYTE_LEVEL._backend.encode(text).ids
+    assert BYTE_LEVEL.decode(ids) == text
+    with pytest.raises(InvalidRequestError):
+        BYTE_LEVEL.encode("\ud800" + text)
+
+
+def test_the_messages_are_no_variable() -> None:
+    with pytest.raises(InvalidRequestError, match="no variable"):
+        render(CHATML, variables={"messages": []})

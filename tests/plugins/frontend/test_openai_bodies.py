@@ -20,7 +20,7 @@ from drivetrain.plugins.frontend.openai.logprobs import LOWEST_LOGPROB, Completi
 from drivetrain.plugins.frontend.openai.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from drivetrain.plugins.frontend.openai.service import Service
 from drivetrain.serving.types import GenerationRequest, TokenLogprob
-from support.fake_engine import ByteTokenizer, FakeEngine
+from support.fake_engine import BOS, EOS, ByteTokenizer, FakeEngine
 
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
@@ -105,5 +105,17 @@ def test_parts_of_a_character_are_told_apart_by_their_bytes() -> None:
     first, second = "ü".encode()
     entries = [TokenLogprob(first, -0.1, 1), TokenLogprob(second, -0.2, 1), TokenLogprob(65, -0.3, 1)]
     tokenizer: Any = ByteTokenizer()
-    assert CompletionLogprobs(tokenizer).output(entries)["tokens"] == [r"bytes:\xc3", r"bytes:\xbc", "A"]
+    rendered = CompletionLogprobs(tokenizer).output(entries)
+    assert rendered["tokens"] == [r"bytes:\xc3", r"bytes:\xbc", "A"]
+    assert rendered["text_offset"] == [0, 0, 1]
     assert chat_logprobs(tokenizer, entries)["content"][0]["bytes"] == [first]
+
+
+def test_what_the_text_leaves_out_has_no_width() -> None:
+    """The start token before a text, and special tokens of the output unless they are to be seen."""
+    tokenizer: Any = ByteTokenizer()
+    entries = [TokenLogprob(EOS, -0.1, 1), TokenLogprob(65, -0.1, 1)]
+    for skips, after in ((True, [2, 2]), (False, [2, 2 + len("</s>")])):
+        builder = CompletionLogprobs(tokenizer, skips)
+        assert builder.prompt("Hi", [BOS, *b"Hi"], [None] * 3)["text_offset"] == [0, 0, 1]
+        assert builder.output(entries)["text_offset"] == after

@@ -15,7 +15,7 @@ import pytest
 from drivetrain.errors import ConfigError
 from drivetrain.plugins.frontend.openai import OpenAIConfig, OpenAIFrontend
 from drivetrain.serving.types import GenerationRequest, SamplingParams
-from support.fake_engine import FAIL, FakeEngine, FakeHealth
+from support.fake_engine import FAIL, ByteTokenizer, FakeEngine, FakeHealth
 from support.live_server import LiveServer
 
 HELLO = [{"role": "user", "content": "Hello, wörld 🙂!"}]
@@ -180,12 +180,68 @@ def test_what_nobody_foresaw_is_a_500_in_the_same_format() -> None:
         def stats(self) -> dict[str, Any]:
             raise ZeroDivisionError("the secret of the stack")
 
-    with LiveServer(Broken()) as server:
-        response = server.get("/debug/stats")
+    origin = "https://page.example"
+    with LiveServer(Broken(), allow_origins=[origin]) as server, httpx.Client(base_url=server.url) as client:
+        response = client.get("/debug/stats", headers={"x-request-id": "mine-1", "origin": origin})
         assert response.status_code == 500
         assert response.json()["error"]["code"] == "internal_error"
         assert "secret" not in response.text
+        assert response.headers["x-request-id"] == "mine-1"
+        assert response.headers["access-control-allow-origin"] == origin
+        assert client.get("/health").status_code == 200  # over the same connection
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "x" * 20_000}),
+        ("/detokenize", {"tokens": [65] * 20_000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}] * 600}),
+    ],
+)
+def test_a_long_text_is_read_aside(path: str, body: dict[str, Any]) -> None:
+    """While one client's text is rendered, encoded or decoded, the others are answered."""
+    is_answered = threading.Event()
+
+    class Patient(ByteTokenizer):
+        def _wait(self) -> None:
+            assert is_answered.wait(5)
+
+        def encode(self, text: str, **options: Any) -> list[int]:
+            self._wait()
+            return super().encode(text, **options)
+
+        def decode(self, ids: Any, **options: Any) -> str:
+            self._wait()
+            return super().decode(ids, **options)
+
+        def render_chat(self, messages: Any, **options: Any) -> str:
+            self._wait()
+            return super().render_chat(messages, **options)
+
+    engine = FakeEngine(max_model_len=100_000)
+    engine.tokenizer = Patient()
+    with LiveServer(engine) as server:
+        answers: list[int] = []
+        asking = threading.Thread(target=lambda: answers.append(server.post(path, body).status_code))
+        asking.start()
+        time.sleep(0.1)
         assert server.get("/health").status_code == 200
+        is_answered.set()
+        asking.join()
+    assert answers == [200]
+
+
+def test_more_prompts_than_may_ever_wait_are_no_matter_of_time(server: LiveServer, engine: FakeEngine) -> None:
+    before = len(engine.requests)
+    for body in (
+        {"prompt": ["x"] * (engine.max_waiting + 1)},
+        {"prompt": ["x"] * (engine.max_waiting // 64 + 1), "n": 64},
+    ):
+        response = server.post("/v1/completions", body)
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "prompt"
+    assert len(engine.requests) == before
 
 
 # --- who may come in -------------------------------------------------------------------------------------------------
@@ -228,10 +284,13 @@ def test_a_key_among_the_options_is_masked_where_the_selection_is_served() -> No
     assert response.json()["selections"][0]["options"] == {"api_key": [masked, masked], "port": 0}
 
 
-@pytest.mark.parametrize("keys", ["", "  ", [], ["good", ""]])
-def test_an_empty_key_is_no_key(keys: Any) -> None:
+@pytest.mark.parametrize("keys", ["", "  ", [], ["good", ""], "good ", ["\tgood"]])
+def test_a_key_that_nobody_can_send_is_no_key(keys: Any) -> None:
     with pytest.raises(pydantic.ValidationError):
         OpenAIConfig(api_key=keys)
+    if isinstance(keys, str):
+        with pytest.raises(pydantic.ValidationError):
+            OpenAIConfig(admin_token=keys)
 
 
 def test_only_named_origins_may_read_answers() -> None:

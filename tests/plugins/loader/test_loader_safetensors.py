@@ -70,6 +70,16 @@ def test_reads_what_transformers_writes(folder: Path, model: Any) -> None:
         assert checkpoint.tensor(name, torch.bfloat16).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("value", ["3", 3.0, True, ["3"]])
+def test_an_end_token_that_is_none_is_refused(tmp_path: Path, model: Any, value: Any) -> None:
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"eos_token_id": value}))
+    with pytest.raises(LoaderError, match="eos_token_id is no token id"):
+        _ = open_folder(tmp_path).eos_token_ids
+
+
 def test_missing_tensor_is_named_with_the_nearest(folder: Path) -> None:
     with pytest.raises(MissingTensorError, match=r"'model\.norm\.weights'.*'model\.norm\.weight'"):
         open_folder(folder).tensor("model.norm.weights", torch.float32)
@@ -128,6 +138,19 @@ def test_a_damaged_header_is_told(tmp_path: Path, header: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
     with pytest.raises(LoaderError, match=r"model\.safetensors.*header is damaged"):
         open_folder(tmp_path)
+
+
+def test_a_type_that_the_library_does_not_know_is_told(tmp_path: Path) -> None:
+    """Also when it is the type of another tensor than the one that is read."""
+    header = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '
+    header += b'"b": {"dtype": "F31", "shape": [1], "data_offsets": [4, 8]}}'
+    (tmp_path / "config.json").write_text('{"architectures": "LlamaForCausalLM"}')
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    checkpoint = open_folder(tmp_path)
+    with pytest.raises(LoaderError, match=r"model\.safetensors.*header is damaged.*F31"):
+        checkpoint.tensor("a", torch.float32)
+    with pytest.raises(LoaderError, match="architectures must be a list"):
+        _ = checkpoint.architecture
 
 
 def test_no_or_corrupt_config_is_told(tmp_path: Path) -> None:
