@@ -14,7 +14,6 @@ static_assert(kChunk % kTile1 == 0 && kChunk % kTile2 == 0 && kChunk % W == 0);
 constexpr int kFewChunk = 16;            // outputs at a time when weights stream by
 constexpr size_t kFewBytes = 96 << 10;  // of weights that one thread takes at a time
 constexpr int kFewShares = 4;           // of a product for each thread
-constexpr int kFewAhead = 9 << 10;      // bytes that are asked for before they are needed
 static_assert(kFewChunk <= kChunk);
 
 thread_local Scratch decoded;  // weights of one chunk in float32

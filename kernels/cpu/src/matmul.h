@@ -31,6 +31,7 @@ struct Matrix {
 };
 
 constexpr int kFewRows = 4;
+constexpr int kFewAhead = 9 << 10;  // bytes of weights that few rows ask for before they need them
 constexpr int kPanel = 2 * W;  // tokens in a panel
 constexpr int kChunk = 48;     // outputs that one thread takes at a time
 

@@ -128,19 +128,16 @@ template <int R, int M>
 static inline void row_dots(const int8_t* w, size_t stride, const Rounded& x, int first_token, int (*out)[kInts], int at) {
   Sums sums[R][M] = {};
   const int8_t* ints = x.ints + size_t(first_token) * x.stride;
-  int k = 0;
-  for (; k + kBytes <= x.size; k += kBytes) {
-    Bytes row[M];
-#pragma GCC unroll 4
-    for (int t = 0; t < M; t++) row[t] = inputs_at(ints + size_t(t) * x.stride + k);
+  const int k = x.size / kBytes * kBytes;
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      Bytes weights = weights_at(w + r * stride + k);
-      __builtin_prefetch(w + (R + r) * stride + k, 0, 2);
+  for (int r = 0; r < R; r++)  // one row after another: see kFewAhead
+    for (int at = 0; at < k; at += kBytes) {
+      const int8_t* here = w + r * stride + at;
+      __builtin_prefetch(here + kFewAhead, 0, 2);
+      Bytes weights = weights_at(here);
 #pragma GCC unroll 4
-      for (int t = 0; t < M; t++) sums[r][t] = dot_step(sums[r][t], weights, row[t]);
+      for (int t = 0; t < M; t++) sums[r][t] = dot_step(sums[r][t], weights, inputs_at(ints + size_t(t) * x.stride + at));
     }
-  }
 #pragma GCC unroll 4
   for (int t = 0; t < M; t++) {
     int32_t totals[(R + 3) / 4 * 4];
@@ -175,27 +172,21 @@ static void row_sums(const Matrix& m, int first, int count, const Rounded& x, in
 // Sums of R outputs and the three digits of one token. What the moved weights add is taken off before anything is rounded.
 template <int R>
 static inline void digit_dots(const int8_t* w, size_t stride, const Rounded& x, int token, float* out) {
-  Sums sums[R][3] = {};
   const int8_t* ints = x.ints + size_t(3 * token) * x.stride;
-  for (int r = 0; r < R; r++)
-    for (int d = 0; d < 3; d++) sums[r][d][0] = -kMoved * x.totals[3 * token + d];
-  int k = 0;
-  for (; k + kBytes <= x.size; k += kBytes) {
-    Bytes digits[3];
-#pragma GCC unroll 3
-    for (int d = 0; d < 3; d++) digits[d] = inputs_at(ints + size_t(d) * x.stride + k);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      Bytes weights = weights_at(w + r * stride + k);
-      __builtin_prefetch(w + (R + r) * stride + k, 0, 2);
-#pragma GCC unroll 3
-      for (int d = 0; d < 3; d++) sums[r][d] = dot_step(sums[r][d], weights, digits[d]);
-    }
-  }
+  int k = x.size / kBytes * kBytes;
   vf whole[R];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; r++) {
-    auto digit = [&](int d) { return __builtin_convertvector(sums[r][d], vf); };
+  for (int r = 0; r < R; r++) {  // one row after another: see kFewAhead
+    Sums sums[3] = {};
+    for (int d = 0; d < 3; d++) sums[d][0] = -kMoved * x.totals[3 * token + d];
+    for (int at = 0; at < k; at += kBytes) {
+      const int8_t* here = w + r * stride + at;
+      __builtin_prefetch(here + kFewAhead, 0, 2);
+      Bytes weights = weights_at(here);
+#pragma GCC unroll 3
+      for (int d = 0; d < 3; d++) sums[d] = dot_step(sums[d], weights, inputs_at(ints + size_t(d) * x.stride + at));
+    }
+    auto digit = [&](int d) { return __builtin_convertvector(sums[d], vf); };
     whole[r] = digit(0) * 65536.0f + (digit(1) * 256.0f + digit(2));
   }
   if constexpr (R % 4 == 0) {
