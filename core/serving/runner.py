@@ -119,6 +119,7 @@ class ModelRunner:
 
     def reserve(self, kv: KVManager, max_batched_tokens: int, max_running: int) -> None:
         """Make the buffers for steps within these limits."""
+        max_running = min(max_running, max_batched_tokens)  # each sequence of a step has a token at least
         for buffers in self._buffers:
             buffers.reserve(bytes_of_step(kv, max_batched_tokens, max_running))
         self._plan_graphs(kv, max_batched_tokens, max_running)

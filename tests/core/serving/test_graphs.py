@@ -145,6 +145,15 @@ def test_only_a_platform_that_captures_with_a_backend_that_claims_it_takes_part(
     assert recorder.num_captured == 0
 
 
+def test_no_step_has_more_sequences_than_tokens() -> None:
+    """So a scheduler that lets any number run has no steps captured that can't come."""
+    recorder = Recorder()
+    engine = make(recorder, max_running=10**6)
+    engine.runner.capture_ahead(silent)
+    assert recorder.num_captured == len(captured_sizes(16))
+    assert outputs(engine) == outputs(make(None, max_running=10**6))
+
+
 def test_all_sizes_are_captured_ahead_and_none_later() -> None:
     recorder = Recorder()
     engine = make(recorder)
