@@ -18,7 +18,7 @@ from drivetrain.assembly import resolve_parts
 from drivetrain.config import load_settings
 from drivetrain.contracts.attention import PAGED_SCALED, ScaledCache
 from drivetrain.contracts.plugin import Probe, ProbeContext
-from drivetrain.contracts.versions import fit
+from drivetrain.contracts.versions import ContractVersion, fit
 from drivetrain.errors import NoCandidateError, PluginError, SwapError
 from drivetrain.plugins.attention.sdpa import SdpaAttention
 from drivetrain.registry import Registry
@@ -155,7 +155,7 @@ class OldAttention(SdpaAttention):
 
 def test_a_backend_of_an_older_contract_is_not_given_a_format_that_it_does_not_know() -> None:
     lifted = fit("attention", OldAttention, where="attention/old")
-    assert lifted.contract_version == "1.2"
+    assert lifted.contract_version == str(ContractVersion.spoken("attention"))
     assert lifted.probe(ProbeContext()).ok
     assert lifted.probe(ProbeContext(kv="int8")).code == "unsupported_kv"
 
