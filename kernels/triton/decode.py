@@ -22,7 +22,7 @@ import triton.language as tl
 
 from drivetrain.contracts.attention import AttentionBatch, LayerAttention
 from drivetrain.kernels.triton.codes import from_codes, load_scales, parts_of, to_codes
-from drivetrain.kernels.triton.flash import cap_scores, score_constants
+from drivetrain.kernels.triton.flash import LayerLaunch, cap_scores, score_constants
 from drivetrain.kernels.triton.launch import INTERPRETED, dot, num_processors, power_of_two
 from drivetrain.kernels.triton.tuning import FUSED, Blocks
 from drivetrain.pages import Pages
@@ -527,9 +527,8 @@ class Rehearsal:
         return q_SHD, torch.empty(q_SHD.shape, dtype=q_SHD.dtype, device=device), table, chunks
 
 
-class Decode:
-    """A launch for one kind of layer in a step. What does not change from layer to layer is put together once, and the
-    layers share the memory of their chunks' results, one after another."""
+class Decode(LayerLaunch):
+    """One new token a sequence. Layers share the memory of their chunks' results, one after another."""
 
     def __init__(
         self,
@@ -549,8 +548,7 @@ class Decode:
         num_parts = room * groups * padded
         memory = torch.empty(num_parts * (block_d + 1), dtype=torch.float32, device=q_THD.device)
         parts, logs = memory.split((num_parts * block_d, num_parts))
-        self._launch = _decode[(room * groups,)]
-        self._common = (
+        common = (
             parts,
             logs,
             chunks.items,
@@ -563,7 +561,7 @@ class Decode:
             *values_BNGD.stride()[:3],
             table.stride(0),
         )
-        self._constants = {
+        constants = {
             "G": groups,
             "R": shared,
             "P": padded,
@@ -578,8 +576,4 @@ class Decode:
             "BLOCK_C": max(1, _MERGED_NUMBERS // (padded * block_d)),
             **blocks.launch,
         }
-
-    def __call__(self, q_THD: torch.Tensor, keys: Pages, values: Pages, out_THD: torch.Tensor) -> None:
-        """Attend into the rows of ``out_THD`` that belong to the sequences of the chunks."""
-        (k, k_scales, _), (v, v_scales, _) = parts_of(keys), parts_of(values)
-        self._launch(q_THD, k, v, k_scales, v_scales, out_THD, *self._common, **self._constants)
+        super().__init__(_decode[(room * groups,)], common, constants)

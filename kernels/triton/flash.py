@@ -383,9 +383,22 @@ def layer_constants(layer: LayerAttention) -> dict[str, Any]:
     }
 
 
-class Forward:
+class LayerLaunch:
     """A launch for one kind of layer in a step. What does not change from layer to layer is put together once: it takes
-    Python longer than a step of few tokens takes the device.
+    Python longer than a step of few tokens takes the device."""
+
+    def __init__(self, launch: Callable[..., Any], common: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        """common: arguments behind queries, keys, values, their scales and the output, which are a layer's own."""
+        self._launch, self._common, self._constants = launch, common, constants
+
+    def __call__(self, q_THD: torch.Tensor, keys: Pages, values: Pages, out_THD: torch.Tensor) -> None:
+        """Attend into those rows of ``out_THD`` that the launch is about."""
+        (k, k_scales, _), (v, v_scales, _) = parts_of(keys), parts_of(values)
+        self._launch(q_THD, k, v, k_scales, v_scales, out_THD, *self._common, **self._constants)
+
+
+class Forward(LayerLaunch):
+    """Several new tokens a sequence.
 
     Keys and values are [T, G, D] of the step itself, or a cache [B, N, G, D] with the sequences' ``table`` of blocks.
     """
@@ -412,8 +425,7 @@ class Forward:
         (k, _, form), (v, _, _) = parts_of(keys), parts_of(values)
         strides = [x.stride()[:3] if is_paged else (0, *x.stride()[:2]) for x in (k, v)]
         self._is_empty = tiles.shape[0] == 0
-        self._launch = _forward[(tiles.shape[0], layer.num_kv_heads)]
-        self._common = (
+        common = (
             log_TH,
             tiles,
             table,
@@ -426,17 +438,15 @@ class Forward:
             *strides[1],
             0 if table is None else table.stride(0),
         )
-        self._constants = {
+        constants = {
             "N": k.shape[1] if is_paged else 0,
             "FORMAT": form,
             "KEEPS_LOG": log_TH is not None,
             **layer_constants(layer),
             **blocks.launch,
         }
+        super().__init__(_forward[(tiles.shape[0], layer.num_kv_heads)], common, constants)
 
     def __call__(self, q_THD: torch.Tensor, keys: Pages, values: Pages, out_THD: torch.Tensor) -> None:
-        """Attend into ``out_THD``."""
-        if self._is_empty:
-            return
-        (k, k_scales, _), (v, v_scales, _) = parts_of(keys), parts_of(values)
-        self._launch(q_THD, k, v, k_scales, v_scales, out_THD, *self._common, **self._constants)
+        if not self._is_empty:
+            super().__call__(q_THD, keys, values, out_THD)

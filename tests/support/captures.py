@@ -66,6 +66,15 @@ class Recorder:
         return replay
 
 
+def outputs_of_many(engine: Engine, count: int = 12) -> dict[tuple[str, int], list[int]]:
+    """What requests with prompts and answers of different lengths give; the engine is closed."""
+    for number, prompt in enumerate(prompts(count, length=7)):
+        add(engine, f"r{number}", prompt * (1 + number % 3), greedy(5 + 3 * (number % 4)))
+    tokens = finish(engine).tokens
+    engine.close()
+    return tokens
+
+
 def expect_the_same_blocks(capturing: Engine, plain: Engine, num_blocks: int) -> None:
     """Every block that a sequence can get is as a plain run leaves it; there is one more, which is nobody's."""
     caches = []

@@ -10,7 +10,7 @@ Shapes: T tokens of a step; N rows whose logits are wanted; V vocabulary; B bloc
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -314,10 +314,15 @@ def make_engine(
     settings: EngineSettings | None = None,
     observers: Observers | None = None,
     make_decoder: Callable[[Sequence[int], bool], LetterDecoder] | None = None,
+    attention: type[FakeAttention] | None = None,
+    captures: Mapping[str, Any] | None = None,
     **scheduler_options: object,
 ) -> Engine:
-    """An engine on the fake model. Refuses a cache that could not hold one request of ``max_model_len`` tokens."""
-    model, attention = FakeLM(windows, max_model_len), FakeAttention(block_size)
+    """An engine on the fake model. Refuses a cache that could not hold one request of ``max_model_len`` tokens.
+
+    captures: what ``ModelRunner`` is told of capturing steps.
+    """
+    model, backend = FakeLM(windows, max_model_len), (attention or FakeAttention)(block_size)
     spec = model.spec.attention
     counts = [num_blocks] * len(spec.groups) if isinstance(num_blocks, int) else list(num_blocks)
     kv = KVManager(
@@ -333,7 +338,7 @@ def make_engine(
     if isinstance(scheduler, str):
         scheduler = make_scheduler(scheduler, max_batched_tokens, max_running, **scheduler_options)
     return Engine(
-        ModelRunner(model, attention, counts, torch.device("cpu")),
+        ModelRunner(model, backend, counts, torch.device("cpu"), **(captures or {})),
         kv,
         scheduler,
         EngineLimits(max_model_len, VOCAB_SIZE, END_TOKENS),

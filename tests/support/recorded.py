@@ -9,12 +9,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpretedFunction
+
+from drivetrain import LLM, SamplingParams, assembly
 
 ASKS_THE_DEVICE = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.is_nonzero.default"}
 """What waits for a value; a graph can't hold it."""
@@ -87,3 +91,28 @@ def _kernels_into(actions: list[Action]) -> Iterator[None]:
         yield
     finally:
         InterpretedFunction.run = run
+
+
+def expect_the_same_tokens(
+    model: Path,
+    prompts: list[Any],
+    max_tokens: int,
+    max_batched_tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
+    **parts: Any,
+) -> Recorder:
+    """A model served with paged-triton, three requests at a time, gives the same whether its steps are recorded and
+    replayed or not; returns what recorded them."""
+    parts |= {"platform": {"name": "cpu", "threads": 1}, "attention": {"name": "paged-triton", "block_size": 16}}
+    parts["scheduler"] = {"name": "fcfs", "max_running": 3, "max_batched_tokens": max_batched_tokens}
+    engine: dict[str, Any] = {"max_model_len": 64, "kv_memory": "1MiB"}
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    with LLM(model, **parts, engine={**engine, "graphs": "off"}) as llm:
+        wanted = [result.token_ids for result in llm.generate(prompts, params)]
+    recorder = Recorder()
+    monkeypatch.setattr(assembly, "_capture", lambda parts: recorder)
+    with LLM(model, **parts, engine={**engine, "graphs": "on"}) as llm:
+        assert [result.token_ids for result in llm.generate(prompts, params)] == wanted
+        assert [result.token_ids for result in llm.generate(prompts[:1], params)] == wanted[:1]
+        assert llm.stats()["fallbacks"] == 0
+    return recorder

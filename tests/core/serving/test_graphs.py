@@ -11,29 +11,13 @@ import torch
 from drivetrain.config import EngineSettings
 from drivetrain.contracts.source import silent
 from drivetrain.errors import GraphCaptureError
-from drivetrain.serving.blocks import KVManager
-from drivetrain.serving.engine import Engine, EngineLimits
+from drivetrain.serving.engine import Engine
 from drivetrain.serving.graphs import captured_sizes, why_no_graphs
-from drivetrain.serving.runner import ModelRunner
 from drivetrain.serving.types import FinishReason
 from support.captures import GraphSafeAttention, Recorder, expect_the_same_blocks
-from support.fake_model import (
-    END_TOKENS,
-    VOCAB_SIZE,
-    FakeAttention,
-    FakeClock,
-    FakeLM,
-    LetterDecoder,
-    add,
-    finish,
-    greedy,
-    make_engine,
-    make_scheduler,
-    prompts,
-)
+from support.fake_model import FakeAttention, add, finish, greedy, make_engine, prompts
 
 torch.set_num_threads(1)
-WINDOWS = (None, 5)
 
 
 def make(
@@ -45,17 +29,12 @@ def make(
     must_capture: bool = False,
     num_blocks: Sequence[int] = (40, 40),
 ) -> Engine:
-    model, backend = FakeLM(WINDOWS, 64), attention(4)
-    spec = model.spec.attention
-    kv = KVManager(spec.groups, num_blocks, 4, max_running=max_running, max_tokens=64, prefix_cache=True, salt="fake")
-    return Engine(
-        ModelRunner(model, backend, num_blocks, torch.device("cpu"), capture, must_capture=must_capture),
-        kv,
-        make_scheduler("fcfs", 16, max_running),
-        EngineLimits(64, VOCAB_SIZE, END_TOKENS),
-        EngineSettings(overlap=overlap),  # type: ignore[arg-type]
-        lambda prompt, skip: LetterDecoder(),
-        clock=FakeClock(),
+    return make_engine(
+        num_blocks=num_blocks,
+        max_running=max_running,
+        settings=EngineSettings(overlap=overlap),  # type: ignore[arg-type]
+        attention=attention,
+        captures={"capture": capture, "must_capture": must_capture},
     )
 
 
@@ -112,7 +91,7 @@ def test_what_is_exchanged_is_captured_anew() -> None:
 
 
 def outputs_of_one() -> list[int]:
-    engine = make_engine(windows=WINDOWS)
+    engine = make_engine()
     add(engine, "c", next(prompts(1)), greedy(6))
     return finish(engine).tokens["c", 0]
 

@@ -14,30 +14,15 @@ from drivetrain import LLM, SamplingParams, assembly
 from drivetrain.config import EngineSettings
 from drivetrain.contracts.source import silent
 from drivetrain.errors import GraphCaptureError
-from drivetrain.serving.blocks import KVManager
-from drivetrain.serving.engine import Engine, EngineLimits
+from drivetrain.serving.engine import Engine
 from drivetrain.serving.graphs import Capture, token_sizes
-from drivetrain.serving.runner import ModelRunner
 from drivetrain.serving.types import FinishReason
-from support.captures import GraphSafeAttention, expect_the_same_blocks
+from support.captures import GraphSafeAttention, expect_the_same_blocks, outputs_of_many
 from support.captures import Recorder as DecodeRecorder
-from support.fake_model import (
-    END_TOKENS,
-    VOCAB_SIZE,
-    FakeAttention,
-    FakeClock,
-    FakeLM,
-    LetterDecoder,
-    add,
-    finish,
-    greedy,
-    make_scheduler,
-    prompts,
-)
+from support.fake_model import WINDOWS, add, finish, greedy, make_engine, prompts
 from support.tiny_models import save_tiny
 
 torch.set_num_threads(1)
-WINDOWS = (None, 5)
 Between = Callable[[Callable[[], None]], None]
 
 
@@ -73,37 +58,22 @@ def make(
     max_tokens: int = 40,
     must_capture: bool = False,
 ) -> Engine:
-    model, num_blocks = FakeLM(WINDOWS, 64), (60, 60)
-    backend = FakeAttention(4) if capture is None else GraphSafeAttention(4)
-    groups = model.spec.attention.groups
-    kv = KVManager(groups, num_blocks, 4, max_running=6, max_tokens=64, prefix_cache=True, salt="fake")
-    return Engine(
-        ModelRunner(
-            model, backend, num_blocks, torch.device("cpu"), capture, capture_pieces=recorder, must_capture=must_capture
-        ),
-        kv,
-        make_scheduler("fcfs", max_tokens, 6),
-        EngineLimits(64, VOCAB_SIZE, END_TOKENS),
-        EngineSettings(overlap=overlap),  # type: ignore[arg-type]
-        lambda prompt, skip: LetterDecoder(),
-        clock=FakeClock(),
+    return make_engine(
+        num_blocks=60,
+        max_running=6,
+        max_batched_tokens=max_tokens,
+        settings=EngineSettings(overlap=overlap),  # type: ignore[arg-type]
+        attention=None if capture is None else GraphSafeAttention,
+        captures={"capture": capture, "capture_pieces": recorder, "must_capture": must_capture},
     )
-
-
-def outputs(engine: Engine, count: int = 12) -> dict[tuple[str, int], list[int]]:
-    for number, prompt in enumerate(prompts(count, length=7)):
-        add(engine, f"r{number}", prompt * (1 + number % 3), greedy(5 + 3 * (number % 4)))
-    tokens = finish(engine).tokens
-    engine.close()
-    return tokens
 
 
 @pytest.mark.parametrize("overlap", ["off", "on"])
 @pytest.mark.parametrize("max_tokens", [9, 16, 40])
 def test_replayed_steps_give_what_plain_ones_give(max_tokens: int, overlap: str) -> None:
     recorder = Recorder()
-    found = outputs(make(recorder, overlap=overlap, max_tokens=max_tokens))
-    assert found == outputs(make(None, max_tokens=max_tokens))
+    found = outputs_of_many(make(recorder, overlap=overlap, max_tokens=max_tokens))
+    assert found == outputs_of_many(make(None, max_tokens=max_tokens))
     assert recorder.num_replayed > 5
     assert recorder.num_between == recorder.num_replayed * len(WINDOWS)
     assert recorder.num_captured <= len(token_sizes(max_tokens))
@@ -128,7 +98,7 @@ def test_all_sizes_are_captured_ahead_and_none_later() -> None:
     engine.runner.capture_ahead(lambda what, done, total, unit: told.append((done, total)))
     assert recorder.num_captured == len(token_sizes(40)) == 3
     assert told == [(done, 3) for done in range(4)]
-    assert outputs(engine) == outputs(make(None))
+    assert outputs_of_many(engine) == outputs_of_many(make(None))
     assert recorder.num_captured == 3
 
 
@@ -154,8 +124,8 @@ def test_a_capture_that_fails_is_a_warning_or_an_error(caplog: pytest.LogCapture
     error = RuntimeError("operation not permitted when stream is capturing")
     with caplog.at_level(logging.WARNING, "drivetrain"):
         engine = make(Recorder(error))
-        tokens = outputs(engine)
-    assert tokens == outputs(make(None))
+        tokens = outputs_of_many(engine)
+    assert tokens == outputs_of_many(make(None))
     assert engine.metrics.snapshot()["fallbacks"] == 1
     assert [record.message for record in caplog.records if "not permitted" in record.message]
     caplog.set_level(logging.CRITICAL, "drivetrain")
@@ -184,14 +154,14 @@ def test_where_decode_steps_cannot_be_captured_nothing_else_is_tried() -> None:
     decodes = DecodeRecorder()
     engine = make(Recorder(RuntimeError("not permitted")), capture=decodes)
     engine.runner.capture_ahead(silent)
-    assert outputs(engine) == outputs(make(None))
+    assert outputs_of_many(engine) == outputs_of_many(make(None))
     assert decodes.num_replayed > 5
     assert engine.metrics.snapshot()["fallbacks"] == 1
 
 
 def test_both_kinds_of_steps_are_replayed_in_one_engine() -> None:
     pieces, decodes = Recorder(), DecodeRecorder()
-    assert outputs(make(pieces, capture=decodes, overlap="on")) == outputs(make(None))
+    assert outputs_of_many(make(pieces, capture=decodes, overlap="on")) == outputs_of_many(make(None))
     assert pieces.num_replayed > 2
     assert decodes.num_replayed > 5
 

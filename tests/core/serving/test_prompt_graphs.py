@@ -12,28 +12,19 @@ from drivetrain.config import EngineSettings
 from drivetrain.contracts.attention import AttentionBatch
 from drivetrain.contracts.source import silent
 from drivetrain.errors import GraphCaptureError
-from drivetrain.serving.blocks import KVManager
-from drivetrain.serving.engine import Engine, EngineLimits
+from drivetrain.serving.engine import Engine
 from drivetrain.serving.graphs import captured_sizes, token_sizes
-from drivetrain.serving.runner import ModelRunner
 from drivetrain.serving.types import FinishReason
-from support.captures import GraphSafeAttention, PromptSafeAttention, Recorder, expect_the_same_blocks
-from support.fake_model import (
-    END_TOKENS,
-    VOCAB_SIZE,
-    FakeAttention,
-    FakeClock,
-    FakeLM,
-    LetterDecoder,
-    add,
-    finish,
-    greedy,
-    make_scheduler,
-    prompts,
+from support.captures import (
+    GraphSafeAttention,
+    PromptSafeAttention,
+    Recorder,
+    expect_the_same_blocks,
+    outputs_of_many,
 )
+from support.fake_model import FakeAttention, add, finish, greedy, make_engine, prompts
 
 torch.set_num_threads(1)
-WINDOWS = (None, 5)
 MAX_RUNNING = 6
 
 
@@ -50,34 +41,15 @@ def make(
     num_blocks: Sequence[int] = (60, 60),
     must_capture: bool = False,
 ) -> Engine:
-    model = FakeLM(WINDOWS, 64)
-    groups = model.spec.attention.groups
-    kv = KVManager(groups, num_blocks, 4, max_running=MAX_RUNNING, max_tokens=64, prefix_cache=True, salt="fake")
-    return Engine(
-        ModelRunner(
-            model,
-            attention(4),
-            num_blocks,
-            torch.device("cpu"),
-            recorder,
-            capture_pieces=None if recorder is None else no_pieces,
-            must_capture=must_capture,
-        ),
-        kv,
-        make_scheduler("fcfs", max_tokens, MAX_RUNNING),
-        EngineLimits(64, VOCAB_SIZE, END_TOKENS),
-        EngineSettings(overlap=overlap),  # type: ignore[arg-type]
-        lambda prompt, skip: LetterDecoder(),
-        clock=FakeClock(),
+    captures = {"capture": recorder, "capture_pieces": recorder and no_pieces, "must_capture": must_capture}
+    return make_engine(
+        num_blocks=num_blocks,
+        max_running=MAX_RUNNING,
+        max_batched_tokens=max_tokens,
+        settings=EngineSettings(overlap=overlap),  # type: ignore[arg-type]
+        attention=attention,
+        captures=captures,
     )
-
-
-def outputs(engine: Engine, count: int = 12) -> dict[tuple[str, int], list[int]]:
-    for number, prompt in enumerate(prompts(count, length=7)):
-        add(engine, f"r{number}", prompt * (1 + number % 3), greedy(5 + 3 * (number % 4)))
-    tokens = finish(engine).tokens
-    engine.close()
-    return tokens
 
 
 @pytest.mark.parametrize("overlap", ["off", "on"])
@@ -86,7 +58,9 @@ def test_replayed_steps_give_what_plain_ones_give(max_tokens: int, num_blocks: t
     """With prompts cut in chunks, prefixes found again, and requests preempted where blocks are few."""
     recorder = Recorder()
     engine = make(recorder, overlap=overlap, max_tokens=max_tokens, num_blocks=num_blocks)
-    assert outputs(engine) == outputs(make(None, attention=FakeAttention, max_tokens=max_tokens, num_blocks=num_blocks))
+    assert outputs_of_many(engine) == outputs_of_many(
+        make(None, attention=FakeAttention, max_tokens=max_tokens, num_blocks=num_blocks)
+    )
     assert recorder.num_replayed > 10
     assert recorder.num_captured <= len(token_sizes(max_tokens)) + len(captured_sizes(MAX_RUNNING))
     if num_blocks[0] < 60:
@@ -96,7 +70,7 @@ def test_replayed_steps_give_what_plain_ones_give(max_tokens: int, num_blocks: t
 def test_every_step_of_a_size_has_as_many_sequences_and_tokens() -> None:
     """So that whatever is launched for the first is right for all."""
     engine = make(Recorder())
-    outputs(engine)
+    outputs_of_many(engine)
     attention = engine.runner.attention
     assert isinstance(attention, PromptSafeAttention)
 
@@ -118,7 +92,7 @@ def test_all_sizes_are_captured_ahead_and_none_later() -> None:
     engine.runner.capture_ahead(lambda what, done, total, unit: told.append((what, done, total)))
     assert recorder.num_captured == len(token_sizes(40)) + len(captured_sizes(MAX_RUNNING)) == 7
     assert told[-4:] == [("capturing steps by tokens", done, 3) for done in range(4)]
-    assert outputs(engine) == outputs(make(None))
+    assert outputs_of_many(engine) == outputs_of_many(make(None))
     assert recorder.num_captured == 7
 
 
@@ -155,8 +129,8 @@ def test_a_capture_that_fails_is_a_warning_or_an_error(caplog: pytest.LogCapture
     error = RuntimeError("operation not permitted when stream is capturing")
     with caplog.at_level(logging.WARNING, "drivetrain"):
         engine = make(Recorder(error))
-        tokens = outputs(engine)
-    assert tokens == outputs(make(None))
+        tokens = outputs_of_many(engine)
+    assert tokens == outputs_of_many(make(None))
     assert [record.message for record in caplog.records if "not permitted" in record.message]
     caplog.set_level(logging.CRITICAL, "drivetrain")
     engine = make(Recorder(error), must_capture=True)

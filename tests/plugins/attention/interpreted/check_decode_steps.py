@@ -5,19 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from drivetrain import LLM, SamplingParams, assembly
 from drivetrain.contracts.attention import AttentionBatch, AttentionSpec
 from drivetrain.kernels.triton import decode
 from drivetrain.pages import read_blocks
 from drivetrain.plugins.attention.paged_triton import PagedTritonAttention
 from drivetrain.testing.attention_oracle import plain_attention, whole_batch
 from drivetrain.testing.suites.attention import TOLERANCES, spec_of
-from support.recorded import Recorder
+from support.recorded import Recorder, expect_the_same_tokens
 from support.tiny_models import save_tiny
 
 torch.set_num_threads(1)
@@ -186,19 +184,7 @@ def test_a_recorded_step_reads_lengths_blocks_and_tokens_anew(
 def test_replayed_decodes_of_a_model_give_its_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From embedding to logits, everything in a decode step reads what lies in the buffers, rows of nobody included."""
     save_tiny("llama", tmp_path / "model")
-    engine = {"max_model_len": 64, "graphs": "off"}
-    options: dict[str, Any] = {"platform": {"name": "cpu", "threads": 1}, "kernels": "triton"}
-    options["scheduler"] = {"name": "fcfs", "max_running": 3, "max_batched_tokens": 16}
     prompts = ["The quick brown fox", "There is more", "x"]
-    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-    attention = {"name": "paged-triton", "block_size": 16}
-    with LLM(tmp_path / "model", **options, engine=engine, attention=attention) as llm:
-        wanted = [result.token_ids for result in llm.generate(prompts, params)]
-    recorder = Recorder()
-    monkeypatch.setattr(assembly, "_capture", lambda parts: recorder)
-    engine["graphs"] = "on"
-    with LLM(tmp_path / "model", **options, engine=engine, attention=attention) as llm:
-        assert [result.token_ids for result in llm.generate(prompts, params)] == wanted
-        assert [result.token_ids for result in llm.generate(prompts[:1], params)] == wanted[:1]
+    recorder = expect_the_same_tokens(tmp_path / "model", prompts, 8, 16, monkeypatch, kernels="triton")
     assert recorder.num_captured == 3 + 1, "decodes of one, two and four, and other steps, all of them ahead"
     assert recorder.num_replayed >= 14

@@ -12,14 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drivetrain import LLM, SamplingParams, assembly
 from drivetrain.contracts.attention import AttentionBatch, AttentionSpec
 from drivetrain.kernels.triton import decode, flash
 from drivetrain.pages import read_blocks
 from drivetrain.plugins.attention.paged_triton import PagedTritonAttention, StepPlan
 from drivetrain.testing.attention_oracle import plain_attention
 from drivetrain.testing.suites.attention import TOLERANCES, spec_of
-from support.recorded import Recorder
+from support.recorded import Recorder, expect_the_same_tokens
 from support.tiny_models import save_tiny
 
 torch.set_num_threads(1)
@@ -172,19 +171,7 @@ def test_replayed_steps_of_a_model_give_its_tokens(
 ) -> None:
     """Prompts whole and in chunks beside decodes, from embedding to the last norm; with windows in some layers."""
     save_tiny(architecture, tmp_path / "model")
-    engine: dict[str, Any] = {"max_model_len": 64, "kv_memory": "1MiB", "graphs": "off"}
-    options: dict[str, Any] = {"platform": {"name": "cpu", "threads": 1}, "precision": "fp32", "kernels": "reference"}
-    options["scheduler"] = {"name": "fcfs", "max_running": 3, "max_batched_tokens": 20}
     prompts = [[5 + n for n in range(count)] for count in (3, 33, 9, 17)]
-    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    attention = {"name": "paged-triton", "block_size": 16}
-    with LLM(tmp_path / "model", **options, engine=engine, attention=attention) as llm:
-        wanted = [result.token_ids for result in llm.generate(prompts, params)]
-    recorder = Recorder()
-    monkeypatch.setattr(assembly, "_capture", lambda parts: recorder)
-    engine["graphs"] = "on"
-    with LLM(tmp_path / "model", **options, engine=engine, attention=attention) as llm:
-        assert [result.token_ids for result in llm.generate(prompts, params)] == wanted
-        assert llm.stats()["fallbacks"] == 0
+    recorder = expect_the_same_tokens(tmp_path / "model", prompts, 4, 20, monkeypatch, kernels="reference")
     assert recorder.num_captured == 3 + 2, "decodes of one, two and four; steps of 16 and 20 tokens"
-    assert recorder.num_replayed >= 8
+    assert recorder.num_replayed >= 9
