@@ -47,6 +47,7 @@ class PciDevice:
     slot:       ``"0000:17:00.0"``.
     class_code: 24 bits: base class, subclass, interface.
     driver:     kernel driver bound to it; None when there is none.
+    model:      what its driver calls it; None where it tells nothing.
     """
 
     slot: str
@@ -54,6 +55,7 @@ class PciDevice:
     device_id: int
     class_code: int
     driver: str | None = None
+    model: str | None = None
 
     @property
     def vendor(self) -> str:
@@ -65,7 +67,7 @@ class PciDevice:
         return self.class_code >> 16 == _ACCELERATOR_CLASS or self.vendor_id in (NVIDIA, AMD, INTEL)
 
     def __str__(self) -> str:
-        return f"{self.vendor} device {self.device_id:#06x} at {self.slot}"
+        return f"{self.model or f'{self.vendor} device {self.device_id:#06x}'} at {self.slot}"
 
 
 @dataclass(frozen=True)
@@ -154,11 +156,11 @@ def read_accelerators(root: Path = ROOT) -> tuple[PciDevice, ...]:
     bus = root / "sys/bus/pci/devices"
     if not bus.is_dir():
         return ()
-    found = (_read_pci_device(entry) for entry in sorted(bus.iterdir()))
+    found = (_read_pci_device(root, entry) for entry in sorted(bus.iterdir()))
     return tuple(device for device in found if device is not None)
 
 
-def _read_pci_device(entry: Path) -> PciDevice | None:
+def _read_pci_device(root: Path, entry: Path) -> PciDevice | None:
     class_code = _read_number(entry / "class")
     vendor_id, device_id = _read_number(entry / "vendor"), _read_number(entry / "device")
     if class_code is None or vendor_id is None or device_id is None:
@@ -166,7 +168,15 @@ def _read_pci_device(entry: Path) -> PciDevice | None:
     if class_code >> 16 not in (_DISPLAY_CLASS, _ACCELERATOR_CLASS):
         return None
     driver = entry / "driver"
-    return PciDevice(entry.name, vendor_id, device_id, class_code, driver.resolve().name if driver.exists() else None)
+    name = driver.resolve().name if driver.exists() else None
+    return PciDevice(entry.name, vendor_id, device_id, class_code, name, _read_model(root, entry))
+
+
+def _read_model(root: Path, entry: Path) -> str | None:
+    """The name that NVIDIA's and AMD's drivers give a device."""
+    told = read_text(root / "proc/driver/nvidia/gpus" / entry.name / "information") or ""
+    names = [line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("Model:")]
+    return next(filter(None, [*names, (read_text(entry / "product_name") or "").strip()]), None)
 
 
 # --- processor -----------------------------------------------------------------------------------------------------

@@ -82,6 +82,14 @@ def token_sizes(max_tokens: int) -> list[int]:
     return [*(size for size in sizes if size < most), most]
 
 
+def launched_sizes(max_tokens: int, most_captured: int) -> list[int]:
+    """Numbers of tokens of steps that are not captured: each twice the one before, and the largest there may be."""
+    sizes = [2 * most_captured]
+    while sizes[-1] < max_tokens:
+        sizes.append(2 * sizes[-1])
+    return [*(size for size in sizes if size < max_tokens), max_tokens] if max_tokens > most_captured else []
+
+
 @dataclass(frozen=True, eq=False)
 class StepParts:
     """What captured steps compute with."""

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 
-from drivetrain.contracts.attention import AttentionBackend, AttentionSpec, KVCache
+from drivetrain.contracts.attention import AttentionBackend, AttentionBatch, AttentionSpec, KVCache
 from drivetrain.contracts.model import CausalLM
 from drivetrain.contracts.source import Progress
 from drivetrain.errors import GraphCaptureError
 from drivetrain.serving.blocks import KVManager
 from drivetrain.serving.graphs import (
+    MOST_TOKENS,
     Capture,
     CapturedSteps,
     DecodeGraphs,
     GraphLimits,
     StepParts,
+    launched_sizes,
     why_no_graphs,
     with_scratch,
 )
@@ -31,6 +34,9 @@ from drivetrain.serving.prompt_graphs import PromptGraphs, can_capture_prompts
 from drivetrain.serving.request import Request
 
 _log = logging.getLogger("drivetrain")
+
+_FEWEST_TOKENS = 8
+"""Steps of more are computed ahead where only decodes are captured."""
 
 Copies = Sequence[Sequence[Sequence[tuple[int, int]]]]
 """For each KV group the runs of (source, destination) that ``KVManager.take_copies`` gives."""
@@ -159,8 +165,11 @@ class ModelRunner:
         return self.model.forward(inputs.ids_T, inputs.positions_T, step)
 
     def capture_ahead(self, progress: Progress) -> None:
-        """Capture steps before the first request, so that none waits for it. Raises GraphCaptureError where they must
-        be captured."""
+        """Capture steps before the first request, so that none waits for it, and compute such that are not captured:
+        what kernels compile or measure on first use is then there. Raises GraphCaptureError where steps must be
+        captured."""
+        if not self.captured:
+            return
         with torch.inference_mode():
             try:
                 if self._graphs is not None:
@@ -172,6 +181,43 @@ class ModelRunner:
                     self._prompts.capture_ahead(progress)
             except GraphCaptureError as error:
                 self._do_without_prompts(error)
+            self._compute_ahead(progress)
+
+    def _compute_ahead(self, progress: Progress) -> None:
+        assert self._graph_limits is not None
+        most = self._graph_limits.max_tokens
+        sizes = launched_sizes(most, min(most, MOST_TOKENS) if self._prompts is not None else _FEWEST_TOKENS)
+        what = "computing steps that are not captured"
+        for index, size in enumerate(sizes):
+            progress(what, index, len(sizes), "sizes")
+            try:
+                self._compute_nobodys(size, self._graph_limits)
+            except torch.OutOfMemoryError as error:
+                _log.warning("there is too little memory for a step of %d tokens: %s", size, error)
+                return
+        if sizes:
+            progress(what, len(sizes), len(sizes), "sizes")
+
+    def _compute_nobodys(self, size: int, limits: GraphLimits) -> None:
+        """A prompt and a decode that are nobody's, ``size`` tokens together."""
+        device, width = self.device, math.ceil(size / limits.block_size)
+        lengths = [size - 1, 1]
+        batch = AttentionBatch(
+            query_lengths=lengths,
+            context_lengths=[0, 0],
+            query_starts=torch.tensor([0, size - 1, size], dtype=torch.int32, device=device),
+            kv_lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
+            block_tables=tuple(
+                torch.full((2, width), scratch, dtype=torch.int32, device=device) for scratch in limits.scratch_blocks
+            ),
+            slots=tuple(
+                torch.full((size,), scratch * limits.block_size, dtype=torch.int64, device=device)
+                for scratch in limits.scratch_blocks
+            ),
+        )
+        tokens_T = torch.zeros(size, dtype=torch.int64, device=device)
+        hidden_TE = self.model.forward(tokens_T, tokens_T, self.attention.begin(self.spec, batch, self.cache))
+        self.model.logits(hidden_TE[-2:])
 
     def _do_without_graphs(self, error: GraphCaptureError) -> None:
         """What a decode step can't be recorded for lies in other steps too."""

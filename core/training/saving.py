@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Container, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,13 @@ class RunState:
             self._store.prune()
             if self._observers is not None:
                 self._observers.notify("state_saved", path=str(self._store.folder), step=step)
+
+    def abandon(self) -> None:
+        """The run ends early: until the save that is under way has ended, with whatever outcome, so that who goes on
+        finds it."""
+        if self._saving is not None:
+            with suppress(StoreError):  # the store has told it, and another error is on its way to the caller
+                self._saving[1].wait()
 
     def newest(self) -> int | None:
         """The step of the newest complete state, as rank 0 sees it."""

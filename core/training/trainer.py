@@ -449,6 +449,7 @@ class Assembled:
             finally:
                 if pulse is not None:
                     pulse.rest()
+                self.state.abandon()
                 self.trackers.finish(outcome)
             return TrainingResult(self._export(), run.step_number, tuple(losses))
 

@@ -44,7 +44,7 @@ def slope(x: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
         return s * (1.0 + x * (1.0 - s) * 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * x * x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks_per_row"])
 def _forward(
     gate_ptr: tl.tensor,
     up_ptr: tl.tensor,
@@ -65,7 +65,7 @@ def _forward(
     tl.store(out_ptr + row * size + features, out.to(out_ptr.dtype.element_ty), mask=is_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks_per_row"])
 def _backward(
     grad_ptr: tl.tensor,
     gate_ptr: tl.tensor,

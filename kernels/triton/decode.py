@@ -76,7 +76,7 @@ def _num_keys(
     return tl.where(ends - starts == 1, seen, 0), lengths, starts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "wanted", "most"])
 def _list(
     query_starts_ptr: tl.tensor,
     kv_lengths_ptr: tl.tensor,
@@ -209,7 +209,7 @@ def _add_keys(
     return total, better, weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width"])
 def _decode(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
@@ -353,7 +353,7 @@ def _merge(
     tl.store(out_rows[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=is_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _write(
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,

@@ -159,7 +159,7 @@ def seen_range(first: tl.tensor, last: tl.tensor, WINDOW: tl.constexpr, BLOCK_N:
     return begin, whole_from, whole_to
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width"])
 def _forward(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
@@ -281,7 +281,7 @@ def _num_tiles(
     return tl.where(tokens > 1, tl.cdiv(tokens * R, BLOCK_M), 0).to(tl.int32), lengths.to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def _list_tiles(
     starts_ptr: tl.tensor,
     kv_lengths_ptr: tl.tensor,

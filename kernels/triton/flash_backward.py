@@ -21,7 +21,7 @@ from drivetrain.kernels.triton.launch import INTERPRETED, dot, power_of_two
 from drivetrain.kernels.triton.tuning import FUSED, Blocks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _row_products(
     a_ptr: tl.tensor,
     b_ptr: tl.tensor,

@@ -322,7 +322,7 @@ def _one_row(
 # --- more rows -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _more_rows(
     x_ptr: tl.tensor,
     x_scales_ptr: tl.tensor,

@@ -29,6 +29,11 @@ _QUERY_BLOCK = 64
 """Queries that the backward takes at a time."""
 
 _STAGES = 2
+
+_LARGEST_FIRST = 1.25
+"""How many of the backward's last tiles start by what they cost alone, as a share of the programs that run at a time.
+More would go through more sequences and heads at a time than the device's cache holds."""
+
 _HEAD_SIZES = (64, 128)
 _TRITON_VERSIONS = ((3, 6), (3, 9))
 """The first and the last version of Triton whose experimental part these kernels are written for."""
@@ -122,10 +127,19 @@ def forward_tiles(lengths: Lengths, num_heads: int, num_kv_heads: int, processor
     return _entries(lengths, sequences[order], firsts[order], heads[order])
 
 
-def backward_tiles(lengths: Lengths, num_kv_heads: int) -> Lengths:
-    """Tiles of the backward, in the order in which they start: of a sequence and key/value head, those that most
-    queries see come first."""
-    return _entries(lengths, *_by_head(lengths, num_kv_heads, firsts_first=True))
+def backward_tiles(lengths: Lengths, num_kv_heads: int, processors: int) -> Lengths:
+    """Tiles of the backward, in the order in which they start on ``processors``: of a sequence and key/value head,
+    those that most queries see come first.
+
+    The last ones start in the order of their queries, whosever they are. Else the longest tiles of the last heads would
+    start when the others are nearly done, and most processors wait for them: 14% of the time at 4 x 4,096.
+    """
+    sequences, firsts, heads = _by_head(lengths, num_kv_heads, firsts_first=True)
+    queries = lengths[sequences] - firsts
+    order = np.arange(len(queries))
+    last = order[-int(_LARGEST_FIRST * processors) :]
+    order[len(order) - len(last) :] = last[np.argsort(-queries[last], kind="stable")]
+    return _entries(lengths, sequences[order], firsts[order], heads[order])
 
 
 # --- what goes before and after the backward -----------------------------------------------------------------------

@@ -1,4 +1,9 @@
-"""What all launches share: how rows lie in memory, and what Triton's interpreter can't do."""
+"""What all launches share: how rows lie in memory, and what Triton's interpreter can't do.
+
+Triton compiles a kernel of its own for each argument that is 1, and for each that is a multiple of 16. Counts of
+tokens, rows and sequences change from step to step, so kernels name them in ``do_not_specialize``: a step would wait
+for up to a second. Sizes by which loads are masked within a row are left to it, or loads would not be wide.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from drivetrain.kernels.triton.tuning import FUSED, Blocks, Choice, Tuner, rows_
 from drivetrain.operators import Operator, once_differentiable, visible
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _forward(
     x_ptr: tl.tensor,
     residual_ptr: tl.tensor,
@@ -60,7 +60,7 @@ def _forward(
         tl.store(root_ptr + rows, root, mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "rows_per_program"])
 def _backward(
     grad_ptr: tl.tensor,
     grad_sum_ptr: tl.tensor,

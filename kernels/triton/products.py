@@ -60,7 +60,7 @@ def _add_product(total: tl.tensor, x: tl.tensor, w: tl.tensor, FORMAT: tl.conste
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _by_row(
     x_ptr: tl.tensor,
     x_scales_ptr: tl.tensor,
@@ -166,7 +166,7 @@ def _three_bits(
     return dot(x, _widened(tl.trans(values), x.dtype, 0), WIDE), tl.sum(x.to(tl.float32), axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _by_group(
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,
@@ -218,7 +218,7 @@ def _by_group(
     store_tile(total, rows, outputs, split, bias_ptr, out_ptr, parts_ptr, num_rows, num_outputs, HAS_BIAS, SPLITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _gated(
     x_ptr: tl.tensor,
     gate_ptr: tl.tensor,

@@ -96,7 +96,7 @@ def _slot_rows(
     return cache_ptr + slots // N * by_block + slots % N * by_token + heads * by_head
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "q_programs", "k_programs"])
 def _rope(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,

@@ -31,7 +31,7 @@ from drivetrain.kernels.triton.rounding import ROUNDED_BLOCK, to_float8_rows, to
 from drivetrain.kernels.triton.tuning import Tuner
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _by_block(
     codes_ptr: tl.tensor,
     x_scales_ptr: tl.tensor,

@@ -119,7 +119,7 @@ def _round_row(
             tl.store(codes_row + start + inputs, _codes(more, scale, FORMAT), mask=is_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _round_blocks(
     x_ptr: tl.tensor,
     codes_ptr: tl.tensor,

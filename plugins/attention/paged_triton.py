@@ -129,9 +129,9 @@ class StepPlan:
         from drivetrain.kernels.triton import hopper
         from drivetrain.kernels.triton.launch import num_processors
 
-        if direction == "backward":
-            return hopper.backward_tiles(self.lengths, layer.num_kv_heads)
         processors = num_processors(self.device)
+        if direction == "backward":
+            return hopper.backward_tiles(self.lengths, layer.num_kv_heads, processors)
         return hopper.forward_tiles(self.lengths, layer.num_heads, layer.num_kv_heads, processors)
 
     @functools.cached_property

@@ -145,6 +145,21 @@ def test_only_displays_and_accelerators_are_listed(tmp_path: Path) -> None:
     assert str(found[1]) == "Tenstorrent device 0x0001 at 0000:02:00.0"
 
 
+def test_devices_have_the_names_that_their_drivers_give_them(tmp_path: Path) -> None:
+    for slot, vendor in (("0000:01:00.0", "0x10de"), ("0000:02:00.0", "0x1002"), ("0000:03:00.0", "0x1002")):
+        for name, text in (("vendor", vendor), ("device", "0x2330"), ("class", "0x030200")):
+            write(tmp_path / "sys/bus/pci/devices" / slot / name, text + "\n")
+    told = "Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 41\n"
+    write(tmp_path / "proc/driver/nvidia/gpus/0000:01:00.0/information", told)
+    write(tmp_path / "sys/bus/pci/devices/0000:02:00.0/product_name", "AMD Instinct MI300X OAM\n")
+    write(tmp_path / "sys/bus/pci/devices/0000:03:00.0/product_name", "\n")
+    assert [str(device) for device in read_accelerators(tmp_path)] == [
+        "NVIDIA H100 80GB HBM3 at 0000:01:00.0",
+        "AMD Instinct MI300X OAM at 0000:02:00.0",
+        "AMD device 0x2330 at 0000:03:00.0",
+    ]
+
+
 def test_an_empty_tree_still_describes_a_machine(tmp_path: Path) -> None:
     machine = read_machine(tmp_path, affinity=[0])
     assert machine.processor.usable_cores == 1

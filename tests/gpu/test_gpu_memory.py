@@ -97,16 +97,21 @@ def test_a_step_that_has_no_room_is_told_before_the_server_starts(tmp_path: Path
 
 @pytest.mark.usefixtures("memory")
 def test_a_cache_of_other_blocks_takes_the_place_of_one_that_left_no_room(tmp_path: Path) -> None:
-    """There and back, while requests run."""
+    """There and back, while requests run. What is compiled for other blocks is compiled beforehand: else requests would
+    be done by then."""
+    length = 2000
     with served(tmp_path, graphs="off") as llm:
-        params = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+        swaps = [{"name": "paged-triton", "tune": False, "block_size": block_size} for block_size in (32, 16)]
+        for options in swaps:
+            llm.swap(attention=options)
+            llm.generate([PROMPT[:200]], GREEDY)
+        params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
         streams = [llm.stream(PROMPT[number : number + 200], params) for number in range(16)]
         counts = [len(next(stream).token_ids) for stream in streams]
-        for block_size in (32, 16):
-            options = {"name": "paged-triton", "tune": False, "block_size": block_size}
+        for options in swaps:
             report = llm.swap(attention=options, probation_steps=2)
             assert (report.outcome.value, report.cache.value) == ("finalized", "recompute")
             assert report.requests_recomputed > 0
             assert report.extra_memory_bytes < 2**20
         counts = [count + sum(len(chunk.token_ids) for chunk in s) for count, s in zip(counts, streams, strict=True)]
-        assert counts == [300] * 16
+        assert counts == [length] * 16

@@ -76,3 +76,8 @@ def test_kernels_of_a_hopper_gpu_have_its_copies(compiled: list[dict[str, Any]])
     for facts in compiled:
         is_its_own = facts["kernel"] in ("hopper_forward.forward", "hopper_backward.backward")
         assert (facts["bulk_copies"] > 0) == is_its_own, facts
+
+
+def test_steps_of_any_counts_take_the_same_kernels(compiled: list[dict[str, Any]]) -> None:
+    """Compiling takes up to a second, while all requests wait."""
+    assert [facts["kernel"] for facts in compiled if facts["for_a_count"]] == []

@@ -41,6 +41,10 @@ class HopperWithoutADevice:
         return 0
 
 
+known_counts: list[bool] = []
+"""Not empty while what is compiled differs from what came before in counts of tokens, rows and sequences alone."""
+
+
 def compile_only() -> None:
     """From here on, a launch compiles and prints, and nothing runs."""
     driver.set_active(HopperWithoutADevice())
@@ -57,6 +61,7 @@ def compile_only() -> None:
                 "tensor_core_products": ptx.count("wgmma.mma_async") + ptx.count("mma.sync"),
                 "wide_loads": ptx.count(".v4.b32"),
                 "bulk_copies": ptx.count("cp.async.bulk.tensor"),
+                "for_a_count": bool(known_counts),
             }
             print(json.dumps(facts), flush=True)
         return kernel
@@ -183,10 +188,53 @@ def attention_without_a_cache() -> None:
         backend.begin(spec, whole_batch([70], CPU), None).attend(0, *rows).sum().backward()
 
 
+def rows_of_a_step(rows: int) -> None:
+    """What a serving step launches of ``rows`` tokens, but for attention."""
+    x, angles = randn(rows, 1024), torch.randn(2, rows, 128)
+    make("rms_norm")(x, randn(1024))
+    make("add_rms_norm")(x, randn(rows, 1024), randn(1024))
+    make("silu_mul")(x, randn(rows, 1024))
+    caches, slots = randn(2, 3, 16, 2, 128), torch.arange(rows)
+    make("rope_write")(randn(rows, 8, 128), randn(rows, 2, 128), randn(rows, 2, 128), *angles, *caches, slots)
+    ones, groups, zeros = torch.ones(256), torch.ones(256, 8), torch.zeros(256, 8).byte()
+    make("gated_linear", activation=0)(x, randn(256, 1024), randn(256, 1024))
+    make("linear_int8")(x, torch.zeros(256, 1024, dtype=torch.int8), ones, None)
+    make("linear_w8a8")(x, torch.zeros(256, 1024, dtype=torch.int8), ones, None)
+    make("linear_int4", group=128)(x, torch.zeros(256, 512).byte(), groups, groups, None)
+    make("linear_int4_a8", group=128)(x, torch.zeros(256, 512).byte(), groups, zeros, None)
+    make("linear_gguf", type=2.0)(x, torch.zeros(256, 576).byte(), None)
+
+
+def steps_of_all_counts() -> None:
+    """Counts that are 1, multiples of 16 and neither: for each Triton would compile kernels of its own."""
+    backend = PagedTritonAttention(PagedTritonAttention.Config(tune=False))
+    spec = AttentionSpec((LayerAttention(8, 2, 128, 0.1),), "bfloat16")
+    book = BlockBook(spec, 16, 200)
+    cache = backend.allocate(spec, book.num_blocks, CPU)
+    for rows, prompt, decodes in ((64, 256, 15), (49, 2, 14), (33, 10, 1)):
+        rows_of_a_step(rows)
+        batch = book.batch({0: prompt, **dict.fromkeys(range(1, 1 + decodes), 1)}, CPU)
+        backend.begin(spec, batch, cache).attend(0, *(randn(batch.num_tokens, count, 128) for count in (8, 2, 2)))
+        known_counts.append(True)
+    known_counts.clear()
+
+
+PARTS = (
+    pointwise,
+    vocabulary,
+    rounded,
+    products_,
+    gguf_blocks,
+    attention,
+    attention_without_a_cache,
+    steps_of_all_counts,
+)
+
+
 if __name__ == "__main__":
     compile_only()
     paged_triton.tuner_of = lambda folder, tune: Tuner()
     tuner_of.cache_clear()
     print(json.dumps({"triton": triton.__version__}))
-    for part in (pointwise, vocabulary, rounded, products_, gguf_blocks, attention, attention_without_a_cache):
+    for part in PARTS:
         part()

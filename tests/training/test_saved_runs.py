@@ -79,6 +79,30 @@ def test_a_number_of_ranks_that_does_not_divide_a_step_is_told(model: Path, chat
         _Shaped(Trainer(**settings).settings.trainer, store, 3)._step_shape()
 
 
+def test_a_run_that_ends_early_leaves_the_save_that_was_under_way(
+    model: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever goes on in the same process finds it, however long the disk takes."""
+    write = DcpStore._write
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.5)
+        write(*arguments)
+
+    monkeypatch.setattr(DcpStore, "_write", slowly)
+    settings = run_settings(model, chats, tmp_path, steps=4, export=False)
+    settings["store"] |= {"every": 2, "background": True}
+
+    def stop(result: Any, steps: int) -> None:
+        if result.step == 3:
+            raise KeyError("of the caller")
+
+    with pytest.raises(KeyError, match="of the caller"):
+        Trainer(**settings).run(on_step=stop)
+    assert DcpStore(DcpStore.Config(folder=str(tmp_path / "state"))).steps() == [2]
+    assert len(Trainer(**settings).run().losses) == 2
+
+
 # --- states on their own ----------------------------------------------------------------------------------------------
 
 

@@ -136,10 +136,11 @@ def test_no_step_has_more_sequences_than_tokens() -> None:
 def test_all_sizes_are_captured_ahead_and_none_later() -> None:
     recorder = Recorder()
     engine = make(recorder)
-    told: list[tuple[int, int | None]] = []
-    engine.runner.capture_ahead(lambda what, done, total, unit: told.append((done, total)))
+    told: list[tuple[str, int, int | None]] = []
+    engine.runner.capture_ahead(lambda what, done, total, unit: told.append((what, done, total)))
     assert recorder.num_captured == len(captured_sizes(6)) == 4
-    assert told == [(done, 4) for done in range(5)]
+    captured, computed = "capturing steps by sequences", "computing steps that are not captured"
+    assert told == [*((captured, done, 4) for done in range(5)), *((computed, done, 1) for done in range(2))]
     assert outputs(engine) == outputs(make(None))
     assert recorder.num_captured == 4
 

@@ -12,6 +12,7 @@ from drivetrain.config import EngineSettings
 from drivetrain.contracts.attention import AttentionBatch
 from drivetrain.contracts.source import silent
 from drivetrain.errors import GraphCaptureError
+from drivetrain.serving import graphs, runner
 from drivetrain.serving.engine import Engine
 from drivetrain.serving.graphs import captured_sizes, token_sizes
 from drivetrain.serving.types import FinishReason
@@ -94,6 +95,57 @@ def test_all_sizes_are_captured_ahead_and_none_later() -> None:
     assert told[-4:] == [("capturing steps by tokens", done, 3) for done in range(4)]
     assert outputs_of_many(engine) == outputs_of_many(make(None))
     assert recorder.num_captured == 7
+
+
+class _Noting(PromptSafeAttention):
+    """Keeps which steps were launched as they are."""
+
+    def begin(self, spec, batch, cache):  # type: ignore[no-untyped-def]
+        if not batch.is_open and batch.num_tokens > batch.num_sequences:
+            launched.append(batch.num_tokens)
+        return super().begin(spec, batch, cache)
+
+
+launched: list[int] = []
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "captures_prompts", "sizes"),
+    [(100, True, [64, 100]), (32, True, []), (64, True, [64]), (40, False, [16, 32, 40])],
+)
+def test_steps_that_are_not_captured_are_computed_ahead(
+    monkeypatch: pytest.MonkeyPatch, max_tokens: int, captures_prompts: bool, sizes: list[int]
+) -> None:
+    """So that what kernels compile or measure on first use does not keep a request waiting. No block of anybody is
+    touched."""
+    for module in (graphs, runner):
+        monkeypatch.setattr(module, "MOST_TOKENS", 32)
+    monkeypatch.setattr(runner, "can_capture_prompts", lambda attention: captures_prompts)
+    captures = {"capture": Recorder()}
+    engine = make_engine(attention=_Noting, max_batched_tokens=max_tokens, captures=captures, max_running=MAX_RUNNING)
+    launched.clear()
+    told: list[tuple[str, int, int | None]] = []
+    engine.runner.capture_ahead(lambda what, done, total, unit: told.append((what, done, total)))
+    assert launched == sizes
+    assert [one for one in told if "not captured" in one[0]] == [
+        ("computing steps that are not captured", done, len(sizes)) for done in range(len(sizes) + 1) if sizes
+    ]
+    assert all(torch.isnan(layer[:-1]).all() for layer in engine.runner.cache)
+
+
+def test_a_step_that_finds_no_memory_is_told_and_the_server_starts(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_memory(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("2 GiB more than there are")
+
+    engine = make_engine(attention=PromptSafeAttention, max_batched_tokens=2000, captures={"capture": Recorder()})
+    monkeypatch.setattr(engine.runner, "_compute_nobodys", no_memory)
+    with caplog.at_level(logging.WARNING, "drivetrain"):
+        engine.runner.capture_ahead(silent)
+    assert [record.message for record in caplog.records] == [
+        "there is too little memory for a step of 2000 tokens: 2 GiB more than there are"
+    ]
 
 
 def test_tokens_and_sequences_that_fill_up_a_size_touch_no_block_of_anybody() -> None:
