@@ -97,7 +97,7 @@ def _list(
     BLOCK_G: tl.constexpr,
 ) -> None:
     """The chunks of BLOCK_S sequences a program. CHUNK is the size of each; 0 makes about ``wanted`` of them in all, or
-    up to ``most`` of MANY keys, those of a sequence alike."""
+    as many as ``most`` of MANY keys, those of a sequence alike."""
     program = tl.program_id(0)
     size = CHUNK
     if CHUNK == 0:
@@ -108,10 +108,24 @@ def _list(
             seen, _, _ = _num_keys(others, num_sequences, query_starts_ptr, kv_lengths_ptr, WINDOW)
             total += tl.sum(seen, axis=0)
             decodes += tl.sum((seen > 0).to(tl.int32), axis=0)
-        size = tl.maximum(1, tl.cdiv(total, wanted * STEP)) * STEP
-        if total >= MANY:
-            # A sequence's last chunk counts as a whole one.
-            size = tl.minimum(size, tl.cdiv(total, tl.maximum(1, most - decodes) * STEP) * STEP)
+        steps = tl.maximum(1, tl.cdiv(total, wanted * STEP))
+        if (total >= MANY) & (decodes < most):
+            # Between what would do if all chunks were whole, and what does though each sequence's last one is not.
+            fewest = tl.cdiv(total, most * STEP)
+            enough = tl.cdiv(total, (most - decodes) * STEP)
+            while fewest < enough:
+                tried = (fewest + enough) // 2
+                chunks = 0
+                for first in range(0, num_sequences, BLOCK_S):
+                    others = first + tl.arange(0, BLOCK_S)
+                    seen, _, _ = _num_keys(others, num_sequences, query_starts_ptr, kv_lengths_ptr, WINDOW)
+                    chunks += tl.sum(tl.cdiv(seen, tried * STEP), axis=0)
+                if chunks <= most:
+                    enough = tried
+                else:
+                    fewest = tried + 1
+            steps = tl.minimum(steps, enough)
+        size = steps * STEP
     before = 0
     for first in range(0, program * BLOCK_S, BLOCK_S):
         others = first + tl.arange(0, BLOCK_S)
@@ -453,10 +467,9 @@ def cut(
     chunk_size: keys of each chunk; None divides all of them over the device.
     """
     device, count = batch.query_starts.device, batch.num_sequences
-    wanted, most = (
-        triton.cdiv(num_processors(device) * programs, num_kv_heads)
-        for programs in (_PROGRAMS_PER_PROCESSOR, _MOST_PROGRAMS_PER_PROCESSOR)
-    )
+    processors = num_processors(device)
+    wanted = triton.cdiv(processors * _PROGRAMS_PER_PROCESSOR, num_kv_heads)
+    most = processors * _MOST_PROGRAMS_PER_PROCESSOR // num_kv_heads
     longest = longest if window is None else min(longest, window)
     room = count * triton.cdiv(longest, chunk_size or CHUNK_STEP)
     if chunk_size is None:

@@ -7,8 +7,8 @@ copy of 1 GiB reaches here. Prefill attention is compared with the fastest of to
 figure is the median of eleven launches, each after the cache of the device was filled with other numbers, which takes
 longer than Python takes to launch: what is timed is the device.
 
-Decodes are timed as a server runs them, in a graph that is replayed: several layers one after another, each with keys
-and values of its own, and the figure is for one of them. Where little is read, no kernel comes near the bandwidth:
+Decodes are timed as a server runs them, in a graph that is replayed: the layers one after another, each with keys and
+values of its own, and the figure is for one of them. Where little is read, no kernel comes near the bandwidth:
 beside each figure is that of a copy of as many bytes, in a graph of as many nodes. Products of few rows by packed
 weights are timed in such a graph too; their bytes are those of the weights.
 
@@ -46,8 +46,8 @@ TOKENS, FEATURES, INNER, HEADS, KV_HEADS, SIZE, BLOCK = 8192, 4096, 14_336, 32, 
 """The shape of an 8B Llama."""
 
 REPEATS = 11
-MOST_LAYERS, LAYERS_BYTES = 32, 256 << 20
-"""Decodes are timed over layers whose keys and values together are more than the device's cache holds."""
+LAYERS, LAYERS_BYTES = 32, 16 << 30
+"""Decodes are timed over as many layers as that model has, or fewer where their keys and values took more than that."""
 
 POINTWISE_TARGET, DECODE_TARGET, PREFILL_TARGET, PACKED_TARGET = 0.85, 0.80, 0.9, 0.6
 
@@ -145,7 +145,7 @@ def decode(clock: Clock, bandwidth: float, quick: bool) -> Iterator[Line]:
             num_bytes = 2 * batch * length * KV_HEADS * SIZE * DTYPE.itemsize
             if num_bytes > room:
                 continue
-            layers = max(1, min(MOST_LAYERS, -(-LAYERS_BYTES // num_bytes)))
+            layers = max(1, min(LAYERS, LAYERS_BYTES // num_bytes))
             taken = clock.replayed(decodes(batch, length, layers)) / layers
             copied = clock.replayed(copies(num_bytes, layers)) / layers
             rate = num_bytes / taken * 1e3
