@@ -109,15 +109,16 @@ class _SequenceBuffers:
 
     def empty(self, size: int) -> None:
         """All of ``size`` tokens are nobody's."""
-        self._starts[0] = 0
+        self._starts[:1] = 0
         self._end(0, 0, size)
 
     def _end(self, count: int, num_tokens: int, size: int) -> None:
+        # Slices are filled on the device; a single number would be copied there, and the copy waited for.
         self._starts[count + 1 :] = size
-        self._kv_lengths_R[count] = size - num_tokens
+        self._kv_lengths_R[count : count + 1] = size - num_tokens
         self._kv_lengths_R[count + 1 :] = 0
         for table_RW, scratch in zip(self._tables_RW, self._limits.scratch_blocks, strict=True):
-            table_RW[count] = scratch
+            table_RW[count : count + 1] = scratch
 
     def batch(self, size: int, slots: tuple[torch.Tensor, ...]) -> AttentionBatch:
         """A batch of ``size`` tokens whose division is read when it is attended for."""

@@ -123,6 +123,10 @@ def _candidates(rows: int, outputs: int, inputs: int, processors: int, itemsize:
     ]
 
 
+LIBRARY = Blocks.of(LIBRARY=1)
+"""A candidate: by torch's library, with none of these tiles."""
+
+
 class Product:
     """What the launches of one use have in common.
 
@@ -148,11 +152,15 @@ class Product:
         launch_on: Callable[..., None],
         unused: tuple[str, ...] = (),
         itemsize: int | None = None,
+        library: Callable[[torch.Tensor, torch.Tensor], object] | None = None,
+        worth_it: bool = True,
     ) -> torch.Tensor:
         """Allocate, choose blocks, launch, and sum parts where the inputs were split.
 
         launch_on: called with rows, output, parts, grid and the keyword arguments of the launch.
         itemsize:  bytes of a number that is multiplied, where it is not one of x.
+        library:   called with rows and output where LIBRARY is chosen.
+        worth_it:  whether this use is large enough to measure by.
         """
         x_MI = as_rows(x)
         num_rows, num_inputs = x_MI.shape
@@ -161,6 +169,10 @@ class Product:
             return out_MO.view(*x.shape[:-1], num_outputs)
 
         def launch(blocks: Blocks) -> None:
+            if blocks == LIBRARY:
+                assert library is not None
+                library(x_MI, out_MO)
+                return
             splits = 1 if "SPLITS" in unused else blocks["SPLITS"]
             shape = (splits, num_rows, num_outputs)
             parts = torch.empty(shape, dtype=torch.float32, device=x.device) if splits > 1 else None
@@ -187,7 +199,7 @@ class Product:
             processors = num_processors(x.device)
             return self.candidates(rows, num_outputs, num_inputs, processors, itemsize or x.dtype.itemsize)
 
-        launch(self._choice((num_outputs, num_inputs, rows), candidates, launch))
+        launch(self._choice((num_outputs, num_inputs, rows), candidates, launch, worth_it))
         return out_MO.view(*x.shape[:-1], num_outputs)
 
 

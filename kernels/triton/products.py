@@ -22,23 +22,34 @@ from drivetrain.kernels.triton.float8 import from_fp8
 from drivetrain.kernels.triton.launch import INTERPRETED, as_rows, dot, needs_gradient
 from drivetrain.kernels.triton.one_row import RowProduct
 from drivetrain.kernels.triton.operators import define, name_of
-from drivetrain.kernels.triton.product_tiles import Product, quantized, scale_and_least, store_tile, tile_of
-from drivetrain.kernels.triton.tuning import Tuner
+from drivetrain.kernels.triton.product_tiles import (
+    LIBRARY,
+    Product,
+    quantized,
+    scale_and_least,
+    store_tile,
+    tile_of,
+)
+from drivetrain.kernels.triton.tuning import Blocks, Tuner
 from drivetrain.operators import Operator, visible
 from drivetrain.packed import DECODERS
 
-INT8, FP8, INT8_BY_INT8, FP8_BY_FP8 = 1, 2, 3, 4
-"""What the weights of a product by row are, and in the last two the activations too."""
+INT8, FP8, INT8_BY_INT8, FP8_BY_FP8, PLAIN = 1, 2, 3, 4, 5
+"""What the weights of a product by row are, the last like the activations; in the two before the activations too."""
 
 _FEW_ROWS = 64
 """Up to so many rows the gated product in one launch is faster than two products by torch's library and an activation:
-86 us against 92 for 64 rows of an 8B Llama on an H100."""
+85 us against 91 for 64 rows of an 8B Llama on an H100. Other products of so few are timed beside the library's."""
+
+_WORTH_TIMING_BYTES = 1 << 20
 
 
 @triton.jit
 def _widened(w: tl.tensor, to: tl.constexpr, FORMAT: tl.constexpr) -> tl.tensor:
     """Stored weights as factors of dtype ``to``; by float32, since the interpreter knows no other way to bfloat16."""
-    if FORMAT == 2:
+    if FORMAT == 5:
+        return w
+    elif FORMAT == 2:
         return from_fp8(w).to(to)
     else:
         return w.to(tl.float32).to(to)
@@ -86,8 +97,8 @@ def _by_row(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ) -> None:
-    """``x @ (weight * scales).T + bias`` with weights of int8 or float8 and a scale for each output; x may have a scale
-    for each row."""
+    """``x @ (weight * scales).T + bias`` with weights of int8 or float8 and a scale for each output, or plain ones; x
+    may have a scale for each row."""
     tile_m, tile_o = tile_of(tl.program_id(0), num_rows, num_outputs, BLOCK_M, BLOCK_O)
     split = tl.program_id(1)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -293,17 +304,19 @@ def multiply_by_row(
     scales_O: torch.Tensor | None,
     bias_O: torch.Tensor | None,
     rounded: tuple[torch.Tensor, torch.Tensor] | None = None,
+    **options: Any,
 ) -> torch.Tensor:
-    """Launch a product with weights of int8 or float8.
+    """Launch a product with weights of int8 or float8, or plain ones.
 
     rounded: codes [M, I], each row dense, and scales [M] that are multiplied in place of x.
+    options: of :meth:`Product.run`.
     """
     weight_OI = weight_OI.view(torch.uint8) if weight_OI.dtype == torch.float8_e4m3fn else weight_OI
     bias_O = None if bias_O is None else bias_O.contiguous()
     scales_O = None if scales_O is None else scales_O.contiguous()
     codes, x_scales_M = (None, None) if rounded is None else rounded
 
-    def launch_on(x_MI: Any, out: Any, parts: Any, grid: tuple[int, int], options: dict[str, int]) -> None:
+    def launch_on(x_MI: Any, out: Any, parts: Any, grid: tuple[int, int], blocks: dict[str, int]) -> None:
         factors_MI = x_MI if codes is None else codes
         _by_row[grid](
             factors_MI,
@@ -323,13 +336,13 @@ def multiply_by_row(
             HAS_X_SCALES=x_scales_M is not None,
             HAS_SCALES=scales_O is not None,
             HAS_BIAS=bias_O is not None,
-            EVEN_I=x_MI.shape[1] % options["BLOCK_I"] == 0,
+            EVEN_I=x_MI.shape[1] % blocks["BLOCK_I"] == 0,
             WIDE=INTERPRETED,
-            **options,
+            **blocks,
         )
 
     itemsize = None if codes is None else codes.dtype.itemsize
-    return product.run(x, weight_OI.shape[0], bias_O, launch_on, itemsize=itemsize)
+    return product.run(x, weight_OI.shape[0], bias_O, launch_on, itemsize=itemsize, **options)
 
 
 class LinearByGroup(Product):
@@ -388,14 +401,54 @@ def make_linear_by_group(spec: KernelSpec, tuner: Tuner) -> Callable[..., torch.
     return quantized(spec, LinearByGroup(spec, tuner))
 
 
+class FewRowsProduct(Product):
+    """``linear`` of a few rows in half precision: bound by the bytes of the weight. Which is faster, a kernel or
+    torch's library, depends on the shape and the device, so it is timed."""
+
+    _TRIED = (
+        *((32, 128, 5, 1), (32, 64, 6, 1), (64, 128, 4, 1), (64, 128, 4, 2)),
+        *((64, 64, 5, 2), (64, 64, 5, 4), (128, 64, 4, 2)),
+    )
+    """Outputs and inputs of a tile, how many loads are on their way, and into how many parts the inputs are split."""
+
+    _MOST_PROGRAMS = 8
+    """For each processor, where inputs are split."""
+
+    def candidates(self, rows: int, outputs: int, inputs: int, processors: int, itemsize: int) -> list[Blocks]:
+        if INTERPRETED:
+            return super().candidates(rows, outputs, inputs, processors, itemsize)
+        found = [LIBRARY]
+        for width, depth, stages, splits in self._TRIED:
+            programs = triton.cdiv(outputs, width) * splits
+            if splits == 1 or (programs <= self._MOST_PROGRAMS * processors and inputs >= 4 * depth * splits):
+                height = max(16, rows)
+                found.append(Blocks.of(4, stages, SPLITS=splits, BLOCK_M=height, BLOCK_O=width, BLOCK_I=depth))
+        return found
+
+    @staticmethod
+    def takes(x: torch.Tensor, weight_OI: torch.Tensor) -> bool:
+        is_few = x.shape[-1] < x.numel() <= _FEW_ROWS * x.shape[-1]
+        return is_few and x.dtype == weight_OI.dtype and x.dtype.itemsize == 2 and weight_OI.stride(1) == 1
+
+    def __call__(self, x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+        def by_library(x_MI: torch.Tensor, out_MO: torch.Tensor) -> None:
+            if bias_O is None:
+                torch.mm(x_MI, weight_OI.T, out=out_MO)
+            else:
+                torch.addmm(bias_O, x_MI, weight_OI.T, out=out_MO)
+
+        worth_it = weight_OI.nbytes >= _WORTH_TIMING_BYTES
+        return multiply_by_row(self, PLAIN, x, weight_OI, None, bias_O, library=by_library, worth_it=worth_it)
+
+
 def _is_one_row(x: torch.Tensor, weight_OI: torch.Tensor) -> bool:
     return x.numel() == x.shape[-1] > 0 and weight_OI.stride(1) == 1 and x.dtype == weight_OI.dtype
 
 
 def make_linear(spec: KernelSpec, tuner: Tuner) -> Callable[..., torch.Tensor]:
-    """``linear``: one row by a kernel of its own, and the others by torch, whose library is the fastest for them, as is
-    its backward; both are operators."""
-    product = RowProduct(spec, tuner)
+    """``linear``: one row by a kernel of its own, a few by another or by torch's library, whichever is faster, and the
+    others by torch, whose library is the fastest for them, as is its backward. All are operators."""
+    product, few_rows = RowProduct(spec, tuner), FewRowsProduct(spec, tuner)
 
     def multiply(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
         return product(x.reshape(-1).contiguous(), weight_OI, bias_O).view(*x.shape[:-1], -1)
@@ -409,9 +462,13 @@ def make_linear(spec: KernelSpec, tuner: Tuner) -> Callable[..., torch.Tensor]:
     multiply_row = visible(multiply, Operator(overload))
 
     def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-        if _is_one_row(x, weight_OI) and not needs_gradient(x, weight_OI, bias_O):
+        if needs_gradient(x, weight_OI, bias_O):
+            return functional.linear(x, weight_OI, bias_O)
+        if _is_one_row(x, weight_OI):
             out: torch.Tensor = multiply_row(x, weight_OI, bias_O)
             return out
+        if not torch.compiler.is_compiling() and few_rows.takes(x, weight_OI):
+            return few_rows(x, weight_OI, bias_O)
         return functional.linear(x, weight_OI, bias_O)
 
     return linear

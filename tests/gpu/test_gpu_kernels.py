@@ -9,7 +9,7 @@ import torch
 
 from drivetrain.contracts.kernels import OPERATIONS, KernelSpec
 from drivetrain.kernels.reference import ReferenceKernels
-from drivetrain.kernels.triton import TritonKernels, gguf, rounding
+from drivetrain.kernels.triton import TritonKernels, gguf, products, rounding
 from drivetrain.kernels.triton.tuning import Blocks, Tuner
 from drivetrain.packed.gguf import BLOCK_TYPES, BlockType
 from drivetrain.testing.suites.kernels import KernelsSuite
@@ -224,6 +224,21 @@ def test_plain_products_of_real_sizes(inputs: int, outputs: int, rows: int, dtyp
     for weight in (wide[:, :inputs], wide[:, :inputs].contiguous()):
         one, other = (kernel(x, weight, bias) for kernel in both("linear", dtype))
         check("linear", dtype, one, other)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [2, 17, 64])
+@pytest.mark.parametrize(("inputs", "outputs"), [(4096, 6144), (14_336, 4096), (576, 1537)])
+def test_products_of_few_rows_are_right_in_every_candidate(inputs: int, outputs: int, rows: int, dtype: str) -> None:
+    """Torch's library is one of them."""
+    torch.manual_seed(12)
+    x, bias = randn(rows, inputs, dtype=dtype), randn(outputs, dtype=dtype)
+    weight = randn(outputs, inputs, dtype=dtype) / inputs**0.5
+    spec, tuner = KernelSpec("linear", "cuda", dtype, {}, {}), Nth(-1)
+    wanted = both("linear", dtype)[1](x, weight, bias)
+    while not tuner.is_last:
+        tuner = Nth(tuner.number + 1)
+        check("linear", dtype, products.make_linear(spec, tuner)(x, weight, bias), wanted)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

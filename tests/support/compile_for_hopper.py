@@ -88,6 +88,15 @@ def make(operation: str, **params: float) -> Any:
     return kernels.make(KernelSpec(operation, "cuda", "bfloat16", {}, params))
 
 
+class EveryCandidate(Tuner):
+    """Launches all there are."""
+
+    def choose(self, key: str, candidates: Any, launch: Any, worth_it: bool = True) -> Any:
+        for candidate in candidates:
+            launch(candidate)
+        return candidates[0]
+
+
 def pointwise() -> None:
     weight = randn(4096, grad=True)
     make("rms_norm")(randn(16, 4096, grad=True), weight).sum().backward()
@@ -122,7 +131,7 @@ def rounded() -> None:
 
 
 def products_() -> None:
-    from drivetrain.kernels.triton import rounded_products
+    from drivetrain.kernels.triton import products, rounded_products
 
     int8, fp8 = torch.zeros(256, 1024, dtype=torch.int8), torch.zeros(256, 1024).to(torch.float8_e4m3fn)
     int4, groups = torch.zeros(256, 512, dtype=torch.uint8), torch.ones(256, 8)
@@ -139,6 +148,9 @@ def products_() -> None:
             rounded_products.multiplies_float8 = lambda device, is_native=is_native: is_native
             make("linear_fp8a8")(x, fp8, torch.ones(256), torch.zeros(()), None)
         make("linear")(x, randn(256, 1024), randn(256))
+    few_rows = products.make_linear(KernelSpec("linear", "cuda", "bfloat16", {}, {}), EveryCandidate())
+    for rows in (3, 64):
+        few_rows(randn(rows, 4096), randn(4096, 4096), None)
     for rows in (1, 40):
         make("gated_linear", activation=0)(randn(rows, 1024), randn(256, 1024), randn(256, 1024))
 

@@ -12,7 +12,7 @@ from drivetrain import LLM, SamplingParams
 from drivetrain.contracts.kernels import OPERATIONS, KernelSpec
 from drivetrain.errors import ConfigError
 from drivetrain.kernels.reference import ReferenceKernels
-from drivetrain.kernels.triton import TritonKernels, cross_entropy, products, rounded_products
+from drivetrain.kernels.triton import TritonKernels, cross_entropy, product_tiles, products, rounded_products
 from drivetrain.kernels.triton.tuning import Blocks, Tuner
 from support.tiny_models import save_tiny
 
@@ -196,6 +196,59 @@ def test_one_of_two_results_may_be_unused(is_normed_used: bool) -> None:
         found.append([torch.zeros_like(value) if value.grad is None else value.grad for value in own])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "inputs", "outputs", "has_bias"), [(2, 200, 20, True), (17, 64, 33, False)])
+def test_few_rows_in_half_precision_equal_the_reference(
+    rows: int, inputs: int, outputs: int, has_bias: bool, dtype: torch.dtype
+) -> None:
+    """Inputs in one part and in two; weights that are a part of wider ones, and rows of several dims."""
+    torch.manual_seed(13)
+    x, bias = torch.randn(1, rows, inputs).to(dtype), torch.randn(outputs).to(dtype) if has_bias else None
+    weight = (torch.randn(outputs, inputs + 3) / inputs**0.5).to(dtype)[:, :inputs]
+    launched: list[int] = []
+    multiply = products.multiply_by_row
+
+    def noting(*arguments: Any, **options: Any) -> torch.Tensor:
+        launched.append(arguments[1])
+        return multiply(*arguments, **options)
+
+    ours, theirs = both("linear", str(dtype).removeprefix("torch."))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "multiply_by_row", noting)
+        out = ours(x, weight, bias)
+    assert launched == [products.PLAIN]
+    torch.testing.assert_close(out, theirs(x, weight, bias), rtol=2e-2, atol=2e-2)
+
+
+class _ByLibrary(Tuner):
+    def choose(self, key: str, candidates: Any, launch: Any, worth_it: bool = True) -> Blocks:
+        return product_tiles.LIBRARY
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_the_library_may_be_what_is_chosen_for_few_rows(has_bias: bool) -> None:
+    torch.manual_seed(14)
+    x, weight = torch.randn(3, 40).bfloat16(), torch.randn(9, 40).bfloat16()
+    bias = torch.randn(9).bfloat16() if has_bias else None
+    ours = products.make_linear(KernelSpec("linear", "cpu", "bfloat16", {}, {}), _ByLibrary())
+    assert torch.equal(ours(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+
+
+def test_what_few_rows_do_not_cover_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows, float32, weights in columns, mixed dtypes, and rows that gradients are asked for."""
+    monkeypatch.setattr(products, "multiply_by_row", None)
+    ours, _ = both("linear", "bfloat16")
+    weight = torch.randn(4, 8).bfloat16()
+    for x, w in (
+        (torch.randn(65, 8).bfloat16(), weight),
+        (torch.randn(3, 8), weight.float()),
+        (torch.randn(3, 4).bfloat16(), weight.T),
+        (torch.randn(3, 8).bfloat16().requires_grad_(), weight),
+        (torch.randn(0, 8).bfloat16(), weight),
+    ):
+        assert torch.equal(ours(x, w), torch.nn.functional.linear(x, w))
 
 
 def test_one_row_is_an_operator_where_no_gradient_is_asked_for() -> None:
