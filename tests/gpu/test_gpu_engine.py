@@ -273,8 +273,13 @@ def first_scores(folder: Path, **options: Any) -> tuple[list[dict[int, float]], 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_packed_layers_score_as_on_the_cpu(folder: Path, name: str) -> None:
-    """And who multiplies is told: what Triton lacks is left to the reference."""
+    """And who multiplies is told: what Triton lacks is left to the reference.
+
+    Where activations are rounded, one that lies between two codes moves all behind it: two providers on a CPU are up to
+    0.13 apart.
+    """
     quantizer, operation, provider = QUANTIZERS[name]
+    tolerance = 0.2 if operation.endswith("a8") else 0.03
     plain = {"platform": "cpu", "kernels": "reference", "attention": "sdpa"}
     there, _ = first_scores(folder, quantizer=quantizer, **plain)
     here, told = first_scores(folder, quantizer=quantizer)
@@ -282,7 +287,7 @@ def test_packed_layers_score_as_on_the_cpu(folder: Path, name: str) -> None:
     for mine, theirs in zip(here, there, strict=True):
         common = mine.keys() & theirs.keys()
         assert len(common) >= 4
-        assert all(mine[token] == pytest.approx(theirs[token], abs=0.03) for token in common)
+        assert all(mine[token] == pytest.approx(theirs[token], abs=tolerance) for token in common)
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q8_0", "Q4_1"])

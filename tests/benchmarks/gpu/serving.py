@@ -1,13 +1,14 @@
 """Serving an 8B Llama with made-up weights on this GPU: decodes beside the floor of memory, and many requests beside
 transformers' compiled generation.
 
-    python tests/benchmarks/gpu/serving.py [--layers 4] [--running 64,256] [--peer-batches 256,128,64]
+    python tests/benchmarks/gpu/serving.py [--layers 4] [--running 64,256] [--batched-tokens 8192,256]
+        [--peer-batches 256,128,64]
 
 Weights are drawn on the device. One stream is measured as a share of the floor: the bytes of weights that a step reads
 over what a plain copy reaches. How long a lone prompt waits for its first token is measured with steps replayed as they
 are by default, and launched kernel by kernel. Rates of many requests are whole runs, prompts included, of two
 workloads: ``even``, all prompts and answers of one length, and ``mixed``, that of the benchmarks on CPUs, with prompts
-of 32 to 256 tokens and answers of 32 to 128.
+of 32 to 256 tokens and answers of 32 to 128. Each is run with steps of several sizes, of which the best is told.
 
 The peer's rate is that of ``generate`` with a static cache, which compiles its decode step, at its best batch, after a
 run that compiled it. A batch is padded to its longest prompt and goes on to its longest answer, of which only what was
@@ -87,7 +88,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answer", type=int, default=128, help="tokens of each answer of even length")
     parser.add_argument("--workloads", default="even,mixed", help="of many requests")
     parser.add_argument("--running", default="64,256", help="numbers of requests that run at a time")
-    parser.add_argument("--batched-tokens", type=int, default=8192, help="most tokens of a step")
+    parser.add_argument(
+        "--batched-tokens",
+        default="8192,1024,256",
+        help="most tokens of a step; of several, many requests take the best",
+    )
     parser.add_argument("--iterations", type=int, default=3, help="runs of one stream")
     parser.add_argument("--peer-batches", default="256,128,64", help="the peer's batches; empty for no peer")
     parser.add_argument("--peer-seconds", type=float, default=900.0, help="time limit of the peer, compiling included")
@@ -121,6 +126,10 @@ def model_folder(layers: int) -> Iterator[Path]:
         yield Path(name)
 
 
+def _most_tokens(options: argparse.Namespace) -> int:
+    return max(_numbers(options.batched_tokens))
+
+
 def opened(folder: Path, running: int, batched_tokens: int, length: int, graphs: str = "auto") -> LLM:
     started = time.perf_counter()
     llm = LLM(
@@ -146,7 +155,7 @@ def requests(workload: str, count: int, options: argparse.Namespace, seed: int) 
 
 
 def one_stream(folder: Path, options: argparse.Namespace, bandwidth: float) -> Row:
-    with opened(folder, 1, options.batched_tokens, options.prompt + options.answer) as llm:
+    with opened(folder, 1, _most_tokens(options), options.prompt + options.answer) as llm:
         lengths = {"prompt_length": options.prompt, "output_length": options.answer}
         figures = run_latency(llm, **lengths, batch=1, iterations=options.iterations, seed=0)
     rate = float(figures["decode_tokens_per_second"])
@@ -162,7 +171,7 @@ def one_stream(folder: Path, options: argparse.Namespace, bandwidth: float) -> R
 def first_token(folder: Path, options: argparse.Namespace, graphs: str) -> float:
     """Median milliseconds from a lone prompt to its first token."""
     seconds = []
-    with opened(folder, 1, options.batched_tokens, options.prompt + 1, graphs) as llm:
+    with opened(folder, 1, _most_tokens(options), options.prompt + 1, graphs) as llm:
         for item in requests("even", 2 * FIRST_TOKENS, options, seed=3):
             started = time.perf_counter()
             llm.generate(list(item.prompt), SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
@@ -171,16 +180,29 @@ def first_token(folder: Path, options: argparse.Namespace, graphs: str) -> float
 
 
 def many_streams(folder: Path, options: argparse.Namespace, running: int) -> dict[str, tuple[float, str]]:
-    """workload -> output tokens a second, and where the time went."""
+    """workload -> output tokens a second at the best number of tokens in a step, and how long a token took there."""
+    best: dict[str, tuple[float, str]] = {}
+    for tokens in _numbers(options.batched_tokens):
+        if tokens <= running:
+            continue  # decodes alone would fill the steps
+        for workload, found in _rates(folder, options, running, tokens).items():
+            told = f"{found[1]}; steps of up to {tokens:,} tokens"
+            best[workload] = max(best.get(workload, (0.0, "")), (found[0], told))
+        free_memory()
+    return best
+
+
+def _rates(folder: Path, options: argparse.Namespace, running: int, tokens: int) -> dict[str, tuple[float, str]]:
     found = {}
     length = max(options.prompt + options.answer, MOST_OF_MIXED)
-    with opened(folder, running, options.batched_tokens, length) as llm:
+    with opened(folder, running, tokens, length) as llm:
         for workload in _names(options.workloads):
             run_throughput(llm, requests(workload, running, options, seed=1))  # what is compiled on first use
             figures = run_throughput(llm, requests(workload, WAVES * running, options, seed=2))
             rate, per_token = float(figures["output_tokens_per_second"]), figures["time_per_token_seconds"]["p50"]
             told = ("output_tokens_per_second", "seconds", "steps", "step_phase_seconds", "peak_memory_bytes")
-            _say(f"{workload}, {running} running: {json.dumps({key: figures[key] for key in told})}")
+            what = f"{workload}, {running} running, steps of up to {tokens} tokens"
+            _say(f"{what}: {json.dumps({key: figures[key] for key in told})}")
             found[workload] = rate, f"{per_token * 1e3:.1f} ms a token in the median; {figures['seconds']:.1f} s"
     return found
 
@@ -266,7 +288,6 @@ def rows(options: argparse.Namespace, bandwidth: float) -> list[Row]:
         ours = {}
         for running in _numbers(options.running):
             ours[running] = many_streams(folder, options, running)
-            free_memory()
     batches = _numbers(options.peer_batches)
     peer = peer_rates(options, batches) if batches else {}
     free_memory()
