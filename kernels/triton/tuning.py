@@ -29,7 +29,7 @@ FUSED = {"enable_fp_fusion": True}
 DEFAULT_FOLDER = Path.home() / ".cache" / "drivetrain" / "triton"
 
 _WARM_UPS = 2
-_OVERWRITTEN_BYTES = 256 << 20
+_OTHER_BYTES, _TIMES_READ = 256 << 20, 2
 _REPEATS = 7
 
 
@@ -224,8 +224,9 @@ class Choice:
 def time_on_gpu(launch: Callable[[], object]) -> float:
     """Median milliseconds of a launch; infinite for blocks that need more of the device than it has.
 
-    Each time the device's cache is overwritten first: inputs come from memory, as they do in a step, and while that
-    lasts the host gets ahead, so that a kernel is timed and not how long Python takes to launch it.
+    Each time the device's cache is filled with other numbers first: inputs come from memory, as they do in a step, and
+    while that lasts the host gets ahead, so that a kernel is timed and not how long Python takes to launch it. They are
+    read, not written: a kernel would be timed with their way back to memory, 6 us on an H100.
     """
     import torch
     from triton.runtime.errors import OutOfResources
@@ -235,12 +236,13 @@ def time_on_gpu(launch: Callable[[], object]) -> float:
             launch()
     except OutOfResources:
         return float("inf")
-    room = min(_OVERWRITTEN_BYTES, torch.cuda.mem_get_info()[0] // 4)
-    overwritten = torch.empty(room, dtype=torch.uint8, device="cuda")
+    room = min(_OTHER_BYTES, torch.cuda.mem_get_info()[0] // 4)
+    others = torch.zeros(max(1, room // 4), dtype=torch.float32, device="cuda")
     times = []
     for _ in range(_REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        overwritten.zero_()
+        for _ in range(_TIMES_READ):
+            others.sum()
         start.record()
         launch()
         end.record()

@@ -91,7 +91,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batched-tokens",
         default="8192,1024,256",
-        help="most tokens of a step; of several, many requests take the best",
+        help="most tokens of a step; of several, the best is told",
     )
     parser.add_argument("--iterations", type=int, default=3, help="runs of one stream")
     parser.add_argument("--peer-batches", default="256,128,64", help="the peer's batches; empty for no peer")
