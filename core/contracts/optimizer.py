@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from drivetrain.contracts.plugin import Plugin, PluginConfig
 
@@ -36,6 +36,14 @@ class ScheduleConfig(BaseModel):
     decay: int | float = Field(
         0.2, gt=0, description="wsd: steps of the fall at the end; a fraction below 1 is a share of all steps"
     )
+
+    @model_validator(mode="after")
+    def _says_nothing_of_other_curves(self) -> Self:
+        for name, curves in (("floor", ("cosine", "linear", "wsd")), ("decay", ("wsd",))):
+            if name in self.model_fields_set and self.name not in curves:
+                which = " and ".join(curves)
+                raise ValueError(f"{self.name} has no {name}, a setting of {which}; name such a curve, or leave it out")
+        return self
 
 
 class GroupConfig(BaseModel):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
+import secrets
 import sys
 import threading
 import time
@@ -104,6 +105,7 @@ class EngineLoop:
         self._inbox: deque[Callable[[], None]] = deque()
         self._num_unread = 0
         self._tickets: dict[str, Ticket] = {}
+        self._ids = f"req-{secrets.token_hex(4)}"  # no request has the name of one before a restart
         self._numbers = itertools.count()
         self._is_draining = False
         self._is_stopping = False
@@ -192,7 +194,7 @@ class EngineLoop:
         _check_timing(request)
         prompt = self._token_ids(request)
         self.engine.check(request, prompt)
-        ticket = Ticket(f"req-{next(self._numbers)}", request, prompt, arrival_seconds, receive)
+        ticket = Ticket(f"{self._ids}-{next(self._numbers)}", request, prompt, arrival_seconds, receive)
         with self._wake:
             self._check_open()  # again: now nothing can close before the request is in the inbox
             if self.is_empty:

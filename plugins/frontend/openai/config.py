@@ -33,7 +33,9 @@ class OpenAIConfig(PluginConfig):
         None,
         description="Token for POST /v1/admin/swap, sent as `Authorization: Bearer TOKEN`. None closes the path.",
     )
-    served_names: tuple[str, ...] = Field((), description="Names that requests may use beside the model's own.")
+    served_names: tuple[str, ...] = Field(
+        (), description="Name, or list of names, that requests may use beside the model's own."
+    )
     max_body_bytes: int = Field(4 * MIB, ge=1024, description="Largest request body; a larger one is answered 413.")
     body_timeout_seconds: float = Field(
         60.0, gt=0, allow_inf_nan=False, description="Time for a body to arrive in full; after it, 408."
@@ -48,12 +50,18 @@ class OpenAIConfig(PluginConfig):
         30.0, ge=0, allow_inf_nan=False, description="Time that running requests get to finish after SIGTERM."
     )
     allow_origins: tuple[str, ...] = Field(
-        (), description="Web origins whose pages may call the API from a browser (CORS); `*` allows all."
+        (),
+        description="Web origin, or list of them, whose pages may call the API from a browser (CORS); `*` allows all.",
     )
     chat_page: bool = Field(True, description="Serve the chat page at /.")
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field(
         "info", description="Least severe message that is logged to stderr; info includes one line a request."
     )
+
+    @field_validator("served_names", "allow_origins", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("api_key")
     @classmethod

@@ -311,6 +311,11 @@ def test_the_model_answers_to_its_other_names() -> None:
         assert server.get("/v1/models/org/model").json()["id"] == "org/model"
 
 
+def test_one_name_and_one_origin_need_no_list() -> None:
+    config = OpenAIFrontend.Config(served_names="gpt-4o", allow_origins="https://a.example")
+    assert (config.served_names, config.allow_origins) == (("gpt-4o",), ("https://a.example",))
+
+
 def test_the_chat_page_can_be_left_out() -> None:
     with LiveServer(FakeEngine(), chat_page=False) as server:
         assert server.get("/").status_code == 404

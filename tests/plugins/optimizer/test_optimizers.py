@@ -172,6 +172,19 @@ def test_schedules_follow_their_curves() -> None:
     assert Schedule(ScheduleConfig(name="linear"), 5).factor(99) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"name": "cosine", "decay": 5}, "cosine has no decay, a setting of wsd"),
+        ({"floor": 0.1}, "constant has no floor, a setting of cosine and linear and wsd"),
+        ({"name": "linear", "floor": 0.1, "decay": 0.2}, "linear has no decay"),
+    ],
+)
+def test_settings_of_another_curve_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ScheduleConfig(**options)
+
+
 def test_phases_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"4 \+ 8 steps"):
         Schedule(ScheduleConfig(name="wsd", warmup=4, decay=8), 10)
