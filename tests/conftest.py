@@ -1,11 +1,20 @@
 """Of all tests: support modules tell what an assert compared, whichever folder is named first; files with slow tests go
-first, so that none is still running when every other process is done."""
+first, so that none is still running when every other process is done; Ctrl-C works however the tests were started."""
 
 from __future__ import annotations
+
+import signal
 
 import pytest
 
 pytest.register_assert_rewrite("support")
+
+
+def pytest_configure() -> None:
+    """A shell starts what runs in its background with Ctrl-C ignored, and children inherit that; tests interrupt this
+    process and its children."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(trylast=True)

@@ -133,11 +133,12 @@ def _points_of(distribution: Any) -> list[EntryPoint]:
     text = distribution.read_text("entry_points.txt")
     if not text or "drivetrain." not in text:
         return []
-    name = distribution.metadata["Name"]
+    metadata = distribution.metadata  # read and parsed whenever it is asked for
+    name, version = metadata["Name"], metadata["Version"]
     if not name:
         raise ValueError("the metadata has no Name")
     return [
-        EntryPoint(point.group, point.name, point.value, name, distribution.version)
+        EntryPoint(point.group, point.name, point.value, name, version)
         for point in distribution.entry_points
         if point.group.startswith("drivetrain.")
     ]

@@ -6,22 +6,20 @@ A plugin that hangs, crashes, exits or prints harms nothing here: it is reported
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import platform
 import re
 import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
 
 import importlib_metadata
 
@@ -31,6 +29,7 @@ from drivetrain.contracts.source import Progress, silent
 from drivetrain.errors import ConfigError, PluginError
 from drivetrain.hardware import HostMemory, PciDevice, Processor, TorchBuild, read_machine, read_torch_build
 from drivetrain.registry.discovery import ForeignGroup, PluginRef, discover, foreign_groups, normalized
+from drivetrain.registry.fork_server import ForkServer
 from drivetrain.registry.installation import Shadowed, Stale, find_copies, find_shadowed, find_stale
 from drivetrain.registry.lock import compare_lock, read_lock
 from drivetrain.registry.selection import AUTO, Registry
@@ -42,7 +41,10 @@ DEFAULT_TIME_LIMIT_SECONDS = 20.0
 _AT_ONCE = 2
 _COMPILERS = ("g++", "clang++", "nvcc", "hipcc", "icpx")
 _COMPILER_LIMIT_SECONDS = 10.0
-_CHILD = Path(__file__).with_name("probe_child.py")
+_PROGRAM = "drivetrain.registry.probe_child"
+_MANY = 8
+"""Plugins for which it is worth to import torch beforehand."""
+
 _SHOWN_OUTPUT_CHARACTERS = 120
 
 
@@ -60,7 +62,7 @@ class PluginHealth:
     """One plugin after loading and probing it with an empty context.
 
     code, reason, wanted, offered: the probe's answer; for a broken or hung plugin what went wrong.
-    import_seconds: importing its module; None when that did not succeed.
+    import_seconds: importing its module, torch aside where many are examined; None when that did not succeed.
     notes:          what it may not do and did all the same: print, start threads, change the environment, ...
     deprecated:     what it still uses of the contracts that is going to be removed.
     abilities:      optional abilities it claims.
@@ -237,59 +239,45 @@ def examine(
 def examine_plugins(
     refs: Sequence[PluginRef], time_limit_seconds: float, progress: Progress = silent
 ) -> tuple[PluginHealth, ...]:
-    """Load and probe each plugin in a process of its own, two at a time; the answers are in the order of ``refs``."""
+    """Load and probe each plugin in a process of its own, two at a time; the answers are in the order of ``refs``.
+
+    Where there are many, these processes are forks that have torch already: importing it is most of what each would do.
+    """
     health: dict[PluginRef, PluginHealth] = {}
-    with ThreadPoolExecutor(max_workers=_AT_ONCE, thread_name_prefix="doctor") as pool:
-        running = [pool.submit(examine_plugin, ref, time_limit_seconds) for ref in refs]
-        for done in as_completed(running):
+    is_warm = len(refs) >= _MANY
+    with ExitStack() as stack, ThreadPoolExecutor(max_workers=_AT_ONCE, thread_name_prefix="doctor") as pool:
+        idle: SimpleQueue[ForkServer] = SimpleQueue()
+        for _ in range(_AT_ONCE):
+            idle.put(stack.enter_context(ForkServer(_PROGRAM, is_warm=is_warm)))
+
+        def examine_next(ref: PluginRef) -> PluginHealth:
+            server = idle.get()
+            try:
+                return _examine_on(server, ref, time_limit_seconds)
+            finally:
+                idle.put(server)
+
+        for done in as_completed([pool.submit(examine_next, ref) for ref in refs]):
             health[done.result().plugin] = done.result()
             progress("examining plugins", len(health), len(refs), "plugins")
     return tuple(health[ref] for ref in refs)
 
 
 def examine_plugin(ref: PluginRef, time_limit_seconds: float) -> PluginHealth:
-    """Load and probe one plugin in a child process, which is killed with all it started at the time limit."""
-    with tempfile.TemporaryFile() as answers, tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        request = {**dataclasses.asdict(ref), "sys_path": sys.path}
-        # -P keeps the current folder, where a checkout may lie, from shadowing packages.
-        child = subprocess.Popen(
-            [sys.executable, "-P", str(_CHILD), str(answers.fileno())],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=errors,
-            pass_fds=(answers.fileno(),),
-            start_new_session=True,
-        )
-        try:
-            child.communicate(json.dumps(request).encode(), timeout=time_limit_seconds)
-            is_hung = False
-        except subprocess.TimeoutExpired:
-            is_hung = True
-        has_orphans = _kill_group(child) and not is_hung
-        lines = [json.loads(line) for line in _text_of(answers).splitlines()]
-        stage = next((line["stage"] for line in reversed(lines) if "stage" in line), "start")
-        answer = next((line for line in lines if "status" in line), None)
-        notes = _notes(_text_of(output), has_orphans)
-        if is_hung:
-            return _hung(ref, answer is not None, stage, time_limit_seconds, notes)
-        if answer is None:
-            return _died(ref, child.returncode, stage, _text_of(errors), notes)
-        return _answered(ref, answer, notes)
+    """Load and probe one plugin in a process of its own, which is killed with all it started at the time limit."""
+    with ForkServer(_PROGRAM, is_warm=False) as server:
+        return _examine_on(server, ref, time_limit_seconds)
 
 
-def _kill_group(child: subprocess.Popen[bytes]) -> bool:
-    """Kill what is left of the child's process group; True when something was."""
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return False
-    child.wait()
-    return True
-
-
-def _text_of(file: IO[bytes]) -> str:
-    file.seek(0)
-    return file.read().decode(errors="replace")
+def _examine_on(server: ForkServer, ref: PluginRef, time_limit_seconds: float) -> PluginHealth:
+    ended = server.call(dataclasses.asdict(ref), time_limit_seconds)
+    answer = ended.answer("status")
+    notes = _notes(ended.output, ended.has_orphans)
+    if ended.status is None:
+        return _hung(ref, answer is not None, ended.stage, time_limit_seconds, notes)
+    if answer is None:
+        return _died(ref, ended.status, ended.stage, ended.errors, notes)
+    return _answered(ref, answer, notes)
 
 
 def _notes(printed: str, has_orphans: bool) -> tuple[str, ...]:

@@ -1,21 +1,18 @@
-"""The program that ``doctor`` starts for each plugin: load one plugin, probe it, write down what came of it.
+"""The program that ``doctor`` has run for each plugin: load one plugin, probe it, write down what came of it.
 
-Run by file, with the number of an open file as its only argument and the request as JSON on standard input. Each line
-it writes to that file is a JSON object: ``{"stage": ...}`` before a step that may never return, and the answer at last.
-Standard output is left to the plugin, so that what a plugin prints is seen and not mixed up with the answer.
+It writes ``{"stage": ...}`` before a step that may never return, and the answer at last.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import resource
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,16 +21,17 @@ if TYPE_CHECKING:
 _OUTPUT_LIMIT_BYTES = 64 * 2**20
 
 
-def main() -> None:
-    answer_file = int(sys.argv[1])
-    request = json.load(sys.stdin)
-    # The parent's search path, before anything of this project is imported: both must see the same plugins.
-    sys.path[:] = request.pop("sys_path")
+def prepare() -> None:
+    """Import torch, and what every examination does."""
+    import torch  # noqa: F401
+
+    import drivetrain.contracts.platform
+    import drivetrain.registry.selection  # noqa: F401
+
+
+def run(request: Mapping[str, Any], write: Callable[[Mapping[str, Any]], object]) -> None:
+    """Examine the plugin that ``request`` names (the fields of a PluginRef)."""
     _bound_damage()
-
-    def write(line: Mapping[str, Any]) -> None:
-        os.write(answer_file, (json.dumps(line) + "\n").encode())
-
     write(answer(request, write))
 
 
@@ -45,7 +43,7 @@ def _bound_damage() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
 
 
-def answer(request: Mapping[str, Any], write: Any) -> dict[str, Any]:
+def answer(request: Mapping[str, Any], write: Callable[[Mapping[str, Any]], object]) -> dict[str, Any]:
     """Load, probe and describe the plugin that ``request`` names (the fields of a PluginRef)."""
     from drivetrain.contracts.plugin import ProbeContext
     from drivetrain.contracts.versions import ContractVersionError, DrivetrainDeprecationWarning
@@ -80,7 +78,7 @@ def _shown(error: Any) -> dict[str, str]:
     return {"wanted": error.allowed or "", "offered": str(error.found or ""), "hint": hint}
 
 
-def _describe(plugin: type[Plugin], is_ok: bool, write: Any) -> dict[str, Any]:
+def _describe(plugin: type[Plugin], is_ok: bool, write: Callable[[Mapping[str, Any]], object]) -> dict[str, Any]:
     """Abilities, and for a platform that says yes the facts of its first device."""
     from drivetrain.contracts.platform import Platform
 
@@ -113,7 +111,3 @@ def _law_breaches(environment: Mapping[str, str]) -> list[str]:
         if torch is not None and getattr(torch, name).is_initialized():
             breaches.append(f"opens a {name} device when it is imported or probed")
     return breaches
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,8 @@
 """The program that examines one plugin's manners: what changes in a process when the plugin is imported and probed.
 
-Run by file, with the number of an open file as its only argument and the request as JSON on standard input. Each line
-it writes to that file is a JSON object: ``{"stage": ...}`` before a step that may never return, and the answer at last.
+It is run in a fork of a process that has torch already, and writes ``{"stage": ...}`` before a step that may never
+return, and the answer at last. Run by file, it is the new process that imports and probes once more: with the number of
+an open file as its only argument, and the request as JSON on standard input.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-_SPAWNED = "spawned"
 _EXIT_SAME, _EXIT_OTHER, _EXIT_RAISED = 0, 3, 4
 _FORK_SECONDS = 20.0
 _DEVICE_FILES = ("/dev/nvidia", "/dev/kfd", "/dev/dri/", "/dev/accel")
@@ -36,24 +36,39 @@ def main() -> None:
     request = json.load(sys.stdin)
     # The parent's search path, before anything of this project is imported: both must see the same plugins.
     sys.path[:] = request["sys_path"]
-    if sys.argv[2:] == [_SPAWNED]:
-        sys.exit(_import_and_probe(request, answer_file))
+    sys.exit(_import_and_probe(request, answer_file))
 
-    def write(line: Mapping[str, Any]) -> None:
-        os.write(answer_file, (json.dumps(line) + "\n").encode())
 
+def prepare() -> None:
+    """Import torch and the core: what may not change while a plugin is imported and probed."""
+    import numpy  # noqa: F401
+    import torch  # noqa: F401
+
+    import drivetrain.contracts.kinds
+    import drivetrain.contracts.plugin
+    import drivetrain.registry.selection  # noqa: F401  # its attributes are watched too
+    from drivetrain.contracts.kinds import KINDS
+    from drivetrain.registry.discovery import contract_class
+
+    for kind in KINDS:
+        contract_class(kind)
+
+
+def run(request: Mapping[str, Any], write: Callable[[Mapping[str, Any]], object]) -> None:
+    """Examine the plugin that ``request`` names, with its options."""
     write(examine(request["plugin"], request["options"], write))
 
 
 def examine(
-    plugin: Mapping[str, str], options: Mapping[str, Any], write: Callable[[Mapping[str, Any]], None]
+    plugin: Mapping[str, str], options: Mapping[str, Any], write: Callable[[Mapping[str, Any]], object]
 ) -> dict[str, Any]:
     """Import and probe the plugin whose PluginRef has these fields; the answer's keys are those of Manners.
 
     options: for its Config, of which a platform that says yes is created and asked for its facts.
     """
     write({"stage": "preparation"})
-    modules = _import_what_may_not_change()
+    prepare()
+    modules = sorted(name for name in sys.modules if name.startswith("drivetrain."))
     before, watch = _snapshots(modules), _Watch()
     answer: dict[str, Any] = {"failure": None, "breaches": {}, "import_seconds": None, "imports_torch": False}
     write({"stage": "import"})
@@ -75,21 +90,6 @@ def examine(
     write({"stage": "spawn"})
     seconds, imports_torch, breaches["spawn"] = _spawned(plugin, probe)
     return answer | {"breaches": breaches, "import_seconds": seconds, "imports_torch": imports_torch}
-
-
-def _import_what_may_not_change() -> list[str]:
-    """Import torch and the core; return the names of the core's modules."""
-    import torch  # noqa: F401
-
-    import drivetrain.contracts.kinds
-    import drivetrain.contracts.plugin
-    import drivetrain.registry.selection  # noqa: F401  # its attributes are watched too
-    from drivetrain.contracts.kinds import KINDS
-    from drivetrain.registry.discovery import contract_class
-
-    for kind in KINDS:
-        contract_class(kind)
-    return sorted(name for name in sys.modules if name.startswith("drivetrain."))
 
 
 def _load(plugin: Mapping[str, str]) -> tuple[Any, str | None]:
@@ -317,7 +317,7 @@ def _spawned(plugin: Mapping[str, str], probe: Any) -> tuple[float | None, bool,
     """Import and probe in a new process: seconds of the import, whether it brought torch in, and breaches."""
     request = {"plugin": dict(plugin), "sys_path": sys.path, "probe": dataclasses.astuple(probe)}
     reading, writing = os.pipe()
-    command = [sys.executable, "-P", __file__, str(writing), _SPAWNED]
+    command = [sys.executable, "-P", __file__, str(writing)]
     done = subprocess.run(command, input=json.dumps(request).encode(), pass_fds=(writing,), check=False)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:

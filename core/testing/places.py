@@ -12,7 +12,7 @@ import torch
 
 from drivetrain.contracts.model import ModelSpec
 from drivetrain.contracts.platform import PlatformFacts
-from drivetrain.contracts.plugin import Plugin, ProbeContext, Purpose
+from drivetrain.contracts.plugin import ProbeContext, Purpose
 from drivetrain.errors import DrivetrainError
 from drivetrain.registry import Registry, load
 from drivetrain.testing.suite import Suite, not_run
@@ -51,11 +51,6 @@ def platforms_here() -> tuple[Place | str, ...]:
     return tuple(sorted(opened, key=lambda p: isinstance(p, str) or p.facts.device_type == "cpu"))
 
 
-_LOADED: dict[tuple[str, str], type[Plugin]] = {}
-"""Plugins by kind and name. Without it every use looks through all installed distributions again, which takes two
-thirds of a suite's time."""
-
-
 class DeviceSuite(Suite):
     """A suite whose tests compute.
 
@@ -63,15 +58,6 @@ class DeviceSuite(Suite):
     """
 
     platform: ClassVar[str | None] = None
-
-    @classmethod
-    def plugin_class(cls) -> type[Plugin]:
-        if not isinstance(cls.plugin, str):
-            return super().plugin_class()
-        key = (cls.kind, cls.plugin)
-        if key not in _LOADED:
-            _LOADED[key] = super().plugin_class()
-        return _LOADED[key]
 
     @classmethod
     def place(cls) -> Place:

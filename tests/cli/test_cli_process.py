@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -11,30 +12,43 @@ from typing import Any
 
 import pytest
 
-from support.command_line import ONE_THREAD, child, read_until, run_command
+from support.command_line import ONE_THREAD, child, make_tiny_folder, read_until, run_command
 
-LONG = ("--max-tokens", "2000", "--temperature", "1", "--seed", "1")
+LONG = ("--max-tokens", "60000", "--temperature", "1", "--seed", "1")
+"""An answer that a pipe or terminal has no room for while nobody reads it: what writes it can't end by itself."""
+PATIENCE_SECONDS = 60.0
+"""For what ends soon, on a busy machine too."""
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose text never ends by itself."""
+    folder = make_tiny_folder(tmp_path_factory.mktemp("model") / "endless")
+    for name, changed in (("config.json", {"max_position_embeddings": 65536}), ("generation_config.json", {})):
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(settings | {"eos_token_id": None} | changed))
+    return folder
 
 
 def words(tiny: Path, *more: object) -> tuple[object, ...]:
     return (*more, "--model", tiny, *ONE_THREAD)
 
 
-def test_ctrl_c_ends_a_text_with_status_130(tiny: Path) -> None:
-    with child(*words(tiny, "generate", "The quick"), *LONG) as process:
+def test_ctrl_c_ends_a_text_with_status_130(endless: Path) -> None:
+    with child(*words(endless, "generate", "The quick"), *LONG) as process:
         assert os.read(process.stdout.fileno(), 1)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=10)
+        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130
     assert b"Traceback" not in errors
     assert errors.decode().splitlines()[-1] == "interrupted"
 
 
-def test_ctrl_c_ends_a_single_answer(tiny: Path) -> None:
-    with child(*words(tiny, "chat", "Hello"), *LONG) as process:
+def test_ctrl_c_ends_a_single_answer(endless: Path) -> None:
+    with child(*words(endless, "chat", "Hello"), *LONG) as process:
         assert os.read(process.stdout.fileno(), 1)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=10)
+        process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130
 
 
@@ -42,14 +56,14 @@ def test_ctrl_c_ends_a_benchmark(tiny: Path) -> None:
     with child(*words(tiny, "bench", "throughput", "--requests", 2000)) as process:
         read_until(process.stderr, b"generating: ")
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130, errors
     assert b"Traceback" not in errors
 
 
-def test_ctrl_c_ends_an_answer_but_not_the_conversation(tiny: Path) -> None:
+def test_ctrl_c_ends_an_answer_but_not_the_conversation(endless: Path) -> None:
     leader, follower = pty.openpty()
-    with child(*words(tiny, "chat"), *LONG, stdin=follower, stdout=follower, stderr=follower) as process:
+    with child(*words(endless, "chat"), *LONG, stdin=follower, stdout=follower, stderr=follower) as process:
         os.close(follower)
         read_until(leader, b"> ")
         os.write(leader, b"Hello\n")
@@ -58,7 +72,7 @@ def test_ctrl_c_ends_an_answer_but_not_the_conversation(tiny: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert b"(interrupted)" in read_until(leader, b"> ")
         os.write(leader, b"/exit\n")
-        assert process.wait(10) == 0
+        assert process.wait(PATIENCE_SECONDS) == 0
     os.close(leader)
 
 
@@ -69,7 +83,7 @@ def test_a_reader_that_has_gone_is_met_with_silence(tiny: Path, command: str) ->
     arguments = ("plugins", "list") if command == "list" else (*words(tiny, "generate", "x"), "--max-tokens", 50)
     with child(*arguments, stdout=writing) as process:
         os.close(writing)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 1
     assert [line for line in errors.decode().splitlines() if not line.startswith("loading")] == []
 
@@ -88,7 +102,7 @@ def on_a_terminal(arguments: tuple[Any, ...]) -> tuple[int, str]:
     with child(*arguments, stdin=follower, stdout=follower, stderr=follower) as process:
         os.close(follower)
         shown = read_until(leader, b"never")
-        status = process.wait(10)
+        status = process.wait(PATIENCE_SECONDS)
     os.close(leader)
     return status, shown.decode(errors="replace")
 

@@ -39,4 +39,4 @@ def test_the_first_token_of_the_real_model_is_there_within_six_seconds() -> None
     words = ("--model", "smollm2-135m", "--max-tokens", "1", "--temperature", "0", "--set", "platform.threads=1")
     command = ("-m", "drivetrain", "generate", "The capital of France is", *words)
     processor_seconds(*command)  # fetches the model, and fills the caches
-    assert min(processor_seconds(*command) for _ in range(3)) < MOST_SECONDS_TO_FIRST_TOKEN
+    assert min(processor_seconds(*command) for _ in range(2)) < MOST_SECONDS_TO_FIRST_TOKEN

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from drivetrain.testing.suites.attention import AttentionSuite
 from drivetrain.testing.suites.loader import write_gguf
 from drivetrain.testing.suites.source import SourceSuite
@@ -12,9 +14,24 @@ FOREIGN_SCHEMES = ("s3://bucket/model", "file:surely", "git+https://host/model")
 
 
 class FlexSuite(AttentionSuite):
-    """One block size: each is a program of its own, which takes seconds to compile."""
+    """One block size, and not every dtype in every head layout: each is a program of its own, which takes ten seconds
+    to compile."""
 
     options = {"block_size": 16}
+
+    @pytest.mark.parametrize(
+        ("heads", "dtype"),
+        [
+            ((1, 1, 8), "float32"),
+            ((4, 2, 16), "float32"),
+            ((4, 2, 16), "bfloat16"),
+            ((9, 3, 64), "bfloat16"),
+            ((5, 5, 7), "float32"),
+        ],
+    )
+    def test_mixed_batches_equal_the_plain_loop(self, heads: tuple[int, int, int], dtype: str) -> None:
+        """One head, groups of heads, no groups, a large and an odd head size. Many heads over one are met elsewhere."""
+        super().test_mixed_batches_equal_the_plain_loop(heads, dtype)
 
 
 class LocalSuite(SourceSuite):

@@ -237,4 +237,4 @@ def _untuned():  # type: ignore[no-untyped-def]
 @has_interpreter
 @pytest.mark.slow
 def test_what_surrounds_the_backward() -> None:
-    run_in_interpreter(Path(__file__).parent / "interpreted" / "check_hopper.py")
+    run_in_interpreter(Path(__file__).parent / "interpreted", "check_hopper.py")

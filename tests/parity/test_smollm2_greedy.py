@@ -118,8 +118,8 @@ def test_greedy_tokens_equal_transformers(
 @pytest.mark.slow
 def test_greedy_tokens_one_by_one(llm: LLM, prompts: list[list[int]], batched: list[list[int]]) -> None:
     """With a prefix cache that the batch has warmed."""
-    alone = [list(llm.generate(prompt, GREEDY)[0].token_ids) for prompt in prompts[:4]]
-    assert alone == batched[:4]
+    alone = [list(llm.generate(prompt, GREEDY)[0].token_ids) for prompt in prompts[:2]]
+    assert alone == batched[:2]
 
 
 @pytest.mark.slow

@@ -85,8 +85,8 @@ def test_preemption_changes_nothing(model: tuple[Path, list[Any]]) -> None:
     assert stats["preemptions"] > 0, "the cache was not tight enough to force a preemption"
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 8, 13])
-def test_every_split_of_a_chunked_prefill(model: tuple[Path, list[Any]], chunk: int) -> None:
+@pytest.mark.parametrize("chunk", [1, 5, 8])
+def test_chunks_of_a_prefill_change_nothing(model: tuple[Path, list[Any]], chunk: int) -> None:
     folder, expected = model
     scheduler = {"name": "fcfs", "max_batched_tokens": chunk, "max_running": 4}
     found, _ = generate(folder, prompts(), scheduler=scheduler)

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+_IN_FORKS = """
+import json, os, sys
+import numpy, pytest, torch
+for name, folder in json.load(sys.stdin).items():
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        log = os.open("log", os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        status = pytest.main(["-q", "-p", "no:cacheprovider"])
+        sys.stdout.flush()
+        os._exit(status)
+    print(json.dumps([name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])]), flush=True)
+"""
 
 _PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
 
@@ -65,6 +82,15 @@ class CleanEnvironment:
             timeout=timeout_seconds,
             check=False,
         )
+
+    def run_tests(self, folders: Mapping[str, Path], timeout_seconds: float) -> dict[str, tuple[int, str]]:
+        """What pytest comes to in each of these folders, by name: exit status and output. Each runs in a process of its
+        own, a fork of one that has torch already."""
+        asked = json.dumps({name: str(folder) for name, folder in folders.items()})
+        done = self.run("-c", _IN_FORKS, timeout_seconds=timeout_seconds, stdin=asked)
+        assert done.returncode == 0, done.stderr
+        statuses = dict(map(json.loads, done.stdout.splitlines()))
+        return {name: (statuses[name], (folder / "log").read_text()) for name, folder in folders.items()}
 
     def drivetrain(self, *arguments: object, timeout_seconds: float = 120) -> subprocess.CompletedProcess[str]:
         """The ``drivetrain`` command there; warnings are errors."""

@@ -33,7 +33,7 @@ def make_tiny_folder(folder: Path) -> Path:
     return folder
 
 
-def run_command(*arguments: object, stdin: str | bytes = "", timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def run_command(*arguments: object, stdin: str | bytes = "", timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """The command as a child process, to its end."""
     data = stdin.encode() if isinstance(stdin, str) else stdin
     done = subprocess.run(
@@ -55,7 +55,7 @@ def child(*arguments: object, **options: Any) -> Iterator[subprocess.Popen[bytes
         process.communicate()
 
 
-def read_until(stream: Any, wanted: bytes, timeout: float = 30) -> bytes:
+def read_until(stream: Any, wanted: bytes, timeout: float = 90) -> bytes:
     """What ``stream`` says up to and including ``wanted``, or to its end."""
     descriptor = stream if isinstance(stream, int) else stream.fileno()
     give_up = time.monotonic() + timeout
@@ -94,7 +94,7 @@ class ServedChild:
     def get(self, path: str) -> Any:
         return httpx.get(self.url + path, timeout=60)
 
-    def stop(self, number: int = signal.SIGTERM, timeout: float = 20) -> int:
+    def stop(self, number: int = signal.SIGTERM, timeout: float = 60) -> int:
         """Send a signal and wait for the end; returns the exit status."""
         self.process.send_signal(number)
         return self.process.wait(timeout)

@@ -79,6 +79,16 @@ class Launched:
         os.kill(pid, how)
         return pid
 
+    def is_connected(self, port: int) -> bool:
+        """Whether it has a connection to this port of any machine."""
+        try:
+            own = {os.readlink(entry) for entry in Path(f"/proc/{self.process.pid}/fd").iterdir()}
+        except OSError:  # a file was closed meanwhile
+            return False
+        lines = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()]
+        there = {f"socket:[{line[9]}]" for line in lines if line[2].endswith(f":{port:04X}") and line[3] == "01"}
+        return not own.isdisjoint(there)
+
     def finish(self, seconds: float = PATIENCE_SECONDS) -> int:
         """Wait for the end; the exit status."""
         return self.process.wait(seconds)

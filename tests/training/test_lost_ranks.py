@@ -3,6 +3,7 @@ happened."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -86,8 +87,12 @@ def test_a_machine_is_lost_and_taken_back(model: Path, chats: Path, tmp_path: Pa
                 wait_for("one machine", lambda: "ranks: 1, machines: 1" in first.told)
                 made = steps_of(folder)
                 wait_for("a step alone", lambda: steps_of(folder) > made)
+                survivor = first.hit(0, signal.SIGSTOP)  # or it makes all steps before the other has imported torch
                 back = Launched.start(settings, folder, "back", *options)
                 with ended(back):
+                    port = int(endpoint.rpartition(":")[2])
+                    wait_for(f"the return: {back.told}", lambda: back.is_connected(port) or back.process.poll())
+                    os.kill(survivor, signal.SIGCONT)
                     assert back.finish() == 0, back.told
                     assert first.finish() == 0, first.told
         finally:

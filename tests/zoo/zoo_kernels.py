@@ -18,9 +18,12 @@ from drivetrain.operators import Operator, define, visible
 
 
 class _OneReplaced(ReferenceKernels):
-    """The reference, but for one operation."""
+    """One operation, of which the reference has a right one; the kit then tries no other."""
 
     operation = ""
+
+    def operations(self) -> frozenset[str]:
+        return frozenset({self.operation})
 
     def make(self, spec: KernelSpec) -> Callable[..., Any]:
         made = super().make(spec)

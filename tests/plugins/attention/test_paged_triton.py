@@ -106,6 +106,7 @@ def test_the_suite_passes(report: Report, test: str) -> None:
 
 @has_interpreter
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["check_paged_triton.py", "check_decode_steps.py", "check_prompt_steps.py"])
-def test_what_the_suite_does_not_ask(name: str) -> None:
-    run_in_interpreter(Path(__file__).parent / "interpreted" / name)
+@pytest.mark.timeout(900)
+def test_what_the_suite_does_not_ask() -> None:
+    folder = Path(__file__).parent / "interpreted"
+    run_in_interpreter(folder, "check_paged_triton.py", "check_decode_steps.py", "check_prompt_steps.py")

@@ -165,7 +165,7 @@ class RecordedStep:
         ((None, None), None, "auto", None),
         ((None, 9), 2.0, "auto", 50),
         ((None, 40), None, "int8", None),
-        ((None,), 3.0, "fp8", 16),
+        ((None,), 3.0, "fp8", 64),
     ],
 )
 def test_a_recorded_step_reads_lengths_blocks_and_tokens_anew(
@@ -188,6 +188,6 @@ def test_replayed_decodes_of_a_model_give_its_tokens(tmp_path: Path, monkeypatch
     """From embedding to logits, everything in a decode step reads what lies in the buffers, rows of nobody included."""
     save_tiny("llama", tmp_path / "model")
     prompts = ["The quick brown fox", "There is more", "x"]
-    recorder = expect_the_same_tokens(tmp_path / "model", prompts, 8, 16, monkeypatch, kernels="triton")
+    recorder = expect_the_same_tokens(tmp_path / "model", prompts, 4, 16, monkeypatch, kernels="triton")
     assert recorder.num_captured == 3 + 1, "decodes of one, two and four, and other steps, all of them ahead"
-    assert recorder.num_replayed >= 14
+    assert recorder.num_replayed >= 6

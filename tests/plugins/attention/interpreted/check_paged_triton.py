@@ -21,8 +21,7 @@ def backend(**options: int) -> PagedTritonAttention:
     return PagedTritonAttention(PagedTritonAttention.Config.model_validate(options))
 
 
-@pytest.mark.parametrize(("window", "cap"), [(None, None), (5, None), (None, 2.0)])
-@pytest.mark.parametrize("chunk_size", [1, 3, 7])
+@pytest.mark.parametrize(("chunk_size", "window", "cap"), [(1, 5, None), (3, None, None), (7, None, 2.0)])
 def test_chunks_of_any_size_merge_to_the_whole(chunk_size: int, window: int | None, cap: float | None) -> None:
     spec = spec_of((window,), heads=(4, 2, 16), cap=cap)
     trial = Trial(backend(block_size=4, chunk_size=chunk_size), spec, CPU)
