@@ -351,8 +351,9 @@ static inline Floats spread(const float* p) { return splat(*p); }
 static inline float total(Floats v) { return sum(v); }
 #else
 static inline Bytes nibbles_at(const uint8_t* p, int bytes) {
-  v32s v = {};
-  memcpy(&v, p, bytes >= kBytes ? kBytes : bytes);
+  if (bytes >= kBytes) return load32(reinterpret_cast<const int8_t*>(p));
+  v32s v = {};  // half a step: rows are whole atoms
+  memcpy(&v, p, kAtom / 2);
   return v;
 }
 static inline Sums nibble_dots(Bytes w, const int8_t* x) {
@@ -411,11 +412,15 @@ static inline void nibble_rows(const Matrix& m, const Groups& groups, size_t ahe
   }
 #pragma GCC unroll 4
   for (int t = 0; t < M; t++) {
-    if constexpr (R == 4 && sizeof(Floats) == sizeof(vf)) {
+    if constexpr (sizeof(Floats) == sizeof(vf)) {
       auto all = [&](int r) { return (vf)sums[r][t] + least[r][t]; };
-      float totals[4];
-      dt::sum4(all(0), all(1), all(2), all(3), totals);
-      for (int r = 0; r < 4; r++) out[t][at + r] = totals[r];
+      if constexpr (R == 4) {
+        float totals[4];
+        dt::sum4(all(0), all(1), all(2), all(3), totals);
+        for (int r = 0; r < 4; r++) out[t][at + r] = totals[r];
+      } else {
+        for (int r = 0; r < R; r++) out[t][at + r] = sum(all(r));
+      }
     } else {
       for (int r = 0; r < R; r++) out[t][at + r] = total(sums[r][t]) + sum(least[r][t]);
     }
