@@ -115,7 +115,7 @@ static bool is_plain(const dt_matrix& m, int tokens) { return form_of(m, tokens)
 static size_t product_floats(int tokens, int size, bool all_plain) {
   size_t plain = rounded(packed_floats(tokens, size)), other = rounded(rounded_floats(tokens, size));
   if (all_plain) return plain;
-  if constexpr (kHasSteps) other = rounded(other > step_floats(tokens, size) ? other : step_floats(tokens, size));
+  if (kHasSteps && tokens <= kMostRounded) other = rounded(other > step_floats(tokens, size) ? other : step_floats(tokens, size));
   if constexpr (kHasIntTiles) other = rounded(other > tiled_floats(tokens, size) ? other : tiled_floats(tokens, size));
   return plain + rounded(size_t(tokens) * size) + other;
 }
