@@ -61,8 +61,10 @@ class CpuPlatform(Platform):
             description="cores that threads are bound to: a list; none leaves it to the system; auto takes those of "
             "as few NUMA nodes as hold all threads, where there are several",
         )
-        huge_pages: Literal["auto", "off"] = Field(
-            "auto", description="keep weights in pages of 2 MiB, where the system gives them on request"
+        huge_pages: Literal["auto", "all", "off"] = Field(
+            "auto",
+            description="keep weights in pages of 2 MiB, where the system gives them on request; all: those too that "
+            "are views of a file (GGUF), as copies, which no other process shares and the system can't take back",
         )
 
     config: Config
@@ -101,7 +103,8 @@ class CpuPlatform(Platform):
         reason = "they are switched off in the settings" if self.config.huge_pages == "off" else why_no_huge_pages()
         if reason is not None:
             return f"no large pages: {reason}"
-        return f"{move(tensors) / 2**20:.1f} MiB in large pages"
+        moved = move(tensors, takes_views=self.config.huge_pages == "all")
+        return f"{moved / 2**20:.1f} MiB in large pages"
 
     @property
     def _num_threads(self) -> int:

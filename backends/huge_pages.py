@@ -27,16 +27,16 @@ def why_no_huge_pages() -> str | None:
     return None
 
 
-def move(tensors: Iterable[torch.Tensor]) -> int:
+def move(tensors: Iterable[torch.Tensor], takes_views: bool = False) -> int:
     """Move what the tensors refer to into large pages, one after the other; returns the bytes moved.
 
     Tensors keep their values, shapes and what they share. What torch did not allocate itself, such as a view of a file,
-    stays where it is. Never more than one storage is there twice.
+    stays where it is, or is copied (``takes_views``). Never more than one storage is there twice, files aside.
     """
     by_storage: dict[int, list[torch.Tensor]] = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
-        if storage.resizable() and storage.nbytes() and tensor.device.type == "cpu":
+        if (takes_views or storage.resizable()) and storage.nbytes() and tensor.device.type == "cpu":
             by_storage.setdefault(storage.data_ptr(), []).append(tensor)
     sizes = [group[0].untyped_storage().nbytes() for group in by_storage.values()]
     total = sum(_rounded(size) for size in sizes)

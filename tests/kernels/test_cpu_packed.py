@@ -99,6 +99,42 @@ def test_inputs_that_fill_no_vector(variant: str, operation: str) -> None:
             compare(use(operation, 0, rows, inner, 11), variant)
 
 
+@pytest.mark.parametrize("variant", HERE)
+@pytest.mark.parametrize(("operation", "number"), [use for use in USES if "int4" in use[0] or 0 < use[1] < 12])
+def test_rows_that_end_within_a_step(variant: str, operation: str, number: int) -> None:
+    """One to three atoms of four, alone and behind whole steps and runs of steps."""
+    for inner in (32, 64, 96, 128, 160, 576, 736):
+        compare(use(operation, number, 3, inner, 5), variant)
+
+
+@pytest.mark.parametrize("variant", HERE)
+@pytest.mark.parametrize(("operation", "number"), [use for use in USES if "int4" in use[0] or "gguf" in use[0]])
+def test_bits_of_a_row_do_not_depend_on_the_rows_beside_it(variant: str, operation: str, number: int) -> None:
+    case = use(operation, number, 4, 512, 37)
+    x, *weights = case.inputs(torch.float32, "cpu")
+    assert x is not None
+    linear = provider(variant).make(case.spec("cpu", "float32"))
+    alone = torch.cat([linear(row, *weights) for row in x.split(1)])
+    for rows in (2, 3, 4):
+        assert torch.equal(linear(x[:rows], *weights), alone[:rows])
+
+
+@pytest.mark.parametrize("variant", HERE)
+@pytest.mark.parametrize("number", BLOCK_TYPES)
+def test_the_largest_codes_and_activations_do_not_overflow(variant: str, number: int) -> None:
+    kind = BLOCK_TYPES[number]
+    case = use("linear_gguf", number, 2, 512, 3, bias=False)
+    _, blocks, _ = case.inputs(torch.float32, "cpu")
+    assert blocks is not None
+    codes = blocks.unflatten(1, (-1, kind.row_bytes(kind.size)))
+    first, last = {2: (2, 18), 3: (4, 20), 6: (2, 22), 7: (4, 24), 8: (2, 34), 14: (0, 192)}.get(number, (16, None))
+    codes[:, :, first:last] = 128 if number == 8 else 255
+    x = torch.tensor([[0.37], [-0.37]]).expand(2, 512).contiguous()
+    wanted = x.double() @ DECODERS["linear_gguf"](blocks, torch.float64, case.params).T
+    found = provider(variant).make(case.spec("cpu", "float32"))(x, blocks, None)
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=1e-6 * float(wanted.abs().max()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("operation", ["linear_int8", "linear_int4", "linear_int4_a8", "linear_int3", "linear_w8a8"])
 def test_scales_of_any_floating_dtype_are_read(operation: str, dtype: torch.dtype) -> None:
@@ -162,9 +198,13 @@ def test_every_float8_number_is_read_exactly(variant: str) -> None:
                 assert torch.equal(row.nan_to_num(), wanted.nan_to_num())
 
 
-@pytest.mark.parametrize("operation", ["linear_int8", "linear_int4", "linear_int4_a8", "linear_w8a8", "linear_fp8a8"])
-def test_not_a_number_stays_one_and_in_its_row(operation: str) -> None:
-    case = use(operation, 0, 6, 96, 20)
+@pytest.mark.parametrize(
+    ("operation", "number"),
+    [(name, 0) for name in ("linear_int8", "linear_int4", "linear_int4_a8", "linear_w8a8", "linear_fp8a8")]
+    + [(name, number) for name in ("linear_gguf", "linear_gguf_a8") for number in (3, 8, 12)],
+)
+def test_not_a_number_stays_one_and_in_its_row(operation: str, number: int) -> None:
+    case = use(operation, number, 6, 256 if number else 96, 20)
     for rows in (3, 6):
         x, *weights = case.inputs(torch.float32, "cpu")
         assert x is not None

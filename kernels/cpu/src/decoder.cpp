@@ -6,11 +6,13 @@
 
 #include "attention.h"
 #include "elementwise.h"
+#include "formats.h"
 #include "matmul.h"
 #include "packed.h"
 #include "pool.h"
 #include "rounded.h"
 #include "rounded_tiles.h"
+#include "steps.h"
 
 using namespace dt;
 
@@ -89,18 +91,23 @@ static Matrix matrix_of(const dt_matrix& m) {
 // --- products of rows, whatever is done to the activations first ---------------------------------------------------------
 
 // What is done to activations: rounding as the operation says, or nothing but another form, in which int8 weights are read faster.
-enum class Form { kPlain, kRows, kBlocks, kFloat8, kTiles, kDigits, kNibbles, kRoundedFloats };
+enum class Form { kPlain, kRows, kBlocks, kFloat8, kTiles, kDigits, kNibbles, kRoundedFloats, kSteps };
 
-// Tokens up to which weights of four bits are multiplied as they are; with more, widening them once is faster (measured).
-constexpr int kMostNibbles = 24;
+// Tokens up to which packed weights are multiplied in integers: with activations that are rounded by blocks, and with all their bits,
+// of up to 6 bits and of 8. With more, widening weights once is faster (measured).
+constexpr int kMostRounded = 24, kMostWhole = 12, kMostWholeBytes = 8;
 
 static Form form_of(const dt_matrix& m, int tokens) {
   const bool is_tiled = kHasIntTiles && m.format == int(Format::kInt8) && tokens > kFewRows;
   const bool is_dotted = kHasDots && m.format == int(Format::kInt8) && tokens <= kFewRows;
-  if (m.rounding == int(Rounding::kNone)) return is_tiled || is_dotted ? Form::kDigits : Form::kPlain;
+  const bool is_rounded = m.rounding != int(Rounding::kNone), is_wide = m.format == int(Format::kBlocks) + kQ8_0;
+  const int most = is_rounded ? kMostRounded : is_wide ? kMostWholeBytes : kMostWhole;
+  if (kHasSteps && tokens <= most && takes_steps(matrix_of(m))) return Form::kSteps;
+  if (!is_rounded) return is_tiled || is_dotted ? Form::kDigits : Form::kPlain;
   if (m.rounding == int(Rounding::kRows)) return is_tiled ? Form::kTiles : Form::kRows;
-  if (m.rounding == int(Rounding::kNibbles)) return streams(matrix_of(m)) && tokens <= kMostNibbles ? Form::kNibbles : Form::kRoundedFloats;
-  return m.rounding == int(Rounding::kBlocks) ? Form::kBlocks : Form::kFloat8;
+  if (m.rounding == int(Rounding::kNibbles)) return streams(matrix_of(m)) && tokens <= kMostRounded ? Form::kNibbles : Form::kRoundedFloats;
+  if (m.rounding == int(Rounding::kBlocks)) return tokens <= kMostRounded ? Form::kBlocks : Form::kRoundedFloats;
+  return Form::kFloat8;
 }
 static bool is_plain(const dt_matrix& m, int tokens) { return form_of(m, tokens) == Form::kPlain; }
 
@@ -108,6 +115,7 @@ static bool is_plain(const dt_matrix& m, int tokens) { return form_of(m, tokens)
 static size_t product_floats(int tokens, int size, bool all_plain) {
   size_t plain = rounded(packed_floats(tokens, size)), other = rounded(rounded_floats(tokens, size));
   if (all_plain) return plain;
+  if (kHasSteps && tokens <= kMostRounded) other = rounded(other > step_floats(tokens, size) ? other : step_floats(tokens, size));
   if constexpr (kHasIntTiles) other = rounded(other > tiled_floats(tokens, size) ? other : tiled_floats(tokens, size));
   return plain + rounded(size_t(tokens) * size) + other;
 }
@@ -121,7 +129,10 @@ static void multiply(const float* rows, size_t stride, int tokens, const dt_matr
     Matrix alike[kMost];
     const dt_matrix& first = *matrices[begin];
     const Form form = form_of(first, tokens);
-    auto is_alike = [&](const dt_matrix& m) { return form_of(m, tokens) == form && (!m.x_scale || *m.x_scale == *first.x_scale); };
+    auto is_alike = [&](const dt_matrix& m) {
+      if (form == Form::kSteps && (m.format != first.format || m.rounding != first.rounding)) return false;
+      return form_of(m, tokens) == form && (!m.x_scale || *m.x_scale == *first.x_scale);
+    };
     for (end = begin; end < count && end - begin < kMost && is_alike(*matrices[end]); end++)
       alike[end - begin] = matrix_of(*matrices[end]);
     const int number = end - begin;
@@ -129,6 +140,9 @@ static void multiply(const float* rows, size_t stride, int tokens, const dt_matr
       matmul(pack(rows, stride, tokens, size, space), alike, sinks + begin, number);
     } else if (form == Form::kDigits && tokens <= kFewRows) {
       matmul(digit_rows(rows, stride, tokens, size, space), alike, sinks + begin, number);
+    } else if (form == Form::kSteps) {
+      const int digits = first.rounding == int(Rounding::kNone) ? 3 : 1;
+      matmul(step_rows(rows, stride, tokens, size, digits, alike[0].format, space), alike, sinks + begin, number);
     } else if (form == Form::kTiles || form == Form::kDigits) {
       if constexpr (kHasIntTiles)
         matmul(tile_rows(rows, stride, tokens, size, form == Form::kTiles ? 1 : 3, space), alike, sinks + begin, number);

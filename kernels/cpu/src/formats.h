@@ -114,6 +114,13 @@ static inline void scales_at(const void* scales, int format, size_t first, int c
       _mm512_mask_storeu_ps(out + i, mask, wide);
     }
 #endif
+  auto widen = [&](const auto* from) {
+    for (; i + W <= count; i += W) store(out + i, load(from + i));
+  };
+  if (format == 2)
+    widen(static_cast<const f16*>(scales) + first);
+  else
+    widen(static_cast<const bf16*>(scales) + first);
   for (; i < count; i++) out[i] = scale_at(scales, format, first + i);
 }
 

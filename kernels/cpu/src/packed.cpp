@@ -398,8 +398,8 @@ void few_packed_sums(const Activations& x, const Matrix& m, int first, int count
   switch (int(m.format)) {
     case int(Format::kInt8): return byte_sums<int8_t>(x, m, first, count, out);
     case int(Format::kFloat8): return byte_sums<Float8>(x, m, first, count, out);
+#if !defined(__AVX512VNNI__)  // where those below are multiplied in steps.cpp
     case int(Format::kInt4): return atom_sums<Int4>(x, m, first, count, out);
-    case int(Format::kInt3): return atom_sums<Int3>(x, m, first, count, out);
     case int(Format::kBlocks) + kQ4_0: return atom_sums<Blocks<kQ4_0>>(x, m, first, count, out);
     case int(Format::kBlocks) + kQ4_1: return atom_sums<Blocks<kQ4_1>>(x, m, first, count, out);
     case int(Format::kBlocks) + kQ5_0: return atom_sums<Blocks<kQ5_0>>(x, m, first, count, out);
@@ -407,7 +407,9 @@ void few_packed_sums(const Activations& x, const Matrix& m, int first, int count
     case int(Format::kBlocks) + kQ8_0: return atom_sums<Blocks<kQ8_0>>(x, m, first, count, out);
     case int(Format::kBlocks) + kQ4_K: return atom_sums<Blocks<kQ4_K>>(x, m, first, count, out);
     case int(Format::kBlocks) + kQ5_K: return atom_sums<Blocks<kQ5_K>>(x, m, first, count, out);
-    default: return atom_sums<Blocks<kQ6_K>>(x, m, first, count, out);
+    case int(Format::kBlocks) + kQ6_K: return atom_sums<Blocks<kQ6_K>>(x, m, first, count, out);
+#endif
+    default: return atom_sums<Int3>(x, m, first, count, out);
   }
 }
 

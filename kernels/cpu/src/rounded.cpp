@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "formats.h"
+#include "groups.h"
 #include "pool.h"
 
 namespace dt {
@@ -233,6 +233,11 @@ static void row_sums(const Matrix& m, int first, int count, const Rounded& x, in
     for (int o = 0; o < count; o++) out[t][o] = float(sums[t][o]) * x.scales[token + t] * scales[o];
 }
 
+constexpr int kAtoms = 2 * kBytes / kAtom;  // in a step of two weights a byte: kBytes bytes of weights, which are as many even inputs and as many odd ones
+
+// With AVX-512 and VNNI, blocks and groups are multiplied in steps.cpp.
+#if !defined(__AVX512VNNI__)
+
 // --- GGUF blocks ---------------------------------------------------------------------------------------------------------
 
 #if defined(__aarch64__)
@@ -334,25 +339,9 @@ static void block_sums(const Matrix& m, int first, int count, const Rounded& x, 
 
 // --- two weights a byte, with scale and minimum of a group ---------------------------------------------------------------
 
-constexpr int kAtoms = 2 * kBytes / kAtom;  // in a step: kBytes bytes of weights, which are as many even inputs and as many odd ones
 typedef float Floats __attribute__((vector_size(sizeof(Sums))));
 
-#if defined(__AVX512VNNI__)
-static inline Bytes nibbles_at(const uint8_t* p, int bytes) {
-  return _mm512_maskz_loadu_epi8(bytes >= kBytes ? ~__mmask64(0) : (__mmask64(1) << bytes) - 1, p);
-}
-static inline Sums nibble_dots(Bytes w, const int8_t* x) {
-  const __m512i mask = _mm512_set1_epi8(15);
-  __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_and_si512(w, mask), _mm512_loadu_si512(x));
-  return (Sums)_mm512_dpbusd_epi32(sums, _mm512_and_si512(_mm512_srli_epi16(w, 4), mask), _mm512_loadu_si512(x + kBytes));
-}
-// Numbers of the atoms of a step, each as often as it has sums.
-static inline Floats spread(const float* p) {
-  const __m512i from = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  return (Floats)_mm512_permutexvar_ps(from, _mm512_castps128_ps512(_mm_loadu_ps(p)));
-}
-static inline float total(Floats v) { return sum(v); }
-#elif defined(__aarch64__)
+#if defined(__aarch64__)
 static inline Bytes nibbles_at(const uint8_t* p, int) { return (Bytes)vld1q_u8(p); }  // a step is one atom
 static inline Sums nibble_dots(Bytes w, const int8_t* x) {
   int32x4_t sums = add_dot(vdupq_n_s32(0), vandq_s8(w, vdupq_n_s8(15)), vld1q_s8(x));
@@ -362,8 +351,9 @@ static inline Floats spread(const float* p) { return splat(*p); }
 static inline float total(Floats v) { return sum(v); }
 #else
 static inline Bytes nibbles_at(const uint8_t* p, int bytes) {
-  v32s v = {};
-  memcpy(&v, p, bytes >= kBytes ? kBytes : bytes);
+  if (bytes >= kBytes) return load32(reinterpret_cast<const int8_t*>(p));
+  v32s v = {};  // half a step: rows are whole atoms
+  memcpy(&v, p, kAtom / 2);
   return v;
 }
 static inline Sums nibble_dots(Bytes w, const int8_t* x) {
@@ -373,73 +363,6 @@ static inline Sums nibble_dots(Bytes w, const int8_t* x) {
 static inline Floats spread(const float* p) { return Floats{p[0], p[0], p[0], p[0], p[1], p[1], p[1], p[1]}; }
 static inline float total(Floats v) { return sum8(v); }
 #endif
-
-// How a matrix is grouped; worked out once, since for short rows the divisions would take as long as the products.
-struct Groups {
-  int each;   // atoms of a group
-  int count;  // groups of a row
-  int shift;  // each is 1 << shift, at most W; otherwise -1
-  explicit Groups(const Matrix& m) : each(m.group / kAtom), count(m.cols / m.group), shift(-1) {
-    if (each <= W && (each & (each - 1)) == 0) shift = __builtin_ctz(each);
-  }
-  int of_atom(int atom) const { return shift >= 0 ? atom >> shift : atom / each; }
-};
-
-// Scales and minima of atoms first .. first + count - 1, which is a whole span or the rest of a row. Behind them come zeros.
-static inline void group_scales(const Matrix& m, const Groups& groups, const void* from, int o, int first, int count, float* out) {
-  const int each = groups.each, begin = groups.of_atom(first);
-  const size_t row = size_t(o) * groups.count;
-#if defined(__AVX512F__)
-  if (groups.shift >= 0 && m.scale_format == 2) {  // spans begin with a group
-    const uint16_t* halves = static_cast<const uint16_t*>(from) + row + begin;
-    const int shift = groups.shift, most = W >> shift;
-    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    for (int a = 0; a < count; a += W, halves += most) {
-      const int left = (count - a) >> shift;
-      const __m512 found = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1 << (left < most ? left : most)) - 1, halves));
-      store(out + a, (vf)_mm512_permutexvar_ps((__m512i)(lane >> shift), found));
-    }
-    return;
-  }
-#endif
-  if (each == 1) {
-    scales_at(from, m.scale_format, row + first, count, out);
-  } else {
-    float of_groups[kSpan + W];
-    scales_at(from, m.scale_format, row + begin, groups.of_atom(first + count - 1) - begin + 1, of_groups);
-    int left = each - first % each;
-    for (int a = 0, g = 0; a < count; a++) {
-      out[a] = of_groups[g];
-      if (--left == 0) left = each, g++;
-    }
-  }
-  for (int a = count; a % W != 0 || a % kAtoms != 0; a++) out[a] = 0;
-}
-
-// The same of minima; scales: of these atoms.
-static inline void group_mins(const Matrix& m, const Groups& groups, int o, int first, int count, const float* scales, float* out) {
-  if (!m.has_zeros) return group_scales(m, groups, m.mins, o, first, count, out);
-  const int each = groups.each;
-  const uint8_t* zeros = static_cast<const uint8_t*>(m.mins) + size_t(o) * groups.count + groups.of_atom(first);
-#if defined(__AVX512F__)
-  if (groups.shift >= 0) {
-    const int shift = groups.shift, most = W >> shift;
-    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    for (int a = 0; a < count; a += W, zeros += most) {
-      const int left = (count - a) >> shift;
-      const __m512i found = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8((1 << (left < most ? left : most)) - 1, zeros));
-      store(out + a, (vf)_mm512_cvtepi32_ps(_mm512_permutexvar_epi32((__m512i)(lane >> shift), found)) * load(scales + a) * -1.0f);
-    }
-    return;
-  }
-#endif
-  int left = each - first % each;
-  for (int a = 0; a < count; a++) {
-    out[a] = -float(*zeros) * scales[a];
-    if (--left == 0) left = each, zeros++;
-  }
-  for (int a = count; a % W != 0 || a % kAtoms != 0; a++) out[a] = 0;
-}
 
 template <int R, int M>
 static inline void nibble_rows(const Matrix& m, const Groups& groups, size_t ahead, int o, const Rounded& x, int token,
@@ -489,11 +412,15 @@ static inline void nibble_rows(const Matrix& m, const Groups& groups, size_t ahe
   }
 #pragma GCC unroll 4
   for (int t = 0; t < M; t++) {
-    if constexpr (R == 4 && sizeof(Floats) == sizeof(vf)) {
+    if constexpr (sizeof(Floats) == sizeof(vf)) {
       auto all = [&](int r) { return (vf)sums[r][t] + least[r][t]; };
-      float totals[4];
-      dt::sum4(all(0), all(1), all(2), all(3), totals);
-      for (int r = 0; r < 4; r++) out[t][at + r] = totals[r];
+      if constexpr (R == 4) {
+        float totals[4];
+        dt::sum4(all(0), all(1), all(2), all(3), totals);
+        for (int r = 0; r < 4; r++) out[t][at + r] = totals[r];
+      } else {
+        for (int r = 0; r < R; r++) out[t][at + r] = sum(all(r));
+      }
     } else {
       for (int r = 0; r < R; r++) out[t][at + r] = total(sums[r][t]) + sum(least[r][t]);
     }
@@ -519,9 +446,11 @@ static void nibble_sums(const Matrix& m, int first, int count, const Rounded& x,
   }
 }
 
+#endif
+
 static auto sums_of(const Matrix& m) -> void (*)(const Matrix&, int, int, const Rounded&, int, int, float (*)[kInts]) {
   switch (int(m.format)) {
-    case int(Format::kInt8): return row_sums;
+#if !defined(__AVX512VNNI__)
     case int(Format::kInt4): return nibble_sums;
     case int(Format::kBlocks) + kQ4_0: return block_sums<kQ4_0>;
     case int(Format::kBlocks) + kQ4_1: return block_sums<kQ4_1>;
@@ -530,7 +459,9 @@ static auto sums_of(const Matrix& m) -> void (*)(const Matrix&, int, int, const 
     case int(Format::kBlocks) + kQ8_0: return block_sums<kQ8_0>;
     case int(Format::kBlocks) + kQ4_K: return block_sums<kQ4_K>;
     case int(Format::kBlocks) + kQ5_K: return block_sums<kQ5_K>;
-    default: return block_sums<kQ6_K>;
+    case int(Format::kBlocks) + kQ6_K: return block_sums<kQ6_K>;
+#endif
+    default: return row_sums;
   }
 }
 
@@ -653,26 +584,6 @@ Rounded digit_rows(const float* rows, size_t stride, int num_tokens, int size, f
 // One row with a scale for each 32 inputs, evens and odds of each step apart.
 static void round_nibbles(const float* row, int size, int8_t* out, float* scales, float* sums) {
   const size_t blocks = blocks_of(size);
-#if defined(__AVX512VNNI__)
-  const __m512i even_and_odd = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), one = _mm512_set1_epi32(1);
-  for (size_t b = 0; b < whole_steps(blocks); b++) {
-    const bool is_there = b < blocks;
-    const __m512 low = is_there ? _mm512_loadu_ps(row + b * kAtom) : _mm512_setzero_ps();
-    const __m512 high = is_there ? _mm512_loadu_ps(row + b * kAtom + W) : _mm512_setzero_ps();
-    const bool is_nan = _mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q) != 0;
-    const float scale = is_nan ? __builtin_nanf("") : _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high))) / 127.0f;
-    const __m512 by = _mm512_set1_ps(scale == 0.0f ? 1.0f : scale);
-    const __m512i first = _mm512_cvtps_epi32(_mm512_div_ps(low, by)), second = _mm512_cvtps_epi32(_mm512_div_ps(high, by));
-    const __m512i even = _mm512_permutex2var_epi32(first, even_and_odd, second);
-    const __m512i odd = _mm512_permutex2var_epi32(first, _mm512_add_epi32(even_and_odd, one), second);
-    scales[b] = scale;
-    sums[b] = scale * float(_mm512_reduce_add_epi32(_mm512_add_epi32(even, odd)));
-    if (b >= (blocks + kAtoms - 1) / kAtoms * kAtoms) continue;
-    int8_t* to = out + b / kAtoms * (2 * kBytes) + b % kAtoms * (kAtom / 2);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(even));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kBytes), _mm512_cvtepi32_epi8(odd));
-  }
-#else
   for (size_t b = 0; b < whole_steps(blocks); b++) {
     int8_t ints[kAtom];
     scales[b] = sums[b] = 0;
@@ -691,7 +602,6 @@ static void round_nibbles(const float* row, int size, int8_t* out, float* scales
       to[kBytes + i] = ints[2 * i + 1];
     }
   }
-#endif
 }
 
 Rounded round_rows(const float* rows, size_t stride, int num_tokens, int size, Rounding rounding, float* space) {

@@ -77,6 +77,7 @@ CONTESTANTS: Sequence[Contestant] = (
     _ours("4-bit", "fp32", "int4"),
     _ours("4-bit", "fp32", "int4+a8"),
     _ours("4-bit", "fp32", "gguf"),
+    _ours("4-bit", "fp32", "gguf+a8"),
 )
 """Ours come last in each row. Quantizers that are not installed are left out, and the report says so."""
 

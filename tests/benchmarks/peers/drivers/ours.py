@@ -13,11 +13,10 @@ from drivetrain import LLM, SamplingParams
 
 
 def _part(quantizer: str) -> Any:
-    """``int4+a8`` is int4 with activations rounded to int8. All start from what the quantized file stands for."""
+    """``+a8``: activations rounded to int8. All start from what the quantized file stands for; ``gguf`` is the file."""
     name, _, rounds = quantizer.partition("+")
-    if name in ("none", "gguf"):
-        return name
-    return {"name": name, "allow_lossy": True, **({"activations": "int8"} if rounds else {})}
+    lossy = {} if name in ("none", "gguf") else {"allow_lossy": True}
+    return {"name": name, **lossy, **({"activations": "int8"} if rounds else {})}
 
 
 class Ours:
