@@ -8,10 +8,7 @@ a server that leaves a thread behind, one that makes the parts of a swap, say.
 
 from __future__ import annotations
 
-import atexit
-import os
-import sys
-import threading
+from drivetrain.ending import end_process
 
 _at_once = False
 
@@ -24,12 +21,5 @@ def end_at_once() -> None:
 
 def leave(status: int) -> None:
     """End the process where a command has asked for it; otherwise return."""
-    if not _at_once:
-        return
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(status)
+    if _at_once:
+        end_process(status)

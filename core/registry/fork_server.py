@@ -11,7 +11,6 @@ that what it prints is seen and not mixed up with an answer.
 
 from __future__ import annotations
 
-import atexit
 import gc
 import importlib
 import json
@@ -21,10 +20,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -196,6 +194,7 @@ def main() -> None:
     # The caller's search path, before anything of this project is imported: both must see the same plugins.
     sys.path[:] = hello["sys_path"]
     program = importlib.import_module(hello["program"])
+    end: Callable[[int], NoReturn] = importlib.import_module("drivetrain.ending").end_process
     if hello["is_warm"]:
         program.prepare()
     gc.freeze()  # what lies in memory now stays shared with the forks
@@ -203,12 +202,18 @@ def main() -> None:
     while line := sys.stdin.buffer.readline():
         child = os.fork()
         if child == 0:
-            _run(program, **json.loads(line))
+            _run(program, end, **json.loads(line))
         _, status = os.waitpid(child, 0)
         _say(os.waitstatus_to_exitcode(status))
 
 
-def _run(program: ModuleType, folder: str, sys_path: list[str], request: Mapping[str, Any]) -> NoReturn:
+def _run(
+    program: ModuleType,
+    end: Callable[[int], NoReturn],
+    folder: str,
+    sys_path: list[str],
+    request: Mapping[str, Any],
+) -> NoReturn:
     """What a fork does: the program, in a session of its own, with streams that lead to files."""
     status = 1
     try:
@@ -221,7 +226,7 @@ def _run(program: ModuleType, folder: str, sys_path: list[str], request: Mapping
     except BaseException:
         traceback.print_exc()
     finally:
-        _end(status)
+        end(status)
 
 
 def _open_streams(folder: Path) -> int:
@@ -233,17 +238,6 @@ def _open_streams(folder: Path) -> int:
         os.dup2(descriptor, standard)
         os.close(descriptor)
     return answers
-
-
-def _end(status: int) -> NoReturn:
-    """End as any process does, but leave memory as it is: taking torch apart takes as long as a whole examination."""
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(status)
 
 
 def _say(what: object) -> None:
