@@ -280,6 +280,23 @@ class _Resolution:
         self.parts.spec = self.context.model
         origin = self.selector.request("quantizer").origin
         self.parts.plugins["quantizer"] = apply_rules(quantizer, self._registry, self.context, origin)
+        self._tell_of_packed_weights()
+
+    def _tell_of_packed_weights(self) -> None:
+        """A note where nobody has said that the files' packed weights are to be dequantized."""
+        files, selection = self.context.checkpoint, self.selector.report["quantizer"]
+        if (
+            self.selector.request("quantizer").name != AUTO
+            or self.context.purpose is not Purpose.SERVE
+            or files is None
+        ):
+            return
+        if any(one.name == files.packed_by and one.outcome == "eligible" for one in selection.candidates):
+            stored = f"{files.stored_bytes() / 2**20:.1f} MiB"
+            self.parts.notes.append(
+                "the weights are dequantized while they are loaded; with quantizer: "
+                f"{files.packed_by} they are used as they are stored, in {stored}"
+            )
 
 
 def prefer_quantizer(selector: Selector, context: ProbeContext) -> None:

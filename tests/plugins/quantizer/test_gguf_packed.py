@@ -155,6 +155,18 @@ def test_auto_dequantizes_and_gguf_has_to_be_asked_for(tmp_path: Path) -> None:
         assert other.outcome == "eligible"
 
 
+@pytest.mark.parametrize(
+    ("asked", "is_told"), [({}, True), ({"quantizer": "none"}, False), ({"quantizer": "gguf"}, False)]
+)
+def test_who_names_no_quantizer_is_told_of_the_one_that_keeps_blocks(
+    tmp_path: Path, asked: dict[str, str], is_told: bool
+) -> None:
+    path = write_llama(tmp_path / "a.gguf", mixed)
+    notes = resolve_parts(load_settings(None, {"model": str(path), **asked}), leave_out=("frontend",)).notes
+    assert [text for text in notes if "with quantizer: gguf they are used as they are stored" in text] == notes
+    assert len(notes) == is_told
+
+
 def test_files_without_packed_blocks_are_refused_with_the_reason(tmp_path: Path) -> None:
     full = write_llama(tmp_path / "full.gguf", always(KIND.F16))
     save_tiny("llama", tmp_path / "folder")
