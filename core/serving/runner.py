@@ -193,7 +193,8 @@ class ModelRunner:
             try:
                 self._compute_nobodys(size, self._graph_limits)
             except torch.OutOfMemoryError as error:
-                _log.warning("there is too little memory for a step of %d tokens: %s", size, error)
+                told = "there is too little memory for a step of %d tokens, which will fail: lower %s (%s)"
+                _log.warning(told, size, "scheduler.max_batched_tokens", error)
                 return
         if sizes:
             progress(what, len(sizes), len(sizes), "sizes")

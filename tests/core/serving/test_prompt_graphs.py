@@ -143,9 +143,11 @@ def test_a_step_that_finds_no_memory_is_told_and_the_server_starts(
     monkeypatch.setattr(engine.runner, "_compute_nobodys", no_memory)
     with caplog.at_level(logging.WARNING, "drivetrain"):
         engine.runner.capture_ahead(silent)
-    assert [record.message for record in caplog.records] == [
-        "there is too little memory for a step of 2000 tokens: 2 GiB more than there are"
-    ]
+    (record,) = caplog.records
+    assert record.message == (
+        "there is too little memory for a step of 2000 tokens, which will fail: lower scheduler.max_batched_tokens "
+        "(2 GiB more than there are)"
+    )
 
 
 def test_tokens_and_sequences_that_fill_up_a_size_touch_no_block_of_anybody() -> None:
