@@ -40,6 +40,7 @@ from drivetrain.errors import (
 )
 from drivetrain.kernel_record import KernelRecord, read_record
 from drivetrain.observers import Observers
+from drivetrain.quantizer_choice import note_of_packed_weights, prefer_quantizer
 from drivetrain.registry import PartRequest, Plan, Registry, SelectionReport, Selector, load
 from drivetrain.registry.lock import check_lock
 from drivetrain.registry.selection import AUTO
@@ -56,9 +57,6 @@ if TYPE_CHECKING:
     from drivetrain.serving.tokenizer import Tokenizer
 
 _log = logging.getLogger("drivetrain")
-
-_NOT_QUANTIZED = "none"
-"""The quantizer that quantizes nothing."""
 
 _SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -182,7 +180,7 @@ class _Resolution:
             self.selector.leave_open(kind, reason)
             return
         if kind == "quantizer":
-            prefer_quantizer(self.selector, self.context)
+            prefer_quantizer(self.selector, self._registry, self.parts.kernel_record, self.context)
         plugin = self._choose(kind)
         self.parts.plugins[kind] = plugin
         self._observers.notify("part_selected", selection=self.selector.report[kind])
@@ -280,33 +278,9 @@ class _Resolution:
         self.parts.spec = self.context.model
         origin = self.selector.request("quantizer").origin
         self.parts.plugins["quantizer"] = apply_rules(quantizer, self._registry, self.context, origin)
-        self._tell_of_packed_weights()
-
-    def _tell_of_packed_weights(self) -> None:
-        """A note where nobody has said that the files' packed weights are to be dequantized."""
-        files, selection = self.context.checkpoint, self.selector.report["quantizer"]
-        if (
-            self.selector.request("quantizer").name != AUTO
-            or self.context.purpose is not Purpose.SERVE
-            or files is None
-        ):
-            return
-        if any(one.name == files.packed_by and one.outcome == "eligible" for one in selection.candidates):
-            stored = f"{files.stored_bytes() / 2**20:.1f} MiB"
-            self.parts.notes.append(
-                "the weights are dequantized while they are loaded; with quantizer: "
-                f"{files.packed_by} they are used as they are stored, in {stored}"
-            )
-
-
-def prefer_quantizer(selector: Selector, context: ProbeContext) -> None:
-    """Have weights left as they are where no quantizer is named: full ones in full, and packed ones packed, where the
-    files were made for that. Training needs the full ones."""
-    files = context.checkpoint
-    if files is not None and files.packed_by is not None and files.is_packed_first and context.purpose is Purpose.SERVE:
-        selector.prefer({"quantizer": (files.packed_by, _NOT_QUANTIZED)}, "the files'")
-    else:
-        selector.prefer({"quantizer": (_NOT_QUANTIZED,)}, "the core's")
+        note = note_of_packed_weights(self.selector, self.context)
+        if note is not None:
+            self.parts.notes.append(note)
 
 
 def apply_rules(quantizer: Quantizer, registry: Registry, context: ProbeContext, origin: str) -> Quantizer:

@@ -59,6 +59,7 @@ def explain(
             "device": {"name": facts.device_name, "architecture": facts.architecture, **facts.details},
         }
         report["weights"] = None if ledger is None else ledger.to_dict()
+        report["notes"] = list(parts.notes)
         report["operations"] = [dict(zip(("operation", "provider", "reason"), row, strict=True)) for row in operations]
         print_json({**report, "why_not": [dataclasses.asdict(answer) for answer in answers]} if why_nots else report)
         return
@@ -69,6 +70,8 @@ def explain(
     if ledger is not None:
         print()
         print_ledger(ledger)
+    for text in parts.notes:
+        print(f"\nnote: {text}")
     for answer in answers:
         print(f"\n{_told(answer)}")
     if settings.model is not None:

@@ -51,6 +51,8 @@ class Checkpoint(ABC):
     why_not_packed:    why that quantizer can't; None where it can.
     is_packed_first:   whether it is the first choice when no quantizer is named: where the files were made to be used
                        so, and dequantizing them needs to be asked for.
+    packs_exactly:     whether its products are those of the dequantized weights, so that only speed and memory differ:
+                       then it is the first choice where kernels other than the reference multiply by what is packed.
     """
 
     path: Path
@@ -59,6 +61,7 @@ class Checkpoint(ABC):
     packed_by: str | None = None
     why_not_packed: str | None = None
     is_packed_first: bool = False
+    packs_exactly: bool = False
 
     is_resident: ClassVar[bool] = False
     """Whether the tensors lie in memory already, so that handing one out takes none."""

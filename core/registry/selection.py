@@ -352,8 +352,14 @@ class Selector:
 
     def choose(self, kind: str, context: ProbeContext) -> Plugin:
         """Resolve, probe and create the plugin for ``kind``. Raises a PluginError or ConfigError."""
-        request = self.request(kind)
-        context = self._contexts[kind] = dataclasses.replace(context, chosen=self.report.chosen_names)
+        self._contexts[kind] = self._with_choices(context)
+        instance, selection = self.would_choose(kind, context)
+        self._selections.append(selection)
+        return instance
+
+    def would_choose(self, kind: str, context: ProbeContext) -> tuple[Plugin, Selection]:
+        """What :meth:`choose` would choose with what is known now. Nothing is noted of it. Raises as it does."""
+        request, context = self.request(kind), self._with_choices(context)
         if request.name == AUTO:
             plugin, selection = self._choose_best(request, context)
         else:
@@ -362,8 +368,10 @@ class Selector:
         # Reports are printed, served and saved: what a Config declares secret is masked by its own dump.
         shown = instance.config.model_dump(mode="json", include=set(request.options))
         measured = self._measured.get(kind, "")
-        self._selections.append(dataclasses.replace(selection, options=shown, measured=measured))
-        return instance
+        return instance, dataclasses.replace(selection, options=shown, measured=measured)
+
+    def _with_choices(self, context: ProbeContext) -> ProbeContext:
+        return dataclasses.replace(context, chosen=self.report.chosen_names)
 
     def _find(self, request: PartRequest) -> PluginRef:
         try:

@@ -66,7 +66,7 @@ class MasterCopy(Checkpoint):
     def __init__(self, files: Checkpoint, dtype: torch.dtype) -> None:
         self.path, self.config, self.generation_config = files.path, files.config, files.generation_config
         self.packed_by, self.why_not_packed = files.packed_by, files.why_not_packed
-        self.is_packed_first = files.is_packed_first
+        self.is_packed_first, self.packs_exactly = files.is_packed_first, files.packs_exactly
         self._files = files
         self._dtype = dtype
         self._kept: dict[str, torch.Tensor] = {}

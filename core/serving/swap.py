@@ -30,7 +30,6 @@ from drivetrain.assembly import (
     apply_rules,
     build_model,
     kv_format,
-    prefer_quantizer,
     rank_kernels,
     weigh_model,
     with_fallbacks,
@@ -54,6 +53,7 @@ from drivetrain.contracts.plugin import Plugin
 from drivetrain.contracts.quantizer import Quantizer, QuantizerConfig
 from drivetrain.contracts.scheduler import Scheduler
 from drivetrain.errors import DrivetrainError, SwapError
+from drivetrain.quantizer_choice import prefer_quantizer
 from drivetrain.registry import PartRequest, Plan, Selection, SelectionReport, Selector
 from drivetrain.serving.blocks import KVManager
 from drivetrain.serving.cache_size import make_kv
@@ -339,10 +339,12 @@ def prepare(stack: ServingStack, requests: Mapping[str, PartRequest], *, dry_run
 def _choose(stack: ServingStack, requests: Mapping[str, PartRequest]) -> tuple[dict[str, Plugin], list[Selection]]:
     """Select and create the named parts, in the order of the kinds, as a start would."""
     parts = stack.parts
-    selector = Selector(parts.registry, dict(requests))
+    live = parts.report["kernels"]
+    kept = PartRequest("kernels", live.requested, live.options, live.origin)
+    selector = Selector(parts.registry, {"kernels": kept, **requests})
     selector.prefer(parts.platform.preferences)
-    prefer_quantizer(selector, parts.context)
     rank_kernels(selector, parts.kernel_record, parts.context)
+    prefer_quantizer(selector, parts.registry, parts.kernel_record, parts.context)
     names = parts.report.chosen_names
     context = dataclasses.replace(parts.context, chosen={k: v for k, v in names.items() if k not in requests})
     chosen: dict[str, Plugin] = {}

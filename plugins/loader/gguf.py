@@ -55,7 +55,7 @@ class GgufCheckpoint(Checkpoint):
             )
         self._check_types()
         if any(self._block_type(name) is not None for name in self._tensors):
-            self.packed_by = "gguf"
+            self.packed_by, self.packs_exactly = "gguf", True
 
     def names(self) -> Sequence[str]:
         return tuple(self._tensors)

@@ -71,6 +71,16 @@ def test_candidates_that_were_not_asked_are_not_even_imported() -> None:
     assert outcomes(selection) == {"plain": "chosen", "unloadable": "not asked", "raising": "not asked"}
 
 
+def test_asking_what_would_be_chosen_notes_nothing() -> None:
+    chooser = selector(PLAIN, TUNED)
+    plugin, selection = chooser.would_choose("scheduler", ProbeContext())
+    assert type(plugin) is fakes.TunedScheduler
+    assert selection.chosen == TUNED
+    assert not chooser.report.selections
+    assert chooser.choose("scheduler", ProbeContext()) is not plugin
+    assert chooser.report.selections == (selection,)
+
+
 def test_a_default_is_called_a_default() -> None:
     chooser = Selector(Registry([ref("scheduler", "fcfs", fakes.PlainScheduler)]), {})
     chooser.choose("scheduler", ProbeContext())

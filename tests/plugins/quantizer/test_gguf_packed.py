@@ -12,12 +12,18 @@ import pytest
 import torch
 
 from drivetrain import LLM, SamplingParams
-from drivetrain.assembly import resolve_parts
+from drivetrain.assembly import Parts, resolve_parts
 from drivetrain.config import load_settings
-from drivetrain.errors import ConfigError, LoaderError, PluginRefusedError
+from drivetrain.contracts.kernels import KernelSpec
+from drivetrain.contracts.kinds import KINDS
+from drivetrain.contracts.plugin import Probe, Purpose
+from drivetrain.errors import ConfigError, LoaderError, PluginRefusedError, UnknownPluginError
+from drivetrain.kernels.cpu import CpuKernels
 from drivetrain.packed import PackedEmbedding, PackedLinear, decode
 from drivetrain.packed.gguf import BLOCK_TYPES
 from drivetrain.plugins.loader.gguf import GgufCheckpoint, GgufLoader
+from drivetrain.registry import Registry
+from support.fake_plugins import ref
 from support.gguf_models import KIND, LAYERS, PACKED_KINDS, write_llama
 from support.tiny_models import VOCAB_SIZE, save_tiny
 
@@ -54,6 +60,7 @@ def generated(path: Path, quantizer: Any) -> tuple[list[list[int]], dict[str, An
 def test_packed_blocks_stand_for_what_the_package_dequantizes(kind: KIND, tmp_path: Path) -> None:
     checkpoint = open_file(write_llama(tmp_path / "a.gguf", always(kind), tied=False))
     assert checkpoint.packed_by == "gguf"
+    assert checkpoint.packs_exactly
     assert not checkpoint.is_packed_first
     for name in checkpoint.names():
         packed = checkpoint.packed(name)
@@ -146,25 +153,71 @@ def test_integer_activations_are_an_option_and_stay_close(tmp_path: Path) -> Non
     assert report["weights"]["rows"][0]["quantizer"] == "gguf"
 
 
-def test_auto_dequantizes_and_gguf_has_to_be_asked_for(tmp_path: Path) -> None:
+def resolved(path: Path, purpose: Purpose = Purpose.SERVE, **asked: Any) -> Parts:
+    settings = load_settings(None, {"model": str(path), "platform": "cpu", **asked})
+    return resolve_parts(settings, purpose=purpose, leave_out=("frontend", "recipe"))
+
+
+@pytest.mark.parametrize("asked", [{}, {"quantizer": "auto"}])
+def test_blocks_are_kept_where_kernels_multiply_by_them(tmp_path: Path, asked: dict[str, str]) -> None:
     path = write_llama(tmp_path / "a.gguf", mixed)
-    for asked in ({}, {"quantizer": "auto"}):
-        report = resolve_parts(load_settings(None, {"model": str(path), **asked}), leave_out=("frontend",)).report
-        assert report["quantizer"].chosen.name == "none"
-        (other,) = [one for one in report["quantizer"].candidates if one.name == "gguf"]
-        assert other.outcome == "eligible"
+    parts = resolved(path, kernels="cpu", **asked)
+    assert parts.report["quantizer"].chosen.name == "gguf"
+    assert "the kernels' order of preference (gguf, none)" in parts.report["quantizer"].reason
+    assert not parts.notes
 
 
 @pytest.mark.parametrize(
-    ("asked", "is_told"), [({}, True), ({"quantizer": "none"}, False), ({"quantizer": "gguf"}, False)]
+    ("asked", "chosen", "is_told"),
+    [({}, "none", True), ({"quantizer": "none"}, "none", False), ({"quantizer": "gguf"}, "gguf", False)],
 )
-def test_who_names_no_quantizer_is_told_of_the_one_that_keeps_blocks(
-    tmp_path: Path, asked: dict[str, str], is_told: bool
+def test_where_only_plain_torch_multiplies_by_blocks_they_are_dequantized_with_a_note(
+    tmp_path: Path, asked: dict[str, str], chosen: str, is_told: bool
 ) -> None:
+    parts = resolved(write_llama(tmp_path / "a.gguf", mixed), kernels="reference", **asked)
+    assert parts.report["quantizer"].chosen.name == chosen
+    assert [text for text in parts.notes if "plain torch does, slowly, with quantizer: gguf, in" in text] == parts.notes
+    assert len(parts.notes) == is_told
+
+
+class NoQ6(CpuKernels):
+    """Multiplies by every block but Q6_K."""
+
+    def supports(self, spec: KernelSpec) -> Probe:
+        is_q6 = spec.params.get("type") == int(KIND.Q6_K)
+        return Probe.no("not_covered", "no Q6_K") if is_q6 else super().supports(spec)
+
+
+@pytest.mark.parametrize(("kind", "chosen"), [(KIND.Q8_0, "gguf"), (KIND.Q6_K, "none")])
+def test_every_type_of_block_in_the_file_has_to_be_covered(tmp_path: Path, kind: KIND, chosen: str) -> None:
+    path = write_llama(tmp_path / "a.gguf", lambda name: kind if name == "blk.1.ffn_up" else KIND.Q4_0)
+    others = [one for kind in KINDS for one in Registry().candidates(kind)]
+    kept = [one for one in others if one.kind != "kernels" or one.name == "reference"]
+    registry = Registry([*kept, ref("kernels", "no-q6", NoQ6)])
+    settings = load_settings(None, {"model": str(path), "platform": "cpu"})
+    parts = resolve_parts(settings, registry=registry, leave_out=("frontend",))
+    assert parts.report["kernels"].chosen.name == "no-q6"
+    assert parts.report["quantizer"].chosen.name == chosen
+
+
+def test_training_has_full_weights(tmp_path: Path) -> None:
     path = write_llama(tmp_path / "a.gguf", mixed)
-    notes = resolve_parts(load_settings(None, {"model": str(path), **asked}), leave_out=("frontend",)).notes
-    assert [text for text in notes if "with quantizer: gguf they are used as they are stored" in text] == notes
-    assert len(notes) == is_told
+    assert resolved(path, Purpose.TRAIN, kernels="cpu").report["quantizer"].chosen.name == "none"
+
+
+def test_an_unusable_name_of_kernels_is_told_as_such(tmp_path: Path) -> None:
+    """It is asked for early, to choose the quantizer; the error is that of its own turn."""
+    with pytest.raises(UnknownPluginError, match=r"kernels.*'cpuu'"):
+        resolved(write_llama(tmp_path / "a.gguf", mixed), kernels="cpuu")
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+def test_a_swap_to_auto_chooses_by_the_kernels_that_run(kernels: str, tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "a.gguf", mixed)
+    with LLM(path, quantizer="none", kernels=kernels, **OPTIONS) as llm:
+        llm.swap(quantizer="auto")
+        chosen = {one["kind"]: one["chosen"]["name"] for one in llm.selection_dict()["selections"]}
+        assert chosen["quantizer"] == ("none" if kernels == "reference" else "gguf")
 
 
 def test_files_without_packed_blocks_are_refused_with_the_reason(tmp_path: Path) -> None:
