@@ -80,6 +80,7 @@ class Processor:
     logical_cores:    logical cores this process may run on.
     physical_cores:   distinct cores among them.
     quota_cores:      cores' worth of time the control group grants; None without a quota.
+    vendor:           its maker as an x86 processor gives it, ``"GenuineIntel"``; empty elsewhere.
     """
 
     model: str
@@ -88,6 +89,7 @@ class Processor:
     logical_cores: int
     physical_cores: int
     quota_cores: float | None
+    vendor: str = ""
 
     @property
     def usable_cores(self) -> int:
@@ -214,6 +216,7 @@ def read_processor(root: Path = ROOT, affinity: Collection[int] | None = None) -
         logical_cores=len(cores),
         physical_cores=len(topology),
         quota_cores=_cpu_quota(root),
+        vendor=_cpuinfo_field(text, "vendor_id") or "",
     )
 
 

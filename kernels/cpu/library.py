@@ -35,9 +35,15 @@ VARIANTS = {
 """Variant -> flags, best first. ``amx`` is ``avx512`` with the matrix unit, ``dotprod`` NEON with dot products of
 integers; ``baseline`` is what every processor of the machine's kind has: SSE2 on x86-64, NEON on arm64."""
 
-_EXTRA = {"avx512": {"avx512_vnni": "-mavx512vnni"}, "avx2": {"avx_vnni": "-mavxvnni"}}
-"""Variant -> instruction set -> flag for dot products of integers, which is added where the processor has them and the
-variant is the best that it runs."""
+_EXTRA = {
+    "avx512": {"avx512_vnni": "-mavx512vnni", "avx512_bf16": "-mavx512bf16"},
+    "avx2": {"avx_vnni": "-mavxvnni"},
+}
+"""Variant -> instruction set -> flag for dot products of integers and of bfloat16, which is added where the processor
+has them and the variant is the best that it runs."""
+
+_FLAGS_OF_VENDOR = {"AuthenticAMD": ("-DDT_FETCH_FIRST",)}
+"""Maker of the processor -> flags for what its caches do best."""
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 """dtype -> its number in the library (``Format`` in ``src/matmul.h``)."""
@@ -105,7 +111,8 @@ def runnable_variants() -> tuple[str, ...]:
 
 def source_build(variant: str) -> SourceBuild:
     """What the library of one variant is made from."""
-    found = read_processor().instruction_sets
+    processor = read_processor()
+    found = processor.instruction_sets
     extra = _EXTRA.get(variant, {}) if variant == runnable_variants()[0] else {}
     return SourceBuild(
         f"drivetrain_cpu_{variant}",
@@ -113,6 +120,7 @@ def source_build(variant: str) -> SourceBuild:
         flags=(
             *VARIANTS[variant],
             *(flag for name, flag in extra.items() if name in found),
+            *_FLAGS_OF_VENDOR.get(processor.vendor, ()),
             # Multiply and add become one instruction; nothing else may be reordered, so that NaN stays NaN.
             *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-pthread"),
         ),

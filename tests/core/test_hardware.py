@@ -21,7 +21,10 @@ from drivetrain.hardware import (
 from support.recorded_machines import write
 
 GIB = 2**30
-_X86 = "processor\t: 0\nmodel name\t: Some Processor 9000\nflags\t\t: fpu sse2 avx2 fma avx512f avx512_bf16 amx_tile\n"
+_X86 = (
+    "processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: Some Processor 9000\n"
+    "flags\t\t: fpu sse2 avx2 fma avx512f avx512_bf16 amx_tile\n"
+)
 _ARM = "processor\t: 0\nBogoMIPS\t: 243.75\nFeatures\t: fp asimd aes asimddp\nCPU implementer\t: 0x41\n"
 
 
@@ -49,6 +52,7 @@ def test_threads_of_one_core_count_once(tmp_path: Path) -> None:
     lay_out_cores(tmp_path, [0, 0, 1, 1, 2, 2, 3, 3])
     processor = read_processor(tmp_path, affinity=range(8))
     assert (processor.model, processor.machine) == ("Some Processor 9000", "x86_64")
+    assert processor.vendor == "GenuineIntel"
     assert (processor.logical_cores, processor.physical_cores, processor.usable_cores) == (8, 4, 4)
     assert read_processor(tmp_path, affinity=[2, 3, 4]).usable_cores == 2
 

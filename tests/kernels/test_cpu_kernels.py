@@ -23,6 +23,7 @@ from drivetrain.contracts.model import BuildContext
 from drivetrain.contracts.source import silent
 from drivetrain.errors import ConfigError, KernelBuildError
 from drivetrain.fusion import fuse
+from drivetrain.hardware import read_processor
 from drivetrain.kernels.cpu import CpuKernels, cross_entropy, library
 from drivetrain.kernels.cpu.cross_entropy import LinearLoss
 from drivetrain.kernels.cpu.decoder import CoarseDecoder
@@ -381,6 +382,61 @@ def test_products_of_the_matrix_unit_are_as_exact_as_plain_float32(dtype: torch.
                 for variant in ("amx", "avx512")
             ]
             assert errors[0] <= 1.5 * max(errors[1], 2**-24), (size, errors)
+
+
+@pytest.fixture
+def pairs(monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
+    """The library as it is where pairs of bfloat16 are multiplied at once and no matrix unit is there."""
+    if "avx512_bf16" not in read_processor().instruction_sets:
+        pytest.skip("this processor multiplies no pairs of bfloat16 (AVX512_BF16)")
+    monkeypatch.setattr(library, "runnable_variants", lambda: ("avx512",))
+    monkeypatch.setattr(library, "_OPENED", {})
+    assert "-mavx512bf16" in library.source_build("avx512").flags
+    return open_library("avx512")
+
+
+@pytest.mark.parametrize("rows", [5, 16, 17, 32, 70])
+def test_products_of_pairs_sum_in_float32(pairs: ctypes.CDLL, rows: int) -> None:
+    """Of bfloat16 rows nothing is lost before the result is rounded; odd numbers of inputs go another way."""
+    generator = torch.Generator().manual_seed(rows)
+    for inner, outer in ((64, 96), (66, 101), (2, 3), (34, 48), (576, 49), (33, 50)):
+        buffer = torch.randn(rows * inner + outer * inner + 1, generator=generator).bfloat16()
+        x = buffer[: rows * inner].view(rows, inner)
+        for start in (rows * inner, rows * inner + 1):  # of which one is no multiple of 4 bytes
+            weight = buffer[start : start + outer * inner].view(outer, inner)
+            out, fields = torch.empty(rows, outer, dtype=torch.bfloat16), matrix_fields(weight)
+            pairs.dt_linear(x.data_ptr(), rows, ctypes.addressof(fields), 1, out.data_ptr())
+            exact = x.double() @ weight.double().T
+            torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma2", "olmo2", "phi3", "qwen3"])
+def test_a_model_in_pairs_is_as_near_to_float32_as_the_plain_loop(
+    pairs: ctypes.CDLL, checkpoints: dict[str, FolderCheckpoint], expected: dict[str, torch.Tensor], name: str
+) -> None:
+    plain = scores(build(checkpoints[name], None, torch.bfloat16), SdpaAttention)
+    found = scores(build(checkpoints[name], provider("avx512"), torch.bfloat16), PagedCpuAttention)
+    errors = [(result - expected[name]).square().mean().sqrt().item() for result in (found, plain)]
+    assert 0 < errors[0] <= errors[1] * 1.05
+
+
+@pytest.mark.parametrize("intermediate", [96, 98, 51])
+def test_gates_of_pairs(pairs: ctypes.CDLL, intermediate: int) -> None:
+    generator = torch.Generator().manual_seed(intermediate)
+    x, gate, up = (torch.randn(n, 64, generator=generator).bfloat16() for n in (40, intermediate, intermediate))
+    gated = provider("avx512").make(KernelSpec("gated_linear", "cpu", "bfloat16", {}, {"activation": 0.0}))
+    expected = torch.nn.functional.silu(x.double() @ gate.double().T) * (x.double() @ up.double().T)
+    torch.testing.assert_close(gated(x, gate, up).double(), expected, rtol=2**-7, atol=1e-3)
+
+
+def test_what_the_caches_do_best_is_asked_of_each_maker(monkeypatch: pytest.MonkeyPatch) -> None:
+    variant, here = HERE[0], read_processor()
+    flags = {}
+    for vendor in ("GenuineIntel", "AuthenticAMD", ""):
+        monkeypatch.setattr(library, "read_processor", lambda vendor=vendor: dataclasses.replace(here, vendor=vendor))
+        flags[vendor] = library.source_build(variant).flags
+    assert flags["GenuineIntel"] == flags[""]
+    assert set(flags["AuthenticAMD"]) - set(flags[""]) == {"-DDT_FETCH_FIRST"}
 
 
 @needs_amx

@@ -120,9 +120,10 @@ static size_t product_floats(int tokens, int size, bool all_plain) {
   return plain + rounded(size_t(tokens) * size) + other;
 }
 
-// Products of the same rows [T, I] of float32 with several matrices. Neighbours that take them in the same form are one.
+// Products of the same rows [T, I] of float32 with several matrices. Neighbours that take them in the same form are one. is_bf16: the
+// rows stand for numbers of bf16, and may be rounded to them.
 static void multiply(const float* rows, size_t stride, int tokens, const dt_matrix* const* matrices, const Sink* sinks, int count,
-                     float* space) {
+                     float* space, bool is_bf16) {
   constexpr int kMost = 3;
   const int size = int(matrices[0]->cols);
   for (int begin = 0, end; begin < count; begin = end) {
@@ -137,7 +138,9 @@ static void multiply(const float* rows, size_t stride, int tokens, const dt_matr
       alike[end - begin] = matrix_of(*matrices[end]);
     const int number = end - begin;
     if (form == Form::kPlain) {
-      matmul(pack(rows, stride, tokens, size, space), alike, sinks + begin, number);
+      bool in_pairs = is_bf16;
+      for (int i = 0; i < number; i++) in_pairs &= takes_pairs(alike[i], tokens);
+      matmul(pack(rows, stride, tokens, size, space, in_pairs), alike, sinks + begin, number);
     } else if (form == Form::kDigits && tokens <= kFewRows) {
       matmul(digit_rows(rows, stride, tokens, size, space), alike, sinks + begin, number);
     } else if (form == Form::kSteps) {
@@ -217,6 +220,7 @@ class Run {
  private:
   Weights norm(const void* weight) const { return Weights{weight, Format(model_.format)}; }
 
+  bool is_bf16() const { return model_.format == int(Format::kBfloat16); }
   bool is_plain(const dt_matrix& m) const { return ::is_plain(m, tokens_); }
   bool gate_takes_plain(const dt_layer& l) const { return is_plain(l.gate) && is_plain(l.up) && is_plain(l.down); }
   bool takes_plain(const dt_layer& l) const {
@@ -266,7 +270,7 @@ class Run {
     Sink sinks[] = {{Sink::kStore, qkv_, size_t(qkv_stride_), 1.0f},
                     {Sink::kStore, qkv_ + q_size, size_t(qkv_stride_), 1.0f},
                     {Sink::kStore, qkv_ + q_size + kv_size, size_t(qkv_stride_), 1.0f}};
-    multiply(in, model_.hidden, tokens_, matrices, sinks, 3, packed_);
+    multiply(in, model_.hidden, tokens_, matrices, sinks, 3, packed_, is_bf16());
 
     Batch batch{int(step_.num_sequences), tokens_,       step_.query_starts, step_.kv_lengths, step_.tables[layer.group],
                 int(step_.table_strides[layer.group]), step_.slots[layer.group]};
@@ -284,7 +288,7 @@ class Run {
     for_tokens(qkv_stride_, [&](int t) { turn_and_write(layer, cache, batch, t); });
     attend(cache, batch, heads, qkv_, qkv_stride_, attended_, q_size, parts_);
     const dt_matrix* o = &layer.o;
-    add(layer.after_attention, [&](const Sink& sink) { multiply(attended_, q_size, tokens_, &o, &sink, 1, packed_); });
+    add(layer.after_attention, [&](const Sink& sink) { multiply(attended_, q_size, tokens_, &o, &sink, 1, packed_, is_bf16()); });
   }
 
   // Head norms, rotary embedding and the cache, for one token.
@@ -315,8 +319,10 @@ class Run {
     Activation kind = Activation(model_.activation);
     if (!gate_takes_plain(layer)) return mlp_by_rows(layer, in, kind);
     int hidden = int(model_.hidden);
-    Activations gated = gated_matmul(pack(in, hidden, tokens_, hidden, packed_), matrix_of(layer.gate), matrix_of(layer.up), kind, gated_);
-    Matrix down = matrix_of(layer.down);
+    Matrix gate = matrix_of(layer.gate), up = matrix_of(layer.up), down = matrix_of(layer.down);
+    bool in_pairs = is_bf16() && takes_pairs(gate, tokens_) && takes_pairs(up, tokens_);
+    Activations packed = pack(in, hidden, tokens_, hidden, packed_, in_pairs);
+    Activations gated = gated_matmul(packed, gate, up, kind, gated_, is_bf16() && takes_pairs(down, tokens_));
     add(layer.after_mlp, [&](const Sink& sink) { matmul(gated, &down, &sink, 1); });
   }
 
@@ -328,10 +334,10 @@ class Run {
     float* space = gated_ + rounded(2 * size_t(tokens_) * size);
     const dt_matrix* matrices[] = {&layer.gate, &layer.up};
     Sink sinks[] = {{Sink::kStore, gates, size_t(size), 1.0f}, {Sink::kStore, ups, size_t(size), 1.0f}};
-    multiply(in, model_.hidden, tokens_, matrices, sinks, 2, packed_);
+    multiply(in, model_.hidden, tokens_, matrices, sinks, 2, packed_, is_bf16());
     gate_in_place(gates, ups, tokens_, size, kind);
     const dt_matrix* down = &layer.down;
-    add(layer.after_mlp, [&](const Sink& sink) { multiply(gates, size, tokens_, &down, &sink, 1, space); });
+    add(layer.after_mlp, [&](const Sink& sink) { multiply(gates, size, tokens_, &down, &sink, 1, space, is_bf16()); });
   }
 
   const dt_decoder& model_;
@@ -359,7 +365,7 @@ DT_API int dt_linear(const void* x, int tokens, const dt_matrix* m, int io_forma
   float* space;
   if (!taken(x, tokens, int(m->cols), io_format, product_floats(tokens, int(m->cols), is_plain(*m, tokens)), rows, space)) return 1;
   Sink sink{io_format == int(Format::kFloat32) ? Sink::kStore : Sink::kStoreBf16, y, size_t(m->rows), 1.0f};
-  multiply(rows, m->cols, tokens, &m, &sink, 1, space);
+  multiply(rows, m->cols, tokens, &m, &sink, 1, space, io_format == int(Format::kBfloat16));
   return 0;
 }
 
@@ -372,8 +378,10 @@ DT_API int dt_gated_linear(const void* x, int tokens, const dt_matrix* gate, con
   size_t count = size_t(tokens) * size, first = rounded(packed_floats(tokens, cols)), second = rounded(packed_floats(tokens, size));
   bool is_plain = io_format == int(Format::kFloat32);
   if (!taken(x, tokens, cols, io_format, first + second + (is_plain ? 0 : count), rows, space)) return 1;
-  Activations packed = pack(rows, cols, tokens, cols, space);
-  Activations gated = gated_matmul(packed, matrix_of(*gate), matrix_of(*up), Activation(activation), space + first);
+  Matrix gates = matrix_of(*gate), ups = matrix_of(*up);
+  bool in_pairs = !is_plain && takes_pairs(gates, tokens) && takes_pairs(ups, tokens);
+  Activations packed = pack(rows, cols, tokens, cols, space, in_pairs);
+  Activations gated = gated_matmul(packed, gates, ups, Activation(activation), space + first);
   float* out = is_plain ? static_cast<float*>(y) : space + first + second;
   unpack(gated, out);
   if (!is_plain)

@@ -26,19 +26,32 @@ static inline int panel_tokens(int num_tokens, int panel) {
   return left < kPanel ? left : kPanel;
 }
 
+template <bool kPairs>
 static void panel_sums(const Activations& x, int panel, const float* w, size_t stride, int count, float* out) {
-  const float* packed = x.panels + size_t(panel) * kPanel * x.size;
+  const float* packed = x.panels + size_t(panel) * kPanel * x.depth();
   bool is_wide = panel_width(x.num_tokens, panel) == kPanel;
   if (panel > 0)  // the first has brought the weights into the cache
-    (is_wide ? tiles<2> : tiles<1>)(w, stride, 1, count, packed, x.size, out);
+    (is_wide ? tiles<2, false, true, false, kPairs> : tiles<1, false, true, false, kPairs>)(w, stride, 1, count, packed, x.depth(), out);
   else
-    (is_wide ? tiles<2, false, true, true> : tiles<1, false, true, true>)(w, stride, 1, count, packed, x.size, out);
+    (is_wide ? tiles<2, false, true, true, kPairs> : tiles<1, false, true, true, kPairs>)(w, stride, 1, count, packed, x.depth(), out);
+}
+
+static void panel_sums(const Activations& x, int panel, const float* w, size_t stride, int count, float* out) {
+  if (kHasPairs && x.is_paired) return panel_sums<kHasPairs>(x, panel, w, stride, count, out);
+  panel_sums<false>(x, panel, w, stride, count, out);
+}
+
+// Weights of a chunk as the panels of x are multiplied: pairs in place, else float32.
+static const float* rows_for(const Activations& x, const Matrix& m, int first, int count, size_t& stride, Scratch& scratch) {
+  if (!x.is_paired) return rows_of(m, first, count, stride, scratch);
+  stride = m.stride / 2;
+  return static_cast<const float*>(m.weight) + size_t(first) * stride;
 }
 
 static void many_chunk(const Activations& x, const Matrix& m, const Sink& sink, int first) {
   int count = m.rows - first < kChunk ? m.rows - first : kChunk;
   size_t stride;
-  const float* w = rows_of(m, first, count, stride, decoded);
+  const float* w = rows_for(x, m, first, count, stride, decoded);
   alignas(64) float sums[kChunk * kPanel];
   int panels = (x.num_tokens + kPanel - 1) / kPanel;
   for (int p = 0; p < panels; p++) {
@@ -60,30 +73,38 @@ static inline void load_step(const float* p, vf (&v)[1]) { v[0] = load(p); }
 static inline void load_step(const bf16* p, vf (&v)[2]) { load_split(p, v[0], v[1]); }
 
 // One row of weights by M rows of x. Rows are read one after another, each line long before it is needed, so that memory is read
-// in order from the first row to the last. One request a turn: two next to each other are no faster than none (measured).
+// in order from the first row to the last. One request a turn: two next to each other are no faster than none (measured). A
+// multiply-add waits for the one before it of the same sum: a single row of x has a sum for each vector of a line.
 template <int M, class T>
 static inline void dot(const T* __restrict w, const float* __restrict x, int size, vf (&sums)[M], float (&rest)[M]) {
   constexpr int N = kStep<T> / W;
   constexpr int kLine = 64 / int(sizeof(T));
+  constexpr int kSums = M == 1 ? kLine / W : 1;
+  vf parts[M][kSums];
 #pragma GCC unroll 4
-  for (int m = 0; m < M; m++) sums[m] = vf{};
-  auto step = [&](int at) __attribute__((always_inline)) {
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; i++) parts[m][i] = vf{};
+  auto step = [&](int at, int first) __attribute__((always_inline)) {
     vf weight[N];
     load_step(w + at, weight);
 #pragma GCC unroll 4
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
-      for (int n = 0; n < N; n++) sums[m] += weight[n] * load(x + size_t(m) * size + at + n * W);
+      for (int n = 0; n < N; n++) parts[m][(first + n) % kSums] += weight[n] * load(x + size_t(m) * size + at + n * W);
   };
   int k = 0;
   for (; k + kLine <= size; k += kLine) {
-    __builtin_prefetch(reinterpret_cast<const char*>(w + k) + kFewAhead, 0, 2);
+    __builtin_prefetch(reinterpret_cast<const char*>(w + k) + kFewAhead, 0, kFewNearness);
 #pragma GCC unroll 4
-    for (int i = 0; i < kLine; i += kStep<T>) step(k + i);
+    for (int i = 0; i < kLine; i += kStep<T>) step(k + i, i / W);
   }
-  for (; k + kStep<T> <= size; k += kStep<T>) step(k);
+  for (; k + kStep<T> <= size; k += kStep<T>) step(k, 0);
 #pragma GCC unroll 4
   for (int m = 0; m < M; m++) {
+    sums[m] = parts[m][0];
+#pragma GCC unroll 8
+    for (int i = 1; i < kSums; i++) sums[m] += parts[m][i];
     rest[m] = 0.0f;
     for (int i = k; i < size; i++) rest[m] += get(w + i) * x[size_t(m) * size + i];
   }
@@ -201,7 +222,12 @@ size_t packed_floats(int num_tokens, int size) {
   return size_t((num_tokens + kPanel - 1) / kPanel) * kPanel * size;
 }
 
-Activations pack(const float* rows, size_t stride, int num_tokens, int size, float* space) {
+bool takes_pairs(const Matrix& m, int num_tokens) {
+  if (!kHasPairs || amx::kIsBuilt || num_tokens <= kFewRows || m.format != Format::kBfloat16) return false;
+  return m.cols % 2 == 0 && m.stride % 2 == 0 && reinterpret_cast<uintptr_t>(m.weight) % 4 == 0;
+}
+
+Activations pack(const float* rows, size_t stride, int num_tokens, int size, float* space, bool in_pairs) {
   if (num_tokens <= kFewRows) {
     float* split = space + size_t(num_tokens) * size;
     for (int t = 0; t < num_tokens; t++) {
@@ -218,7 +244,7 @@ Activations pack(const float* rows, size_t stride, int num_tokens, int size, flo
     int panel = chunk / spans, begin = chunk % spans * kSpan;
     int end = begin + kSpan < size ? begin + kSpan : size;
     int width = panel_width(num_tokens, panel), tokens = panel_tokens(num_tokens, panel);
-    float* out = space + size_t(panel) * kPanel * size;
+    float* out = space + size_t(panel) * kPanel * (in_pairs ? size / 2 : size);
     const float* in = rows + size_t(panel) * kPanel * stride;
     for (int lane = 0; lane < width; lane += W) {
       int valid = tokens - lane < W ? tokens - lane : W;
@@ -227,13 +253,22 @@ Activations pack(const float* rows, size_t stride, int num_tokens, int size, flo
         vf block[W];
         for (int i = 0; i < W; i++) block[i] = i < valid ? load(in + size_t(lane + i) * stride + k) : vf{};
         transpose(block);
-        for (int i = 0; i < W; i++) store(out + size_t(k + i) * width + lane, block[i]);
+        if (in_pairs)
+          for (int i = 0; i < W; i += 2) store(out + size_t(k + i) / 2 * width + lane, pairs_of(block[i], block[i + 1]));
+        else
+          for (int i = 0; i < W; i++) store(out + size_t(k + i) * width + lane, block[i]);
       }
-      for (; k < end; k++)
-        for (int i = 0; i < W; i++) out[size_t(k) * width + lane + i] = i < valid ? in[size_t(lane + i) * stride + k] : 0.0f;
+      auto column = [&](int at) {
+        vf values;
+        for (int i = 0; i < W; i++) values[i] = i < valid ? in[size_t(lane + i) * stride + at] : 0.0f;
+        return values;
+      };
+      if (in_pairs)
+        for (; k < end; k += 2) store(out + size_t(k) / 2 * width + lane, pairs_of(column(k), column(k + 1)));
+      for (; k < end; k++) store(out + size_t(k) * width + lane, column(k));
     }
   });
-  return Activations{num_tokens, size, nullptr, nullptr, space};
+  return Activations{num_tokens, size, nullptr, nullptr, space, in_pairs};
 }
 
 void matmul(const Activations& x, const Matrix* matrices, const Sink* sinks, int count) {
@@ -254,16 +289,18 @@ void matmul(const Activations& x, const Matrix* matrices, const Sink* sinks, int
   });
 }
 
-static void gated_many(const Activations& x, const Matrix& gate, const Matrix& up, Activation kind, int first, int count, float* packed) {
+static void gated_many(const Activations& x, const Matrix& gate, const Matrix& up, Activation kind, int first, int count, float* packed,
+                       bool in_pairs) {
   static thread_local Scratch decoded_up;
   size_t gate_stride, up_stride;
-  const float* gate_rows = rows_of(gate, first, count, gate_stride, decoded);
-  const float* up_rows = rows_of(up, first, count, up_stride, decoded_up);
-  alignas(64) float ups[kChunk * kPanel];
+  const float* gate_rows = rows_for(x, gate, first, count, gate_stride, decoded);
+  const float* up_rows = rows_for(x, up, first, count, up_stride, decoded_up);
+  alignas(64) float sums[kChunk * kPanel], ups[kChunk * kPanel];
   int panels = (x.num_tokens + kPanel - 1) / kPanel;
   for (int p = 0; p < panels; p++) {
     int width = panel_width(x.num_tokens, p);
-    float* gates = packed + size_t(p) * kPanel * gate.rows + size_t(first) * width;
+    float* to = packed + size_t(p) * kPanel * gate.rows + size_t(first) * width;
+    float* gates = in_pairs ? sums : to;
     panel_sums(x, p, gate_rows, gate_stride, count, gates);
     panel_sums(x, p, up_rows, up_stride, count, ups);
     for (int o = 0; o < count; o++) {
@@ -273,6 +310,11 @@ static void gated_many(const Activations& x, const Matrix& gate, const Matrix& u
         store(at, act(kind, load(at) + gate_bias) * (load(ups + o * width + lane) + up_bias));
       }
     }
+    if (!in_pairs) continue;
+    to = packed + (size_t(p) * kPanel * gate.rows + size_t(first) * width) / 2;
+    for (int o = 0; o < count; o += 2)
+      for (int lane = 0; lane < width; lane += W)
+        store(to + o / 2 * width + lane, pairs_of(load(gates + o * width + lane), load(gates + (o + 1) * width + lane)));
   }
 }
 
@@ -288,16 +330,19 @@ static void gated_few(const Activations& x, const Matrix& gate, const Matrix& up
   }
 }
 
-Activations gated_matmul(const Activations& x, const Matrix& gate, const Matrix& up, Activation kind, float* space) {
+Activations gated_matmul(const Activations& x, const Matrix& gate, const Matrix& up, Activation kind, float* space, bool in_pairs) {
   bool is_few = x.num_tokens <= kFewRows;
   if constexpr (amx::kIsBuilt)
     if (!is_few) return amx::gated_matmul(x, gate, up, kind, space);
   int size = is_few ? kFewChunk : kChunk;
   parallel((gate.rows + size - 1) / size, [&](int chunk, int) {
     int first = chunk * size, count = gate.rows - first < size ? gate.rows - first : size;
-    (is_few ? gated_few : gated_many)(x, gate, up, kind, first, count, space);
+    if (is_few)
+      gated_few(x, gate, up, kind, first, count, space);
+    else
+      gated_many(x, gate, up, kind, first, count, space, in_pairs);
   });
-  if (!is_few) return Activations{x.num_tokens, gate.rows, nullptr, nullptr, space};
+  if (!is_few) return Activations{x.num_tokens, gate.rows, nullptr, nullptr, space, in_pairs};
   float* split = space + size_t(x.num_tokens) * gate.rows;
   for (int t = 0; t < x.num_tokens; t++) split_row(space + size_t(t) * gate.rows, gate.rows, split + size_t(t) * gate.rows);
   return Activations{x.num_tokens, gate.rows, space, split, nullptr};

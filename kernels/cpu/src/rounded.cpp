@@ -133,7 +133,7 @@ static inline void row_dots(const int8_t* w, size_t stride, const Rounded& x, in
   for (int r = 0; r < R; r++)  // one row after another: see kFewAhead
     for (int at = 0; at < k; at += kBytes) {
       const int8_t* here = w + r * stride + at;
-      __builtin_prefetch(here + kFewAhead, 0, 2);
+      __builtin_prefetch(here + kFewAhead, 0, kFewNearness);
       Bytes weights = weights_at(here);
 #pragma GCC unroll 4
       for (int t = 0; t < M; t++) sums[r][t] = dot_step(sums[r][t], weights, inputs_at(ints + size_t(t) * x.stride + at));
@@ -181,7 +181,7 @@ static inline void digit_dots(const int8_t* w, size_t stride, const Rounded& x, 
     for (int d = 0; d < 3; d++) sums[d][0] = -kMoved * x.totals[3 * token + d];
     for (int at = 0; at < k; at += kBytes) {
       const int8_t* here = w + r * stride + at;
-      __builtin_prefetch(here + kFewAhead, 0, 2);
+      __builtin_prefetch(here + kFewAhead, 0, kFewNearness);
       Bytes weights = weights_at(here);
 #pragma GCC unroll 3
       for (int d = 0; d < 3; d++) sums[d] = dot_step(sums[d], weights, inputs_at(ints + size_t(d) * x.stride + at));

@@ -73,14 +73,26 @@ static inline vf load(const bf16* p) {
   return (vf)wide;
 }
 
-static inline void store(bf16* p, vf v) {
+// The bits of W floats as bf16, each in the lower half of 32.
+static inline vu bf16_bits(vf v) {
   vu bits = (vu)v;
   vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   vu quiet = (bits >> 16) | 0x40u;
   vu is_nan = (vu)((bits & 0x7fffffffu) > 0x7f800000u);
-  vu chosen = (is_nan & quiet) | (~is_nan & rounded);
-  *reinterpret_cast<vh_any*>(p) = __builtin_convertvector(chosen, vh);
+  return (is_nan & quiet) | (~is_nan & rounded);
 }
+
+static inline void store(bf16* p, vf v) { *reinterpret_cast<vh_any*>(p) = __builtin_convertvector(bf16_bits(v), vh); }
+
+// Two numbers of bf16 in each lane, as two weights that follow each other lie in memory, and the sum of both products of a lane.
+static inline vf pairs_of(vf even, vf odd) { return (vf)(bf16_bits(even) | bf16_bits(odd) << 16); }
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+static inline vf add_pairs(vf sum, vf a, vf b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+#else
+constexpr bool kHasPairs = false;
+static inline vf add_pairs(vf sum, vf, vf) { return sum; }
+#endif
 
 // 2 W bf16 weights as two vectors: those at even places and those at odd ones. Two operations, and no shuffle.
 static inline void load_split(const bf16* p, vf& even, vf& odd) {

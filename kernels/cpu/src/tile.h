@@ -15,8 +15,8 @@ constexpr int kTile1 = 12;
 constexpr int kAhead = 128;  // floats that are asked for before they are needed: 384 to 1,024 bytes measured alike
 
 // Weight (r, k) is at w[r * row_step + k * step], and dense rows have a step of 1; x and out are packed, N * W tokens a row.
-// kFetches: the weights come from memory, in order.
-template <int R, int N, bool kAdds, bool kIsDense, bool kFetches>
+// kFetches: the weights come from memory, in order. kPairs: w and x are pairs of bf16 (pairs_of), and steps and size count pairs.
+template <int R, int N, bool kAdds, bool kIsDense, bool kFetches, bool kPairs>
 static inline void tile(const float* w, size_t row_step, size_t step, const float* x, int size, float* __restrict out) {
   vf sums[R][N];
 #pragma GCC unroll 24
@@ -39,7 +39,7 @@ static inline void tile(const float* w, size_t row_step, size_t step, const floa
     for (int r = 0; r < R; r++) {
       vf weight = splat(*reinterpret_cast<const float*>(rows[r / 3] + r % 3 * row_bytes + ahead));
 #pragma GCC unroll 2
-      for (int n = 0; n < N; n++) sums[r][n] += weight * row[n];
+      for (int n = 0; n < N; n++) sums[r][n] = kPairs ? add_pairs(sums[r][n], weight, row[n]) : sums[r][n] + weight * row[n];
     }
   };
   int k = 0;
@@ -85,13 +85,14 @@ static inline void tile(const float* w, size_t row_step, size_t step, const floa
     for (int n = 0; n < N; n++) store(out + (r * N + n) * W, sums[r][n]);
 }
 
-template <int N, bool kAdds = false, bool kIsDense = true, bool kFetches = false>
+template <int N, bool kAdds = false, bool kIsDense = true, bool kFetches = false, bool kPairs = false>
 static void tiles(const float* w, size_t row_step, size_t step, int count, const float* x, int size, float* out) {
   constexpr int kFull = N == 2 ? kTile2 : kTile1;
   int r = 0;
   auto run = [&](auto rows) {
     constexpr int R = decltype(rows)::value;
-    for (; r + R <= count; r += R) tile<R, N, kAdds, kIsDense, kFetches>(w + r * row_step, row_step, step, x, size, out + r * N * W);
+    for (; r + R <= count; r += R)
+      tile<R, N, kAdds, kIsDense, kFetches, kPairs>(w + r * row_step, row_step, step, x, size, out + r * N * W);
   };
   run(std::integral_constant<int, kFull>());
   run(std::integral_constant<int, 4>());
