@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -239,8 +240,11 @@ def _create(ref: PluginRef, parts: Parts) -> KernelProvider:
 # --- measuring -----------------------------------------------------------------------------------------------------
 
 
-def measure_ceilings(platform: Platform, dtypes: Iterable[str]) -> Ceilings:
-    """What the device can do at best: reading or copying memory, and a large product, each in its best of several."""
+def measure_ceilings(platform: Platform, dtypes: Iterable[str], offers: Sequence[Offer] = ()) -> Ceilings:
+    """What the device can do at best: reading or copying memory, and a large product, each in its best of several.
+
+    offers: on a processor, whose products count too. Torch's library may be made for another maker's.
+    """
     device = platform.device()
     memory = torch.ones(cold_bytes() // 4, device=device)
     target = torch.empty_like(memory)
@@ -250,8 +254,16 @@ def measure_ceilings(platform: Platform, dtypes: Iterable[str]) -> Ceilings:
     rates = {}
     for name in dict.fromkeys(("float32", *dtypes)):
         one, other = (torch.randn(size, size, device=device).to(getattr(torch, name)) for _ in range(2))
-        rates[name] = 2 * size**3 / _best_seconds(platform, lambda a=one, b=other: a @ b)  # type: ignore[misc]
+        spec = KernelSpec("linear", device.type, name, {"I": size, "O": size})
+        made = [_make(offer, spec) for offer in offers] if device.type == "cpu" else []
+        kernels = [partial(_without_bias, kernel) for kernel in made if not isinstance(kernel, str)]
+        products: list[Callable[..., object]] = [torch.matmul, *kernels]
+        rates[name] = max(2 * size**3 / _best_seconds(platform, partial(product, one, other)) for product in products)
     return Ceilings(max(reading, copying), rates)
+
+
+def _without_bias(linear: Callable[..., object], x: torch.Tensor, weight: torch.Tensor) -> object:
+    return linear(x, weight, None)
 
 
 def cold_bytes() -> int:

@@ -63,7 +63,7 @@ def kernels(
             bound = bench.model_specs(parts, chosen, progress)
             specs = [dataclasses.replace(spec, dtype=name) for spec in bound]
         busy = bench.busy_note(read_processor().usable_cores)
-        ceilings = bench.measure_ceilings(parts.platform, [name])
+        ceilings = bench.measure_ceilings(parts.platform, [name], found)
         measurements, more = bench.measure(specs, found, parts.platform, ceilings, progress)
     refused += more
     path = save_record(facts, measurements, ceilings) if save and measurements else None

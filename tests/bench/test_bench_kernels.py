@@ -167,6 +167,18 @@ def test_the_ceilings_are_those_of_a_machine() -> None:
     assert 1e8 < ceilings.flops_per_second["float32"] < 1e15
 
 
+def test_products_of_a_provider_are_a_ceiling_where_torch_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = parts_with()
+    found, _ = bench.offers(parts)
+    alone = bench.measure_ceilings(parts.platform, ["float32"])
+    monkeypatch.setattr(bench, "_make", lambda offer, spec: lambda x, weight, bias: None)
+    helped = bench.measure_ceilings(parts.platform, ["float32"], found)
+    assert helped.flops_per_second["float32"] > 10 * alone.flops_per_second["float32"]
+    monkeypatch.setattr(bench, "_make", lambda offer, spec: "has no linear")
+    refused = bench.measure_ceilings(parts.platform, ["float32"], found)
+    assert refused.flops_per_second["float32"] < 10 * alone.flops_per_second["float32"]
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
