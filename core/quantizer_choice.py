@@ -44,9 +44,12 @@ def note_of_packed_weights(selector: Selector, context: ProbeContext) -> str | N
         return None
     if not any(one.name == files.packed_by and one.outcome == Outcome.ELIGIBLE for one in selection.candidates):
         return None
+    stored = f"quantizer: {files.packed_by} uses them as they are stored, in {files.stored_bytes() / 2**20:.1f} MiB"
+    if not files.packs_exactly:
+        return f"the weights are dequantized while they are loaded; {stored}"
     return (
-        "the weights are dequantized while they are loaded, since no kernels here multiply by them as they are stored; "
-        f"plain torch does, slowly, with quantizer: {files.packed_by}, in {files.stored_bytes() / 2**20:.1f} MiB"
+        "the weights are dequantized while they are loaded: of the kernels here only 'reference', in plain torch, "
+        f"multiplies by all of them as they are stored; {stored}, but many times as slowly"
     )
 
 

@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     result: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__}
-    with LLM(MODEL) as llm:
+    with LLM(MODEL, quantizer="none") as llm:
         result["threads"] = torch.get_num_threads()
         items = make_workload("mixed", arguments.requests, llm.vocab_size, seed=0)
         prefix_items = make_workload("shared-prefix", None, llm.vocab_size, seed=0)
@@ -70,7 +70,7 @@ def main() -> None:
         result["mixed"] = run_throughput(llm, items)
         result["shared_prefix"] = run_throughput(llm, prefix_items)
     result["transformers_one_by_one"] = time_peer(items[: arguments.peer_requests])
-    with LLM(MODEL, engine={"prefix_cache": False}) as llm:
+    with LLM(MODEL, quantizer="none", engine={"prefix_cache": False}) as llm:
         run_throughput(llm, items[:2])
         result["shared_prefix_without_cache"] = run_throughput(llm, prefix_items)
     rate = "output_tokens_per_second"

@@ -176,8 +176,26 @@ def test_where_only_plain_torch_multiplies_by_blocks_they_are_dequantized_with_a
 ) -> None:
     parts = resolved(write_llama(tmp_path / "a.gguf", mixed), kernels="reference", **asked)
     assert parts.report["quantizer"].chosen.name == chosen
-    assert [text for text in parts.notes if "plain torch does, slowly, with quantizer: gguf, in" in text] == parts.notes
+    assert [text for text in parts.notes if "only 'reference', in plain torch" in text] == parts.notes
     assert len(parts.notes) == is_told
+
+
+def test_files_whose_packed_products_differ_are_dequantized_whatever_kernels_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the note gives no reason that is not there."""
+    path, whole = write_llama(tmp_path / "a.gguf", mixed), GgufLoader.open
+
+    def opened(loader: GgufLoader, path: Path) -> GgufCheckpoint:
+        checkpoint = whole(loader, path)
+        checkpoint.packs_exactly = False
+        return checkpoint
+
+    monkeypatch.setattr(GgufLoader, "open", opened)
+    parts = resolved(path, kernels="cpu")
+    assert parts.report["quantizer"].chosen.name == "none"
+    (note,) = parts.notes
+    assert note.startswith("the weights are dequantized while they are loaded; quantizer: gguf uses them as they are")
 
 
 class NoQ6(CpuKernels):
