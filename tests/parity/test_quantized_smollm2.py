@@ -39,7 +39,7 @@ BOUNDS: tuple[tuple[dict[str, Any], float], ...] = (
 
 @pytest.fixture(scope="module")
 def llm(smollm2: Path) -> Iterator[LLM]:
-    with LLM(smollm2, precision="fp32", engine=ENGINE) as llm:
+    with LLM(smollm2, precision="fp32", quantizer="none", engine=ENGINE) as llm:
         yield llm
 
 

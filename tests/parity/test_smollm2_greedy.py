@@ -55,7 +55,7 @@ def theirs(smollm2: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def llm(smollm2: Path) -> Iterator[LLM]:
-    with LLM(smollm2, engine={"max_model_len": 1024}) as llm:
+    with LLM(smollm2, quantizer="none", engine={"max_model_len": 1024}) as llm:
         yield llm
 
 
@@ -128,7 +128,7 @@ def test_greedy_tokens_in_small_chunks(smollm2: Path, prompts: list[list[int]], 
     """A token budget far below the prompts, and a cache so small that requests are preempted."""
     options = {"name": "fcfs", "max_batched_tokens": 48, "max_running": 16}
     engine = {"max_model_len": 256, "kv_memory": "20MiB"}
-    with LLM(smollm2, scheduler=options, engine=engine) as llm:
+    with LLM(smollm2, quantizer="none", scheduler=options, engine=engine) as llm:
         found = [list(result.token_ids) for result in llm.generate(prompts[:10], GREEDY)]
         assert llm.stats()["preemptions"] > 0
     assert found == batched[:10]
