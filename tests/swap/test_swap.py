@@ -341,7 +341,7 @@ def test_parts_that_stall_on_probation_are_given_up_and_rolled_back(llm: LLM, ga
     """The caller has its error while the step still stalls; the old parts come back as soon as it returns."""
     digest = llm.selection_dict()["plan_digest"]
     stalling = {"name": "faulty", "phase": "stall", "block_size": 4}
-    with Traffic(llm) as traffic:
+    with Traffic(llm, rounds=True) as traffic:
         with pytest.raises(SwapError, match="did not pass their probation in time"):
             llm.swap(timeout_seconds=2, probation_steps=1000, attention=stalling)
         with pytest.raises(SwapError, match="not undone yet"):
@@ -358,7 +358,7 @@ def test_parts_that_stall_on_probation_are_given_up_and_rolled_back(llm: LLM, ga
 
 def test_an_engine_that_stalls_before_the_commit_is_not_waited_for(llm: LLM, gate: threading.Event) -> None:
     """The commit does not take place any more when the engine comes back."""
-    with Traffic(llm):
+    with Traffic(llm, rounds=True):
         llm.swap(probation_steps=0, attention={"name": "faulty", "phase": "stall", "block_size": 4, "after": 0})
         with pytest.raises(SwapError, match="came to no step boundary in time; nothing has changed"):
             llm.swap(timeout_seconds=1, scheduler="priority")
