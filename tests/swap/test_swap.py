@@ -185,7 +185,8 @@ def test_a_probation_ends_with_the_last_request(llm: LLM) -> None:
 
 
 def test_chunks_carry_the_epoch_that_made_them(llm: LLM) -> None:
-    stream = llm.stream(PROMPTS[0], GREEDY)
+    as_long_as_can_be = SamplingParams(temperature=0, max_tokens=90, ignore_eos=True)  # so that the swap comes in it
+    stream = llm.stream(PROMPTS[0], as_long_as_can_be)
     epochs = [next(stream).epoch]
     llm.swap(scheduler="priority")
     epochs += [chunk.epoch for chunk in stream]
