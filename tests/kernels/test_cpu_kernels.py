@@ -310,9 +310,9 @@ def test_long_contexts_are_cut_and_joined() -> None:
 
 
 @pytest.mark.parametrize("variant", HERE)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 16, 17, 31, 32, 33, 70])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 8, 9, 11, 13, *range(16, 28), 31, 32, 33, 70])
 def test_products_of_every_number_of_rows(variant: str, rows: int) -> None:
-    """Few rows and many, with outputs that fill no tile, and inputs that fill no vector."""
+    """Few rows and many, any rest that fills no vector, outputs that fill no tile, and inputs that fill no vector."""
     generator = torch.Generator().manual_seed(rows)
     for inner, outer in ((64, 96), (65, 101), (7, 3), (33, 48), (200, 49)):
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1.6e-2)):
@@ -323,6 +323,21 @@ def test_products_of_every_number_of_rows(variant: str, rows: int) -> None:
             wanted = (x.double() @ weight.double().T + bias.double()).to(dtype)
             found = provider(variant).make(spec)(x, weight, bias)
             torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance * 10)
+
+
+@pytest.mark.parametrize("variant", HERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gates_of_every_number_of_rows(variant: str, dtype: torch.dtype) -> None:
+    """What the gates leave is packed for the next product, the rest as well."""
+    generator = torch.Generator().manual_seed(1)
+    make = provider(variant).make
+    gated = make(KernelSpec("gated_linear", "cpu", str(dtype).removeprefix("torch."), {}, {"activation": 0.0}))
+    gate, up = (torch.randn(101, 33, generator=generator).to(dtype) for _ in range(2))
+    tolerance = 1e-5 if dtype is torch.float32 else 2**-7
+    for rows in (1, 4, 5, 7, 9, 12, *range(16, 28), 32, 37, 50):
+        x = torch.randn(rows, 33, generator=generator).to(dtype)
+        wanted = torch.nn.functional.silu(x.double() @ gate.double().T) * (x.double() @ up.double().T)
+        torch.testing.assert_close(gated(x, gate, up).double(), wanted, rtol=tolerance, atol=tolerance)
 
 
 def test_tensors_that_start_anywhere_in_memory() -> None:
@@ -395,7 +410,7 @@ def pairs(monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
     return open_library("avx512")
 
 
-@pytest.mark.parametrize("rows", [5, 16, 17, 32, 70])
+@pytest.mark.parametrize("rows", [5, 16, 17, 22, 26, 27, 32, 39, 70])
 def test_products_of_pairs_sum_in_float32(pairs: ctypes.CDLL, rows: int) -> None:
     """Of bfloat16 rows nothing is lost before the result is rounded; odd numbers of inputs go another way."""
     generator = torch.Generator().manual_seed(rows)
@@ -420,10 +435,11 @@ def test_a_model_in_pairs_is_as_near_to_float32_as_the_plain_loop(
     assert 0 < errors[0] <= errors[1] * 1.05
 
 
+@pytest.mark.parametrize("rows", [23, 40, 44])
 @pytest.mark.parametrize("intermediate", [96, 98, 51])
-def test_gates_of_pairs(pairs: ctypes.CDLL, intermediate: int) -> None:
+def test_gates_of_pairs(pairs: ctypes.CDLL, intermediate: int, rows: int) -> None:
     generator = torch.Generator().manual_seed(intermediate)
-    x, gate, up = (torch.randn(n, 64, generator=generator).bfloat16() for n in (40, intermediate, intermediate))
+    x, gate, up = (torch.randn(n, 64, generator=generator).bfloat16() for n in (rows, intermediate, intermediate))
     gated = provider("avx512").make(KernelSpec("gated_linear", "cpu", "bfloat16", {}, {"activation": 0.0}))
     expected = torch.nn.functional.silu(x.double() @ gate.double().T) * (x.double() @ up.double().T)
     torch.testing.assert_close(gated(x, gate, up).double(), expected, rtol=2**-7, atol=1e-3)

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "codes.h"
@@ -75,31 +76,64 @@ constexpr int kTileHeads = kRegisters == 32 ? 4 : 2;
 constexpr int kTileKeys = 4;
 constexpr int kRow = (kKeys + W - 1) / W * W;
 
+// Where the keys of a round lie, and its values at the same places behind another address.
+template <class T>
+struct Rows {
+  const T* base;
+  const size_t* offsets;
+  const T* operator[](int i) const { return base + offsets[i]; }
+};
+
+// What is asked for while something else is computed, a row at a time: `size` numbers of it.
+template <class T>
+static inline void ask_for(const T* row, int size) {
+  const char* at = reinterpret_cast<const char*>(row);
+  const char* end = at + size_t(size) * sizeof(T);
+  for (; at + 256 <= end; at += 256) {
+    __builtin_prefetch(at);
+    __builtin_prefetch(at + 64);
+    __builtin_prefetch(at + 128);
+    __builtin_prefetch(at + 192);
+  }
+  for (; at < end; at += 64) __builtin_prefetch(at);
+}
+
 // Products of R queries, rows of `size`, with K keys: those of head r go to scores + r * kRow.
 template <int R, int K, class T>
-static inline void products(const float* q, const T* const* keys, int size, float* scores) {
+static inline void products(const float* q, const Rows<T>& keys, int first, int size, float* scores) {
   vf sums[R][K] = {};
-  int d = 0;
-  for (; d + W <= size; d += W) {
+  const T* rows[K];
+#pragma GCC unroll 4
+  for (int i = 0; i < K; i++) rows[i] = keys[first + i];
+  auto multiply = [&](int d) __attribute__((always_inline)) {
     vf key[K];
 #pragma GCC unroll 4
-    for (int i = 0; i < K; i++) key[i] = load(keys[i] + d);
+    for (int i = 0; i < K; i++) key[i] = load(rows[i] + d);
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
       vf x = load(q + size_t(r) * size + d);
 #pragma GCC unroll 4
       for (int i = 0; i < K; i++) sums[r][i] += x * key[i];
     }
+  };
+  int d = 0;
+  for (; d + 4 * W <= size; d += 4 * W) {
+    multiply(d);
+    multiply(d + W);
+    multiply(d + 2 * W);
+    multiply(d + 3 * W);
   }
+  for (; d + W <= size; d += W) multiply(d);
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++) {
+    float* out = scores + r * kRow + first;
     if constexpr (K == 4) {
-      sum4(sums[r][0], sums[r][1], sums[r][2], sums[r][3], scores + r * kRow);
+      sum4(sums[r][0], sums[r][1], sums[r][2], sums[r][3], out);
     } else {
-      for (int i = 0; i < K; i++) scores[r * kRow + i] = sum(sums[r][i]);
+      for (int i = 0; i < K; i++) out[i] = sum(sums[r][i]);
     }
     for (int rest = d; rest < size; rest++)
-      for (int i = 0; i < K; i++) scores[r * kRow + i] += q[size_t(r) * size + rest] * get(keys[i] + rest);
+      for (int i = 0; i < K; i++) out[i] += q[size_t(r) * size + rest] * get(rows[i] + rest);
   }
 }
 
@@ -107,18 +141,22 @@ static void cap(float* scores, int count, float soft_cap) {
   for (int i = 0; i < count; i += W) store(scores + i, vtanh(load(scores + i) * (1.0f / soft_cap)) * soft_cap);
 }
 
-// out[r][d] = out[r][d] * keep[r] + sum over tokens of p[r][i] * value[i][d], for N vectors of d.
+// out[r][d] = out[r][d] * keep[r] + sum over tokens of p[r][i] * value[i][d], for N vectors of d. next: values of as many tokens,
+// whole rows, that are asked for meanwhile.
 template <int R, int N, class T>
-static inline void add_columns(float* out, const float* keep, const float* p, const T* const* values, int count, int size) {
+static inline void add_columns(float* out, const float* keep, const float* p, const Rows<T>& values, int count, int size,
+                               const Rows<T>& next, int num_next) {
   vf sums[R][N];
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int j = 0; j < N; j++) sums[r][j] = load(out + size_t(r) * size + j * W) * keep[r];
   for (int i = 0; i < count; i++) {
+    if (i < num_next) ask_for(next[i], size);
+    const T* row = values[i];
     vf value[N];
 #pragma GCC unroll 4
-    for (int j = 0; j < N; j++) value[j] = load(values[i] + j * W);
+    for (int j = 0; j < N; j++) value[j] = load(row + j * W);
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
       vf weight = splat(p[r * kRow + i]);
@@ -132,16 +170,15 @@ static inline void add_columns(float* out, const float* keep, const float* p, co
     for (int j = 0; j < N; j++) store(out + size_t(r) * size + j * W, sums[r][j]);
 }
 
-// The same for all of d. `values` is moved along; its entries are of no use afterwards.
+// The same for all of d.
 template <int R, class T>
-static void add_values(float* out, const float* keep, const float* p, const T** values, int count, int size) {
+static void add_values(float* out, const float* keep, const float* p, Rows<T> values, int count, int size, const Rows<T>& next,
+                       int num_next) {
   int d = 0;
-  auto move = [&](int by) {
-    for (int i = 0; i < count; i++) values[i] += by;
-    d += by;
-  };
-  for (; d + 4 * W <= size; move(4 * W)) add_columns<R, 4>(out + d, keep, p, values, count, size);
-  for (; d + W <= size; move(W)) add_columns<R, 1>(out + d, keep, p, values, count, size);
+  for (; d + 4 * W <= size; d += 4 * W, values.base += 4 * W, num_next = 0)
+    add_columns<R, 4>(out + d, keep, p, values, count, size, next, num_next);
+  for (; d + W <= size; d += W, values.base += W, num_next = 0)
+    add_columns<R, 1>(out + d, keep, p, values, count, size, next, num_next);
   for (int column = 0; d + column < size; column++)
     for (int r = 0; r < R; r++) {
       float total = out[size_t(r) * size + d + column] * keep[r];
@@ -161,106 +198,108 @@ static void finish_scores(float* scores, const float* scales, int count, const L
   for (int i = count; i < kRow; i++) scores[i] = kMinusInfinity;
 }
 
-// One round of the online softmax for one head: scores become weights, times the scales of the values where there are any.
-static float soften_row(float* scores, const float* scales, int count, Partial& partial) {
-  vf best = splat(partial.largest);
-  for (int i = 0; i < count; i += W) best = vmax(load(scores + i), best);
-  float now = largest(best);
-  vf total = {};
-  for (int i = 0; i < count; i += W) {
-    vf p = vexp(load(scores + i) - now);
-    store(scores + i, scales ? p * load(scales + i) : p);
-    total += p;
+// One round of the online softmax for R heads: scores become weights, times the scales of the values where there are any. keep: what
+// the sums so far are to be multiplied by.
+template <int R>
+static void soften_rows(float* scores, const float* scales, int count, Partial* partials, float* keep) {
+  static_assert(R <= W);
+  alignas(64) float before[W] = {}, now[W] = {};
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) {
+    before[r] = partials[r].largest;
+    vf best = splat(before[r]);
+    for (int i = 0; i < count; i += W) best = vmax(load(scores + r * kRow + i), best);
+    now[r] = largest(best);
   }
-  float keep = partial.largest == kMinusInfinity ? 0.0f : expf(partial.largest - now);
-  partial = {now, partial.total * keep + sum(total)};
-  return keep;
-}
-
-// The slots of the next round's tokens, from `first` on; what lies there is asked for. Pages are strewn over memory and often
-// smaller than what a processor fetches ahead by itself.
-template <class T>
-static void ask_for(const Pages<T>& pages, int first, int end, int size, size_t* slots) {
-  if (first >= end) return;
-  int count = end - first < kKeys ? end - first : kKeys, place = first % pages.block_size;
-  const int32_t* block = pages.table + first / pages.block_size;
-  for (int i = 0; i < count; i++) {
-    slots[i] = size_t(*block) * pages.block_size + place;
-    const char* key = reinterpret_cast<const char*>(pages.keys + slots[i] * pages.token_step);
-    const char* value = reinterpret_cast<const char*>(pages.values + slots[i] * pages.token_step);
-    for (size_t byte = 0; byte < size * sizeof(T); byte += 64) {
-      __builtin_prefetch(key + byte);
-      __builtin_prefetch(value + byte);
+  const vf kept = vexp(load(before) - load(now));
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) {
+    vf total = {};
+    for (int i = 0; i < count; i += W) {
+      vf p = vexp(load(scores + r * kRow + i) - now[r]);
+      store(scores + r * kRow + i, scales ? p * load(scales + i) : p);
+      total += p;
     }
-    if constexpr (is_code<T>) {
-      __builtin_prefetch(pages.key_scales + slots[i] * pages.kv_heads);
-      __builtin_prefetch(pages.value_scales + slots[i] * pages.kv_heads);
-    }
-    if (++place == pages.block_size) {
-      place = 0;
-      block++;
-    }
+    keep[r] = before[r] == kMinusInfinity ? 0.0f : kept[r];
+    partials[r] = {now[r], partials[r].total * keep[r] + sum(total)};
   }
 }
 
-// One round: where its keys and values lie, and their scales where there are any.
+// One round for one key/value head: where its keys and values lie, and their scales where there are any.
 template <class T>
 struct Round {
-  int count;
-  const T* keys[kKeys];
-  const T* values[kKeys];
+  int count = 0;
+  const T *keys, *values;
+  size_t offsets[kKeys];
   alignas(64) float key_scales[kRow], value_scales[kRow];
 
-  void find(const Pages<T>& pages, const size_t* slots) {
-    for (int i = 0; i < count; i++) {
-      keys[i] = pages.keys + slots[i] * pages.token_step;
-      values[i] = pages.values + slots[i] * pages.token_step;
-      if constexpr (is_code<T>) {
-        key_scales[i] = pages.key_scales[slots[i] * pages.kv_heads] * kUnit<T>;
-        value_scales[i] = pages.value_scales[slots[i] * pages.kv_heads] * kUnit<T>;
+  // Tokens first .. first + kKeys - 1, or up to `end`.
+  void find(const Pages<T>& pages, int first, int end) {
+    count = end - first < kKeys ? end - first : kKeys;
+    keys = pages.keys;
+    values = pages.values;
+    const int32_t* block = pages.table + first / pages.block_size;
+    int place = first % pages.block_size;
+    for (int i = 0; i < count; block++, place = 0) {
+      size_t slot = size_t(*block) * pages.block_size + place;
+      int stop = i + pages.block_size - place < count ? i + pages.block_size - place : count;
+      for (size_t at = slot * pages.token_step; i < stop; i++, slot++, at += pages.token_step) {
+        offsets[i] = at;
+        if constexpr (is_code<T>) {
+          key_scales[i] = pages.key_scales[slot * pages.kv_heads] * kUnit<T>;
+          value_scales[i] = pages.value_scales[slot * pages.kv_heads] * kUnit<T>;
+        }
       }
     }
-    for (int i = count; i < kRow; i++) key_scales[i] = value_scales[i] = 0.0f;
+    if constexpr (is_code<T>)
+      for (int i = count; i < kRow; i++) key_scales[i] = value_scales[i] = 0.0f;
   }
 
-  // R heads whose rows of q and out begin here.
+  Rows<T> key_rows() const { return {keys, offsets}; }
+  Rows<T> value_rows() const { return {values, offsets}; }
+
+  // R heads whose rows of q and out begin here. next: keys and values that are asked for meanwhile; its count may be 0.
   template <int R>
-  void attend(const LayerCache& cache, const float* q, float* out, Partial* partials) const {
+  void attend(const LayerCache& cache, const float* q, float* out, Partial* partials, const Round& next, int num_next) const {
     alignas(64) float scores[R * kRow];
     float keep[R];
     int size = cache.head_size, i = 0;
-    for (; i + kTileKeys <= count; i += kTileKeys) products<R, kTileKeys>(q, keys + i, size, scores + i);
-    for (; i < count; i++) products<R, 1>(q, keys + i, size, scores + i);
-    for (int r = 0; r < R; r++) {
-      finish_scores(scores + r * kRow, is_code<T> ? key_scales : nullptr, count, cache);
-      keep[r] = soften_row(scores + r * kRow, is_code<T> ? value_scales : nullptr, count, partials[r]);
+    const Rows<T> rows = key_rows(), next_rows = next.key_rows();
+    for (; i + kTileKeys <= count; i += kTileKeys) {
+      for (int j = i; j < i + kTileKeys && j < num_next; j++) ask_for(next_rows[j], size);
+      products<R, kTileKeys>(q, rows, i, size, scores);
     }
-    const T* places[kKeys];
-    for (i = 0; i < count; i++) places[i] = values[i];
-    add_values<R>(out, keep, scores, places, count, size);
+    for (; i < count; i++) products<R, 1>(q, rows, i, size, scores);
+    for (int r = 0; r < R; r++) finish_scores(scores + r * kRow, is_code<T> ? key_scales : nullptr, count, cache);
+    soften_rows<R>(scores, is_code<T> ? value_scales : nullptr, count, partials, keep);
+    add_values<R>(out, keep, scores, value_rows(), count, size, next.value_rows(), num_next);
   }
 };
 
 // Keys begin .. end - 1 of one sequence, for the `group` query heads that share kv_head: heads' rows of q and out are D apart.
-template <class T>
+// follow(round) finds what this thread is likely to compute next, which is asked for with the last round.
+template <class T, class F>
 static void decode(const LayerCache& cache, const Pages<T>& pages, int group, const float* q, float* out, Partial* partials,
-                   int begin, int end) {
+                   int begin, int end, const F& follow) {
   int size = cache.head_size;
   for (int r = 0; r < group; r++) {
     partials[r] = {kMinusInfinity, 0.0f};
     memset(out + size_t(r) * size, 0, size * 4);
   }
-  size_t slots[2][kKeys];  // of this round, and of the next, which is asked for while this one is computed
-  ask_for(pages, begin, end, size, slots[0]);
-  Round<T> round;
+  Round<T> rounds[2];
+  if (begin < end) rounds[0].find(pages, begin, end);
   for (int first = begin, turn = 0; first < end; first += kKeys, turn ^= 1) {
-    ask_for(pages, first + kKeys, end, size, slots[turn ^ 1]);
-    round.count = end - first < kKeys ? end - first : kKeys;
-    round.find(pages, slots[turn]);
-    int r = 0;
+    const Round<T>& round = rounds[turn];
+    Round<T>& next = rounds[turn ^ 1];
+    if (first + kKeys < end)
+      next.find(pages, first + kKeys, end);
+    else
+      follow(next);
+    int r = 0, num_next = next.count;
     auto run = [&](auto heads) {
       constexpr int R = decltype(heads)::value;
-      for (; r + R <= group; r += R) round.template attend<R>(cache, q + size_t(r) * size, out + size_t(r) * size, partials + r);
+      for (; r + R <= group; r += R, num_next = 0)
+        round.template attend<R>(cache, q + size_t(r) * size, out + size_t(r) * size, partials + r, next, num_next);
     };
     run(std::integral_constant<int, kTileHeads>());
     if constexpr (kTileHeads > 3) run(std::integral_constant<int, 3>());
@@ -423,6 +462,13 @@ static void attend_as(const LayerCache& cache, const Batch& batch, int num_heads
     }
   const std::vector<Item>& work = items;
   const std::vector<int>& cuts = splits;
+  // The keys of a decode's part: from, to.
+  auto keys_of = [&](const Item& item) {
+    int s = item.sequence, end = batch.kv_lengths[s], begin = end - visible(cache, end);
+    int length = (end - begin + cuts[s] - 1) / cuts[s], from = begin + item.part * length;
+    from = from < end ? from : end;
+    return std::pair<int, int>(from, from + length < end ? from + length : end);
+  };
   parallel(int(work.size()), [&](int index, int) {
     const Item& item = work[index];
     int s = item.sequence, start = batch.query_starts[s], queries = query_length(batch, s);
@@ -439,19 +485,24 @@ static void attend_as(const LayerCache& cache, const Batch& batch, int num_heads
     }
     static thread_local std::vector<Partial> partials;
     partials.resize(group);
-    int end = batch.kv_lengths[s], begin = end - visible(cache, end);
+    auto [begin, end] = keys_of(item);
+    auto follow = [&](Round<T>& round) {  // a decode, as all that come after one
+      round.count = 0;
+      if (size_t(index) + 1 == work.size()) return;
+      const Item& next = work[index + 1];
+      auto [from, to] = keys_of(next);
+      if (from < to) round.find(Pages<T>(cache, batch, next.sequence, next.kv_head), from, to);
+    };
     const float* query = q + size_t(start) * q_stride + head;
     if (cuts[s] == 1) {
       float* row = out + size_t(start) * out_stride + head;
-      decode(cache, pages, group, query, row, partials.data(), begin, end);
+      decode(cache, pages, group, query, row, partials.data(), begin, end, follow);
       for (int r = 0; r < group; r++) normalize(row + size_t(r) * size, size, partials[r].total);
       return;
     }
-    int length = (end - begin + cuts[s] - 1) / cuts[s];
-    int from = begin + item.part * length, to = from + length < end ? from + length : end;
     static thread_local Room room;
     float* rows = room.reserve(size_t(group) * size);
-    decode(cache, pages, group, query, rows, partials.data(), from < end ? from : end, to);
+    decode(cache, pages, group, query, rows, partials.data(), begin, end, follow);
     for (int r = 0; r < group; r++) {
       float* place = space + places[s] + (size_t(item.kv_head * group + r) * cuts[s] + item.part) * part_floats;
       place[0] = partials[r].largest;

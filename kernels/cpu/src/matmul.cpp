@@ -20,6 +20,8 @@ thread_local Scratch decoded;  // weights of one chunk in float32
 
 // --- many rows -----------------------------------------------------------------------------------------------------------
 
+// num_tokens: those in panels.
+static inline int num_panels(int num_tokens) { return (num_tokens + kPanel - 1) / kPanel; }
 static inline int panel_width(int num_tokens, int panel) { return num_tokens - panel * kPanel <= W ? W : kPanel; }
 static inline int panel_tokens(int num_tokens, int panel) {
   int left = num_tokens - panel * kPanel;
@@ -29,7 +31,7 @@ static inline int panel_tokens(int num_tokens, int panel) {
 template <bool kPairs>
 static void panel_sums(const Activations& x, int panel, const float* w, size_t stride, int count, float* out) {
   const float* packed = x.panels + size_t(panel) * kPanel * x.depth();
-  bool is_wide = panel_width(x.num_tokens, panel) == kPanel;
+  bool is_wide = panel_width(x.in_panels(), panel) == kPanel;
   if (panel > 0)  // the first has brought the weights into the cache
     (is_wide ? tiles<2, false, true, false, kPairs> : tiles<1, false, true, false, kPairs>)(w, stride, 1, count, packed, x.depth(), out);
   else
@@ -41,6 +43,50 @@ static void panel_sums(const Activations& x, int panel, const float* w, size_t s
   panel_sums<false>(x, panel, w, stride, count, out);
 }
 
+// Sums of a chunk and rows of the rest: out[row][output]. x: rows of `depth` floats.
+template <int M, bool kPairs>
+static void row_sums(const float* w, size_t stride, int count, const float* x, int depth, float (*out)[kChunk]) {
+  int o = 0;
+  for (; o + 4 <= count; o += 4) {
+    vf sums[4][M];
+    row_tile<4, M, kPairs>(w + o * stride, stride, x, depth, sums);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) sum4(sums[0][m], sums[1][m], sums[2][m], sums[3][m], out[m] + o);
+  }
+  for (; o < count; o++) {
+    vf sums[1][M];
+    row_tile<1, M, kPairs>(w + o * stride, stride, x, depth, sums);
+    for (int m = 0; m < M; m++) out[m][o] = sum(sums[0][m]);
+  }
+}
+
+template <bool kPairs>
+static void rest_sums(const Activations& x, const float* w, size_t stride, int count, float (*out)[kChunk]) {
+  const int depth = x.depth(), rest = x.num_rest(), turns = (rest + kTileRows - 1) / kTileRows;
+  for (int turn = 0, row = 0; turn < turns; turn++) {
+    int rows = (rest - row + turns - turn - 1) / (turns - turn);
+    const float* at = x.rest() + size_t(row) * depth;
+    auto run = [&](auto number) {
+      constexpr int M = decltype(number)::value;
+      if constexpr (M <= kTileRows) row_sums<M, kPairs>(w, stride, count, at, depth, out + row);
+    };
+    switch (rows) {
+      case 1: run(std::integral_constant<int, 1>()); break;
+      case 2: run(std::integral_constant<int, 2>()); break;
+      case 3: run(std::integral_constant<int, 3>()); break;
+      case 4: run(std::integral_constant<int, 4>()); break;
+      case 5: run(std::integral_constant<int, 5>()); break;
+      default: run(std::integral_constant<int, 6>());
+    }
+    row += rows;
+  }
+}
+
+static void rest_sums(const Activations& x, const float* w, size_t stride, int count, float (*out)[kChunk]) {
+  if (kHasPairs && x.is_paired) return rest_sums<kHasPairs>(x, w, stride, count, out);
+  rest_sums<false>(x, w, stride, count, out);
+}
+
 // Weights of a chunk as the panels of x are multiplied: pairs in place, else float32.
 static const float* rows_for(const Activations& x, const Matrix& m, int first, int count, size_t& stride, Scratch& scratch) {
   if (!x.is_paired) return rows_of(m, first, count, stride, scratch);
@@ -48,17 +94,28 @@ static const float* rows_for(const Activations& x, const Matrix& m, int first, i
   return static_cast<const float*>(m.weight) + size_t(first) * stride;
 }
 
+// Sums of one token with outputs first .. first + count - 1.
+static void put_row(const float* sums, const Matrix& m, const Sink& sink, int token, int first, int count) {
+  int o = 0;
+  for (; o + W <= count; o += W) sink.put(token, first + o, load(sums + o) + (m.bias ? load(m.bias + first + o) : vf{}));
+  for (; o < count; o++) sink.put(token, first + o, sums[o] + (m.bias ? m.bias[first + o] : 0.0f));
+}
+
 static void many_chunk(const Activations& x, const Matrix& m, const Sink& sink, int first) {
   int count = m.rows - first < kChunk ? m.rows - first : kChunk;
   size_t stride;
   const float* w = rows_for(x, m, first, count, stride, decoded);
   alignas(64) float sums[kChunk * kPanel];
-  int panels = (x.num_tokens + kPanel - 1) / kPanel;
-  for (int p = 0; p < panels; p++) {
+  const int in_panels = x.in_panels();
+  for (int p = 0; p < num_panels(in_panels); p++) {
     panel_sums(x, p, w, stride, count, sums);
-    turn(sums, count, panel_width(x.num_tokens, p), panel_tokens(x.num_tokens, p), m.bias ? m.bias + first : nullptr,
+    turn(sums, count, panel_width(in_panels, p), panel_tokens(in_panels, p), m.bias ? m.bias + first : nullptr,
          [&](int t, int o, auto value) { sink.put(p * kPanel + t, first + o, value); });
   }
+  if (x.num_rest() == 0) return;
+  float rest[kMostRest][kChunk];
+  rest_sums(x, w, stride, count, rest);
+  for (int t = 0; t < x.num_rest(); t++) put_row(rest[t], m, sink, in_panels + t, first, count);
 }
 
 // --- few rows ------------------------------------------------------------------------------------------------------------
@@ -154,9 +211,6 @@ static void few_sums(const Activations& x, const Matrix& m, int first, int count
   } else {
     few_sums(x, x.split, static_cast<const bf16*>(m.weight) + size_t(first) * m.stride, m.stride, count, out);
   }
-  if (m.bias)
-    for (int t = 0; t < x.num_tokens; t++)
-      for (int o = 0; o < count; o++) out[t][o] += m.bias[first + o];
 }
 
 static void few_chunk(const Activations& x, const Matrix& m, const Sink& sink, int begin, int end) {
@@ -164,12 +218,20 @@ static void few_chunk(const Activations& x, const Matrix& m, const Sink& sink, i
     int count = end - first < kFewChunk ? end - first : kFewChunk;
     float out[kFewRows][kChunk];
     few_sums(x, m, first, count, out);
-    for (int t = 0; t < x.num_tokens; t++) {
-      int o = 0;
-      for (; o + W <= count; o += W) sink.put(t, first + o, load(out[t] + o));
-      for (; o < count; o++) sink.put(t, first + o, out[t][o]);
-    }
+    for (int t = 0; t < x.num_tokens; t++) put_row(out[t], m, sink, t, first, count);
   }
+}
+
+// A row of the rest as its products take it.
+static void put_rest(const float* in, int size, bool in_pairs, float* out) {
+  if (!in_pairs) {
+    memcpy(out, in, size_t(size) * 4);
+    return;
+  }
+  bf16* to = reinterpret_cast<bf16*>(out);
+  int k = 0;
+  for (; k + W <= size; k += W) store(to + k, load(in + k));
+  for (; k < size; k++) to[k] = to_bf16(in[k]);
 }
 
 // Each 2 W features as W at even places, then W at odd ones; what is left over stays in order.
@@ -219,7 +281,8 @@ int few_rows_at_a_time(const Matrix* matrices, int count) {
 size_t packed_floats(int num_tokens, int size) {
   if (num_tokens <= kFewRows) return 2 * size_t(num_tokens) * size;
   if constexpr (amx::kIsBuilt) return amx::packed_floats(num_tokens, size);
-  return size_t((num_tokens + kPanel - 1) / kPanel) * kPanel * size;
+  int in_panels = tokens_in_panels(num_tokens);
+  return size_t((in_panels + W - 1) / W * W + num_tokens - in_panels) * size;
 }
 
 bool takes_pairs(const Matrix& m, int num_tokens) {
@@ -237,13 +300,16 @@ Activations pack(const float* rows, size_t stride, int num_tokens, int size, flo
     return Activations{num_tokens, size, space, split, nullptr};
   }
   if constexpr (amx::kIsBuilt) return amx::pack(rows, stride, num_tokens, size, space);
-  int panels = (num_tokens + kPanel - 1) / kPanel;
+  const int in_panels = tokens_in_panels(num_tokens), panels = num_panels(in_panels);
+  Activations packed{num_tokens, size, nullptr, nullptr, space, in_pairs};
+  for (int t = in_panels; t < num_tokens; t++)
+    put_rest(rows + size_t(t) * stride, size, in_pairs, space + packed.rest_offset() + size_t(t - in_panels) * packed.depth());
   constexpr int kSpan = 8 * W;  // features of one chunk
   int spans = (size + kSpan - 1) / kSpan;
   parallel(panels * spans, [&](int chunk, int) {
     int panel = chunk / spans, begin = chunk % spans * kSpan;
     int end = begin + kSpan < size ? begin + kSpan : size;
-    int width = panel_width(num_tokens, panel), tokens = panel_tokens(num_tokens, panel);
+    int width = panel_width(in_panels, panel), tokens = panel_tokens(in_panels, panel);
     float* out = space + size_t(panel) * kPanel * (in_pairs ? size / 2 : size);
     const float* in = rows + size_t(panel) * kPanel * stride;
     for (int lane = 0; lane < width; lane += W) {
@@ -268,7 +334,7 @@ Activations pack(const float* rows, size_t stride, int num_tokens, int size, flo
       for (; k < end; k++) store(out + size_t(k) * width + lane, column(k));
     }
   });
-  return Activations{num_tokens, size, nullptr, nullptr, space, in_pairs};
+  return packed;
 }
 
 void matmul(const Activations& x, const Matrix* matrices, const Sink* sinks, int count) {
@@ -289,6 +355,16 @@ void matmul(const Activations& x, const Matrix* matrices, const Sink* sinks, int
   });
 }
 
+// act(gate + bias) * (up + bias) of one token, for `count` outputs.
+static void combine(const float* gates, const float* ups, const Matrix& gate, const Matrix& up, Activation kind, int first, int count,
+                    float* out) {
+  int o = 0;
+  auto bias = [&](const Matrix& m) { return m.bias ? load(m.bias + first + o) : vf{}; };
+  for (; o + W <= count; o += W) store(out + o, act(kind, load(gates + o) + bias(gate)) * (load(ups + o) + bias(up)));
+  auto one_bias = [&](const Matrix& m) { return m.bias ? m.bias[first + o] : 0.0f; };
+  for (; o < count; o++) out[o] = act(kind, gates[o] + one_bias(gate)) * (ups[o] + one_bias(up));
+}
+
 static void gated_many(const Activations& x, const Matrix& gate, const Matrix& up, Activation kind, int first, int count, float* packed,
                        bool in_pairs) {
   static thread_local Scratch decoded_up;
@@ -296,9 +372,9 @@ static void gated_many(const Activations& x, const Matrix& gate, const Matrix& u
   const float* gate_rows = rows_for(x, gate, first, count, gate_stride, decoded);
   const float* up_rows = rows_for(x, up, first, count, up_stride, decoded_up);
   alignas(64) float sums[kChunk * kPanel], ups[kChunk * kPanel];
-  int panels = (x.num_tokens + kPanel - 1) / kPanel;
-  for (int p = 0; p < panels; p++) {
-    int width = panel_width(x.num_tokens, p);
+  const int in_panels = x.in_panels();
+  for (int p = 0; p < num_panels(in_panels); p++) {
+    int width = panel_width(in_panels, p);
     float* to = packed + size_t(p) * kPanel * gate.rows + size_t(first) * width;
     float* gates = in_pairs ? sums : to;
     panel_sums(x, p, gate_rows, gate_stride, count, gates);
@@ -316,18 +392,24 @@ static void gated_many(const Activations& x, const Matrix& gate, const Matrix& u
       for (int lane = 0; lane < width; lane += W)
         store(to + o / 2 * width + lane, pairs_of(load(gates + o * width + lane), load(gates + (o + 1) * width + lane)));
   }
+  if (x.num_rest() == 0) return;
+  const Activations to{x.num_tokens, gate.rows, nullptr, nullptr, packed, in_pairs};
+  float(*rest)[kChunk] = reinterpret_cast<float(*)[kChunk]>(sums), (*rest_ups)[kChunk] = reinterpret_cast<float(*)[kChunk]>(ups);
+  rest_sums(x, gate_rows, gate_stride, count, rest);
+  rest_sums(x, up_rows, up_stride, count, rest_ups);
+  for (int t = 0; t < x.num_rest(); t++) {
+    combine(rest[t], rest_ups[t], gate, up, kind, first, count, rest[t]);
+    float* row = packed + to.rest_offset() + size_t(t) * to.depth();
+    put_rest(rest[t], count, in_pairs, row + (in_pairs ? first / 2 : first));
+  }
 }
 
 static void gated_few(const Activations& x, const Matrix& gate, const Matrix& up, Activation kind, int first, int count, float* rows) {
   float gates[kFewRows][kChunk], ups[kFewRows][kChunk];
   few_sums(x, gate, first, count, gates);
   few_sums(x, up, first, count, ups);
-  for (int t = 0; t < x.num_tokens; t++) {
-    float* row = rows + size_t(t) * gate.rows + first;
-    int o = 0;
-    for (; o + W <= count; o += W) store(row + o, act(kind, load(gates[t] + o)) * load(ups[t] + o));
-    for (; o < count; o++) row[o] = act(kind, gates[t][o]) * ups[t][o];
-  }
+  for (int t = 0; t < x.num_tokens; t++)
+    combine(gates[t], ups[t], gate, up, kind, first, count, rows + size_t(t) * gate.rows + first);
 }
 
 Activations gated_matmul(const Activations& x, const Matrix& gate, const Matrix& up, Activation kind, float* space, bool in_pairs) {
@@ -354,10 +436,11 @@ void unpack(const Activations& x, float* rows) {
     return;
   }
   if constexpr (amx::kIsBuilt) return amx::unpack(x, rows);
-  int panels = (x.num_tokens + kPanel - 1) / kPanel;
-  parallel(panels, [&](int p, int) {
+  const int in_panels = x.in_panels();
+  memcpy(rows + size_t(in_panels) * x.size, x.rest(), size_t(x.num_rest()) * x.size * 4);
+  parallel(num_panels(in_panels), [&](int p, int) {
     float* to = rows + size_t(p) * kPanel * x.size;
-    turn(x.panels + size_t(p) * kPanel * x.size, x.size, panel_width(x.num_tokens, p), panel_tokens(x.num_tokens, p), nullptr,
+    turn(x.panels + size_t(p) * kPanel * x.size, x.size, panel_width(in_panels, p), panel_tokens(in_panels, p), nullptr,
          [&](int t, int o, auto value) { memcpy(to + size_t(t) * x.size + o, &value, sizeof value); });
   });
 }

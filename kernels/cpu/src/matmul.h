@@ -3,7 +3,8 @@
 // Two ways, by the number of rows T:
 //   few   (T <= kFewRows)  each weight row is a dot product with every row of x; the weights stream by once.
 //   many  x is packed so that W tokens lie side by side ([I, tokens], small and shared by all threads); then a register tile of
-//         outputs x tokens needs one broadcast a weight and no sum across a vector at its end.
+//         outputs x tokens needs one broadcast a weight and no sum across a vector at its end. Tokens that would fill only a part
+//         of a vector, the rest, stay rows: dot products again, in a register tile of outputs x rows.
 #pragma once
 #include <cstddef>
 
@@ -39,7 +40,15 @@ constexpr int kFewAhead = 4 << 10, kFewNearness = 0;
 constexpr int kFewAhead = 9 << 10, kFewNearness = 2;
 #endif
 constexpr int kPanel = 2 * W;  // tokens in a panel
+constexpr int kMostRest = W == 16 ? 10 : W / 2;  // a larger rest is computed faster as a vector that is filled up (measured)
 constexpr int kChunk = 48;     // outputs that one thread takes at a time
+
+// Of many tokens, those that are packed side by side; the others are the rest. Without a panel there is none: the weights come from
+// memory then, and a vector's multiply-adds cost nothing.
+static inline int tokens_in_panels(int num_tokens) {
+  int rest = num_tokens % W;
+  return num_tokens > W && rest <= kMostRest ? num_tokens - rest : num_tokens;
+}
 
 // Packed or plain activations, ready for products. Views into a workspace.
 struct Activations {
@@ -47,9 +56,14 @@ struct Activations {
   const float* rows;    // few: [T, I]
   const float* split;   // few: the same with even and odd features apart, as bf16 weights are read
   const float* panels;  // many: panel p at p * kPanel * I, as [I, width of the panel]
-  bool is_paired = false;  // many: panels hold pairs of bf16, [I / 2, width], rounded from float32
+  bool is_paired = false;  // many: panels hold pairs of bf16, [I / 2, width], rounded from float32; so do the rest's rows, [I / 2]
 
-  int depth() const { return is_paired ? size / 2 : size; }  // rows of a panel
+  int depth() const { return is_paired ? size / 2 : size; }  // rows of a panel, and floats in a row of the rest
+  int in_panels() const { return tokens_in_panels(num_tokens); }
+  int num_rest() const { return num_tokens - in_panels(); }
+  // The rest, [num_rest, depth]: behind the panels.
+  size_t rest_offset() const { return size_t((in_panels() + W - 1) / W * W) * depth(); }
+  const float* rest() const { return panels + rest_offset(); }
 };
 
 // What becomes of the sums. All pointers are rows of `stride` elements.

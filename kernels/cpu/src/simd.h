@@ -107,9 +107,18 @@ static inline float get(const bf16* p) { return to_float(*p); }
 static inline void put(float* p, float x) { *p = x; }
 static inline void put(bf16* p, float x) { *p = to_bf16(x); }
 
-static inline vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+static inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+// b where one of both is no number.
+#if defined(__AVX512F__)
+static inline vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline vf vmin(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+static inline vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline vf vmin(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 static inline vf vmax(vf a, vf b) { return select(a > b, a, b); }
 static inline vf vmin(vf a, vf b) { return select(a < b, a, b); }
+#endif
 
 #if defined(__aarch64__)
 // Four bytes as integers: GCC 12 widens vectors this short one number at a time.
@@ -127,15 +136,15 @@ static inline int32x4_t widened_signed(const void* four) {
 
 // The sums of four vectors.
 static inline void sum4(vf a, vf b, vf c, vf d, float* out) {
-#if defined(__AVX2__)
 #if defined(__AVX512F__)
-  auto halves = [](vf v) {
-    return (__m256)(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
-  };
-#else
-  auto halves = [](vf v) { return (__m256)v; };
-#endif
-  __m256 ab = _mm256_hadd_ps(halves(a), halves(b)), cd = _mm256_hadd_ps(halves(c), halves(d));
+  // Within each 128 bits first, all four at once: a horizontal addition is three operations on most processors.
+  auto pairs = [](vf v, vf w) { return (__m512d)_mm512_add_ps(_mm512_unpacklo_ps((__m512)v, (__m512)w), _mm512_unpackhi_ps((__m512)v, (__m512)w)); };
+  __m512d ab = pairs(a, b), cd = pairs(c, d);
+  vf all = (vf)_mm512_unpacklo_pd(ab, cd) + (vf)_mm512_unpackhi_pd(ab, cd);
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)all), _mm512_extractf32x8_ps((__m512)all, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#elif defined(__AVX2__)
+  __m256 ab = _mm256_hadd_ps((__m256)a, (__m256)b), cd = _mm256_hadd_ps((__m256)c, (__m256)d);
   __m256 all = _mm256_hadd_ps(ab, cd);
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 #elif defined(__aarch64__)
@@ -162,6 +171,9 @@ static inline float sum(vf v) {
 }
 
 static inline float largest(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#endif
   float best = v[0];
   for (int i = 1; i < W; i++) best = v[i] > best ? v[i] : best;
   return best;

@@ -1,4 +1,5 @@
-// The register tile of every product with many columns: out[R, tokens] (+)= weights[R, size] x[size, tokens].
+// The register tiles of products with many columns: out[R, tokens] (+)= weights[R, size] x[size, tokens], and of those with rows
+// that are too few to lie side by side.
 #pragma once
 #include <cstddef>
 #include <type_traits>
@@ -83,6 +84,43 @@ static inline void tile(const float* w, size_t row_step, size_t step, const floa
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
     for (int n = 0; n < N; n++) store(out + (r * N + n) * W, sums[r][n]);
+}
+
+// Rows of x in a tile of dot products with 4 outputs: sums, 4 weights and a row of x fit the registers.
+constexpr int kTileRows = kRegisters == 32 ? 6 : 2;
+
+static inline vf load_part(const float* p, int count) {
+  vf v{};
+  memcpy(&v, p, size_t(count) * 4);
+  return v;
+}
+
+// sums[r][m] = the products of weights w + r * row_step with x + m * size, `size` floats each, to be summed across.
+// A panel has brought the weights into the cache. kPairs: as above.
+template <int R, int M, bool kPairs>
+static inline void row_tile(const float* w, size_t row_step, const float* x, int size, vf (&sums)[R][M]) {
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) sums[r][m] = vf{};
+  const size_t row_bytes = row_step * 4;
+  const char* rows[(R + 2) / 3];
+#pragma GCC unroll 2
+  for (int i = 0; i < (R + 2) / 3; i++) rows[i] = reinterpret_cast<const char*>(w) + 3 * i * row_bytes;
+  auto multiply = [&](int k, const auto& read) __attribute__((always_inline)) {
+    vf weights[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) weights[r] = read(reinterpret_cast<const float*>(rows[r / 3] + r % 3 * row_bytes) + k);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      vf row = read(x + size_t(m) * size + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) sums[r][m] = kPairs ? add_pairs(sums[r][m], weights[r], row) : sums[r][m] + weights[r] * row;
+    }
+  };
+  int k = 0;
+  for (; k + W <= size; k += W) multiply(k, [](const float* p) __attribute__((always_inline)) { return load(p); });
+  if (k < size) multiply(k, [&](const float* p) __attribute__((always_inline)) { return load_part(p, size - k); });
 }
 
 template <int N, bool kAdds = false, bool kIsDense = true, bool kFetches = false, bool kPairs = false>
