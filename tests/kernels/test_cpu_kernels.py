@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from drivetrain.binding import KernelBinder
-from drivetrain.contracts.attention import OpensPages
+from drivetrain.contracts.attention import AttentionSpec, LayerAttention, OpensPages
 from drivetrain.contracts.kernels import OPERATIONS, KernelSpec
 from drivetrain.contracts.model import BuildContext
 from drivetrain.contracts.source import silent
@@ -275,8 +276,6 @@ def test_gradients_flow_through_the_layers(checkpoints: dict[str, FolderCheckpoi
 
 def test_long_contexts_are_cut_and_joined() -> None:
     """One query over many keys is shared by all threads; a window and a soft cap hold there too."""
-    from drivetrain.contracts.attention import AttentionSpec, LayerAttention
-
     torch.set_num_threads(4)
     try:
         for window, soft_cap, kv in (
@@ -301,6 +300,62 @@ def test_long_contexts_are_cut_and_joined() -> None:
                     results.append(step.attend(0, q, k, v))
             for plain, native in zip(results[:2], results[2:], strict=True):
                 torch.testing.assert_close(native, plain, rtol=1e-4, atol=1e-4)
+    finally:
+        torch.set_num_threads(1)
+        provider().make(KernelSpec("linear", "cpu", "float32"))  # leaves the library's pool at one thread
+
+
+def sharing_steps(spec: AttentionSpec, families: list[list[tuple[int, int]]], block_size: int) -> list[torch.Tensor]:
+    """Attention of a step in which all decode and one begins, by sdpa and by paged-cpu.
+
+    families: of each member the tokens in common with the first, and those of its own.
+    """
+    pages = Pages(spec, block_size, 2000)
+    steps, decoding = [], []
+    for family in families:
+        parent = len(decoding)
+        for number, (common, own) in enumerate(family):
+            sequence = len(decoding)
+            if number:
+                pages.fork(parent, sequence, common // block_size * block_size)
+            new = own + (common if number == 0 else common % block_size)
+            steps.append(pages.batch({sequence: new}))
+            decoding.append(sequence)
+    random.Random(0).shuffle(decoding)
+    prefilling = len(decoding)
+    steps.append(pages.batch({prefilling: 20, **dict.fromkeys(decoding, 1)}))
+    results, layer = [], spec.layers[0]
+    for backend in (SdpaAttention, PagedCpuAttention):
+        attention = backend(backend.Config())
+        cache = attention.allocate(spec, pages.num_blocks, CPU)
+        generator = torch.Generator().manual_seed(3)
+        for batch in steps:
+            heads = layer.num_heads, layer.num_kv_heads, layer.num_kv_heads
+            q, k, v = (torch.randn(sum(batch.query_lengths), n, layer.head_size, generator=generator) for n in heads)
+            out = attention.begin(spec, batch, cache).attend(0, q, k, v)
+        results.append(out)
+    return results
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize(("soft_cap", "window", "kv"), [(None, None, "auto"), (5.0, 4000, "int8"), (None, 300, "auto")])
+def test_decodes_that_share_a_prefix_read_it_once(
+    soft_cap: float | None, window: int | None, kv: str, threads: int
+) -> None:
+    """Families of every size, members with more and less in common, a prompt; windows that see all of it or not."""
+    spec = AttentionSpec((LayerAttention(6, 2, 20, 20**-0.5, window, soft_cap),), "float32", kv)
+    families = [
+        [(512, 3 + n) for n in range(17)],
+        [(160, 1), (160, 16), (128, 31)],
+        [(1024, 40), (1024, 2), (64, 5), (144, 7), (1024, 90), (1008, 9)],
+        [(256, 1)],
+        [(140, 5), (140, 5)],
+        [(96, 5), (96, 7), (96, 9), (96, 11)],
+    ]
+    torch.set_num_threads(threads)
+    try:
+        plain, native = sharing_steps(spec, families, 16)
+        torch.testing.assert_close(native, plain, rtol=1e-4, atol=1e-4)
     finally:
         torch.set_num_threads(1)
         provider().make(KernelSpec("linear", "cpu", "float32"))  # leaves the library's pool at one thread

@@ -54,6 +54,14 @@ class Pages:
         starts = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
         return AttentionBatch(queries, contexts, starts, kv, tuple(tables), tuple(slots))
 
+    def fork(self, parent: int, child: int, num_tokens: int) -> None:
+        """Begin ``child`` with the parent's whole blocks of ``num_tokens`` tokens, which no window passed."""
+        assert num_tokens % self.block_size == 0
+        assert num_tokens <= self.lengths[parent]
+        for tables in self.tables:
+            tables[child] = tables[parent][: num_tokens // self.block_size]
+        self.lengths[child] = num_tokens
+
     def positions(self, batch: AttentionBatch) -> torch.Tensor:
         """Positions of a batch's tokens, flat."""
         pairs = zip(batch.context_lengths, batch.query_lengths, strict=True)

@@ -2,9 +2,9 @@
 
 #include <cmath>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
+#include "attention_plan.h"
 #include "codes.h"
 #include "pool.h"
 #include "tile.h"
@@ -12,8 +12,7 @@
 namespace dt {
 namespace {
 
-constexpr int kKeys = 48;         // keys in one round of the online softmax
-constexpr int kSplitTokens = 512;  // a decode over more is cut, so that all threads have work
+constexpr int kKeys = 48;  // keys in one round of the online softmax
 constexpr float kMinusInfinity = -INFINITY;
 
 template <class T>
@@ -78,7 +77,7 @@ constexpr int kRow = (kKeys + W - 1) / W * W;
 
 // Where the keys of a round lie, and its values at the same places behind another address.
 template <class T>
-struct Rows {
+struct Places {
   const T* base;
   const size_t* offsets;
   const T* operator[](int i) const { return base + offsets[i]; }
@@ -100,7 +99,7 @@ static inline void ask_for(const T* row, int size) {
 
 // Products of R queries, rows of `size`, with K keys: those of head r go to scores + r * kRow.
 template <int R, int K, class T>
-static inline void products(const float* q, const Rows<T>& keys, int first, int size, float* scores) {
+static inline void products(const float* q, const Places<T>& keys, int first, int size, float* scores) {
   vf sums[R][K] = {};
   const T* rows[K];
 #pragma GCC unroll 4
@@ -144,8 +143,8 @@ static void cap(float* scores, int count, float soft_cap) {
 // out[r][d] = out[r][d] * keep[r] + sum over tokens of p[r][i] * value[i][d], for N vectors of d. next: values of as many tokens,
 // whole rows, that are asked for meanwhile.
 template <int R, int N, class T>
-static inline void add_columns(float* out, const float* keep, const float* p, const Rows<T>& values, int count, int size,
-                               const Rows<T>& next, int num_next) {
+static inline void add_columns(float* out, const float* keep, const float* p, const Places<T>& values, int count, int size,
+                               const Places<T>& next, int num_next) {
   vf sums[R][N];
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++)
@@ -172,7 +171,7 @@ static inline void add_columns(float* out, const float* keep, const float* p, co
 
 // The same for all of d.
 template <int R, class T>
-static void add_values(float* out, const float* keep, const float* p, Rows<T> values, int count, int size, const Rows<T>& next,
+static void add_values(float* out, const float* keep, const float* p, Places<T> values, int count, int size, const Places<T>& next,
                        int num_next) {
   int d = 0;
   for (; d + 4 * W <= size; d += 4 * W, values.base += 4 * W, num_next = 0)
@@ -255,8 +254,8 @@ struct Round {
       for (int i = count; i < kRow; i++) key_scales[i] = value_scales[i] = 0.0f;
   }
 
-  Rows<T> key_rows() const { return {keys, offsets}; }
-  Rows<T> value_rows() const { return {values, offsets}; }
+  Places<T> key_rows() const { return {keys, offsets}; }
+  Places<T> value_rows() const { return {values, offsets}; }
 
   // R heads whose rows of q and out begin here. next: keys and values that are asked for meanwhile; its count may be 0.
   template <int R>
@@ -264,7 +263,7 @@ struct Round {
     alignas(64) float scores[R * kRow];
     float keep[R];
     int size = cache.head_size, i = 0;
-    const Rows<T> rows = key_rows(), next_rows = next.key_rows();
+    const Places<T> rows = key_rows(), next_rows = next.key_rows();
     for (; i + kTileKeys <= count; i += kTileKeys) {
       for (int j = i; j < i + kTileKeys && j < num_next; j++) ask_for(next_rows[j], size);
       products<R, kTileKeys>(q, rows, i, size, scores);
@@ -347,37 +346,37 @@ static void soften(float* scores, int count, float* largest_seen, float* totals,
   }
 }
 
-// Queries first .. first + count - 1 (at most N * W) of one sequence, for all heads of a group.
-template <class T, int N>
-static void prefill(const LayerCache& cache, const Pages<T>& pages, int group, const float* q, size_t q_stride, float* out,
-                    size_t out_stride, int count, int first_position, Room& room) {
+// Attention of panels of N * W queries over keys begin .. end - 1 of one sequence, all of one key/value head. row(panel, lane): where
+// the query lies, or null. mask(scores, first, count): hides scores of keys that follow `first`. done(panel, lane, state, sums): the
+// weighted values are at sums[d * N * W].
+template <class T, int N, class Row, class Mask, class Done>
+static void attend_lanes(const LayerCache& cache, const Pages<T>& pages, int panels, int begin, int end, Room& room, const Row& row,
+                         const Mask& mask, const Done& done) {
   constexpr int L = N * W;
   int size = cache.head_size;
   size_t packed = size_t(size) * L;
-  float* space = room.reserve(2 * kKeys * size_t(size) + kKeys * L + group * (2 * packed + 2 * L) + L + 64);
+  float* space = room.reserve(2 * kKeys * size_t(size) + kKeys * L + panels * (2 * packed + 2 * L) + L + 64);
   space = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(space) + 63) / 64 * 64);
   float* keys = space;
   float* values = keys + kKeys * size_t(size);
   float* scores = values + kKeys * size_t(size);
   float* queries = scores + kKeys * L;
-  float* sums = queries + group * packed;
-  float* seen = sums + group * packed;
-  float* totals = seen + group * L;
-  float* keep = totals + group * L;
-  memset(sums, 0, group * packed * 4);
-  for (int r = 0; r < group; r++)
+  float* sums = queries + panels * packed;
+  float* seen = sums + panels * packed;
+  float* totals = seen + panels * L;
+  float* keep = totals + panels * L;
+  memset(sums, 0, panels * packed * 4);
+  for (int p = 0; p < panels; p++)
     for (int lane = 0; lane < L; lane++) {
-      const float* row = q + size_t(lane) * q_stride + size_t(r) * size;
-      for (int d = 0; d < size; d++) queries[r * packed + size_t(d) * L + lane] = lane < count ? row[d] * cache.scale : 0.0f;
+      const float* from = row(p, lane);
+      for (int d = 0; d < size; d++) queries[p * packed + size_t(d) * L + lane] = from ? from[d] * cache.scale : 0.0f;
     }
-  for (int i = 0; i < group * L; i++) {
+  for (int i = 0; i < panels * L; i++) {
     seen[i] = kMinusInfinity;
     totals[i] = 0.0f;
   }
-  int last = first_position + count;  // one past the last key that any query sees
-  int begin = cache.window > 0 && first_position - cache.window + 1 > 0 ? first_position - cache.window + 1 : 0;
-  for (int first = begin; first < last; first += kKeys) {
-    int here = last - first < kKeys ? last - first : kKeys;
+  for (int first = begin; first < end; first += kKeys) {
+    int here = end - first < kKeys ? end - first : kKeys;
     for (int j = 0; j < here; j++) {
       size_t slot = pages.slot(first + j), at = slot * pages.token_step;
       float *key = keys + size_t(j) * size, *value = values + size_t(j) * size;
@@ -389,145 +388,184 @@ static void prefill(const LayerCache& cache, const Pages<T>& pages, int group, c
         copy_row(pages.values + at, value, size);
       }
     }
-    bool is_cut = first + here - 1 > first_position || (cache.window > 0 && first <= first_position + count - 1 - cache.window);
-    for (int r = 0; r < group; r++) {
-      tiles<N>(keys, size, 1, here, queries + r * packed, size, scores);
+    for (int p = 0; p < panels; p++) {
+      tiles<N>(keys, size, 1, here, queries + p * packed, size, scores);
       if (cache.soft_cap > 0) cap(scores, here * L, cache.soft_cap);
-      if (is_cut) hide<N>(scores, first, here, first_position, cache.window);
-      soften<N>(scores, here, seen + r * L, totals + r * L, keep);
-      float* sum_DL = sums + r * packed;
+      mask(scores, first, here);
+      soften<N>(scores, here, seen + p * L, totals + p * L, keep);
+      float* sum_DL = sums + p * packed;
       for (int d = 0; d < size; d++)
         for (int n = 0; n < N; n++)
           store(sum_DL + size_t(d) * L + n * W, load(sum_DL + size_t(d) * L + n * W) * load(keep + n * W));
       tiles<N, true, false>(values, 1, size, size, scores, here, sum_DL);
     }
   }
-  for (int r = 0; r < group; r++)
-    for (int lane = 0; lane < count; lane++) {
-      float factor = 1.0f / totals[r * L + lane];
-      float* row = out + size_t(lane) * out_stride + size_t(r) * size;
-      for (int d = 0; d < size; d++) row[d] = sums[r * packed + size_t(d) * L + lane] * factor;
-    }
+  for (int p = 0; p < panels; p++)
+    for (int lane = 0; lane < L; lane++)
+      done(p, lane, Partial{seen[p * L + lane], totals[p * L + lane]}, sums + p * packed + lane);
+}
+
+// Queries first .. first + count - 1 (at most N * W) of one sequence, a panel for each head of a group.
+template <class T, int N>
+static void prefill(const LayerCache& cache, const Pages<T>& pages, int group, const float* q, size_t q_stride, float* out,
+                    size_t out_stride, int count, int first_position, Room& room) {
+  constexpr int L = N * W;
+  const int size = cache.head_size, window = cache.window;
+  int end = first_position + count;  // one past the last key that any query sees
+  int begin = window > 0 && first_position - window + 1 > 0 ? first_position - window + 1 : 0;
+  attend_lanes<T, N>(
+      cache, pages, group, begin, end, room,
+      [&](int r, int lane) { return lane < count ? q + size_t(lane) * q_stride + size_t(r) * size : nullptr; },
+      [&](float* scores, int first, int here) {
+        bool is_cut = first + here - 1 > first_position || (window > 0 && first <= first_position + count - 1 - window);
+        if (is_cut) hide<N>(scores, first, here, first_position, window);
+      },
+      [&](int r, int lane, Partial state, const float* sums) {
+        if (lane >= count) return;
+        float factor = 1.0f / state.total;
+        float* row = out + size_t(lane) * out_stride + size_t(r) * size;
+        for (int d = 0; d < size; d++) row[d] = sums[size_t(d) * L] * factor;
+      });
 }
 
 // --- a step's work ------------------------------------------------------------------------------------------------------
 
-// part: which run of queries (prefill) or which cut of the keys (decode).
-struct Item {
-  int sequence, kv_head, part;
+// The queries, outputs and workspace of a step. Results of what is cut: for each head and part its state, then its weighted values.
+struct Rows {
+  const LayerCache& cache;
+  const Batch& batch;
+  const Plan& plan;
+  int group, num_heads;
+  const float* q;
+  size_t q_stride;
+  float* out;
+  size_t out_stride;
+  float* space;
+
+  const float* query(int s, int head) const {
+    return q + size_t(batch.query_starts[s]) * q_stride + size_t(head) * cache.head_size;
+  }
+  float* output(int s, int head) const { return out + size_t(batch.query_starts[s]) * out_stride + size_t(head) * cache.head_size; }
+  float* part(int s, int head, int part) const {
+    const Plan::Sequence& own = plan.sequences[s];
+    return space + own.place + (size_t(head) * own.parts() + part) * (cache.head_size + 2);
+  }
 };
 
-static inline int query_length(const Batch& batch, int s) { return batch.query_starts[s + 1] - batch.query_starts[s]; }
-static inline int num_splits(int keys, int items) {
-  if (keys <= 2 * kSplitTokens || items >= 4 * num_threads()) return 1;
-  int most = keys / kSplitTokens, useful = (4 * num_threads() + items - 1) / items;
-  return most < useful ? most : useful;
+template <class T>
+static void prefill(const Rows& rows, const Item& item) {
+  static thread_local Room room;
+  const Batch& batch = rows.batch;
+  int s = item.sequence, queries = query_length(batch, s), head = item.kv_head * rows.group;
+  int first = item.part * kPanel, count = queries - first < kPanel ? queries - first : kPanel;
+  auto run = count <= W ? prefill<T, 1> : prefill<T, 2>;
+  run(rows.cache, Pages<T>(rows.cache, batch, s, item.kv_head), rows.group, rows.query(s, head) + size_t(first) * rows.q_stride,
+      rows.q_stride, rows.output(s, head) + size_t(first) * rows.out_stride, rows.out_stride, count,
+      batch.kv_lengths[s] - queries + first, room);
 }
-static inline int visible(const LayerCache& cache, int length) {
-  return cache.window > 0 && cache.window < length ? cache.window : length;
+
+// Keys that several sequences share: their queries lie side by side, those of all heads of a group, and each key is read once.
+template <class T, int N>
+static void decode_shared(const Rows& rows, const Item& item, const std::vector<int>& members, Room& room) {
+  constexpr int L = N * W;
+  const int count = int(members.size()) * rows.group, size = rows.cache.head_size;
+  auto [from, to] = rows.plan.keys_of(item, rows.cache, rows.batch);
+  auto head_of = [&](int index) { return item.kv_head * rows.group + index % rows.group; };
+  attend_lanes<T, N>(
+      rows.cache, Pages<T>(rows.cache, rows.batch, item.sequence, item.kv_head), (count + L - 1) / L, from, to, room,
+      [&](int panel, int lane) {
+        int index = panel * L + lane;
+        return index < count ? rows.query(members[index / rows.group], head_of(index)) : nullptr;
+      },
+      [](float*, int, int) {},
+      [&](int panel, int lane, Partial state, const float* sums) {
+        int index = panel * L + lane;
+        if (index >= count) return;
+        int s = members[index / rows.group];
+        float* place = rows.part(s, head_of(index), rows.plan.sequences[s].cuts + item.part);
+        place[0] = state.largest;
+        place[1] = state.total;
+        for (int d = 0; d < size; d++) place[2 + d] = sums[size_t(d) * L];
+      });
+}
+
+template <class T>
+static void decode_shared(const Rows& rows, const Item& item) {
+  static thread_local Room room;
+  static thread_local std::vector<int> members;
+  members.clear();
+  for (int s = item.sequence; s >= 0; s = rows.plan.sequences[s].next) members.push_back(s);
+  auto run = int(members.size()) * rows.group <= W ? decode_shared<T, 1> : decode_shared<T, 2>;
+  run(rows, item, members, room);
+}
+
+// next: what this thread is likely to compute then, or null.
+template <class T>
+static void decode(const Rows& rows, const Item& item, const Item* next) {
+  static thread_local Room room;
+  static thread_local std::vector<Partial> partials;
+  const LayerCache& cache = rows.cache;
+  const int s = item.sequence, group = rows.group, size = cache.head_size, head = item.kv_head * group;
+  partials.resize(group);
+  auto [begin, end] = rows.plan.keys_of(item, cache, rows.batch);
+  auto follow = [&](Round<T>& round) {
+    round.count = 0;
+    if (!next) return;
+    auto [from, to] = rows.plan.keys_of(*next, cache, rows.batch);
+    if (from < to) round.find(Pages<T>(cache, rows.batch, next->sequence, next->kv_head), from, to);
+  };
+  const bool is_whole = rows.plan.sequences[s].parts() == 1;
+  float* sums = is_whole ? rows.output(s, head) : room.reserve(size_t(group) * size);
+  decode(cache, Pages<T>(cache, rows.batch, s, item.kv_head), group, rows.query(s, head), sums, partials.data(), begin, end, follow);
+  for (int r = 0; r < group; r++) {
+    float* row = sums + size_t(r) * size;
+    if (is_whole) {
+      normalize(row, size, partials[r].total);
+      continue;
+    }
+    float* place = rows.part(s, head + r, item.part);
+    place[0] = partials[r].largest;
+    place[1] = partials[r].total;
+    memcpy(place + 2, row, size_t(size) * 4);
+  }
+}
+
+// Puts the parts of one sequence together.
+static void join(const Rows& rows, int s) {
+  const int parts = rows.plan.sequences[s].parts(), size = rows.cache.head_size;
+  if (parts == 1 || query_length(rows.batch, s) != 1) return;
+  for (int h = 0; h < rows.num_heads; h++) {
+    float best = kMinusInfinity, total = 0.0f;
+    for (int p = 0; p < parts; p++) best = *rows.part(s, h, p) > best ? *rows.part(s, h, p) : best;
+    float* row = rows.output(s, h);
+    memset(row, 0, size_t(size) * 4);
+    for (int p = 0; p < parts; p++) {
+      const float* part = rows.part(s, h, p);
+      float weight = part[1] > 0 ? expf(part[0] - best) : 0.0f;
+      total += part[1] * weight;
+      for (int d = 0; d < size; d++) row[d] += part[2 + d] * weight;
+    }
+    normalize(row, size, total);
+  }
 }
 
 template <class T>
 static void attend_as(const LayerCache& cache, const Batch& batch, int num_heads, const float* q, size_t q_stride, float* out,
                       size_t out_stride, float* space) {
-  int group = num_heads / cache.kv_heads, size = cache.head_size;
-  static thread_local std::vector<Item> items;
-  static thread_local std::vector<int> splits;
-  items.clear();
-  splits.assign(batch.num_sequences, 1);
-  int decodes = 0;
-  for (int s = 0; s < batch.num_sequences; s++) decodes += query_length(batch, s) == 1;
-  for (int s = 0; s < batch.num_sequences; s++) {
-    int queries = query_length(batch, s);
-    if (queries > 1) {
-      int runs = (queries + kPanel - 1) / kPanel;
-      for (int run = runs - 1; run >= 0; run--)  // the last sees most keys: longest work first
-        for (int g = 0; g < cache.kv_heads; g++) items.push_back({s, g, run});
-    }
-  }
-  for (int s = 0; s < batch.num_sequences; s++) {
-    if (query_length(batch, s) != 1) continue;
-    splits[s] = num_splits(visible(cache, batch.kv_lengths[s]), decodes * cache.kv_heads);
-    for (int g = 0; g < cache.kv_heads; g++)
-      for (int part = 0; part < splits[s]; part++) items.push_back({s, g, part});
-  }
-  // Results of a cut decode: for each head and part its state, then its weighted values.
-  size_t part_floats = size + 2;
-  std::vector<size_t> places(batch.num_sequences, 0);
-  size_t used = 0;
-  for (int s = 0; s < batch.num_sequences; s++)
-    if (splits[s] > 1) {
-      places[s] = used;
-      used += size_t(num_heads) * splits[s] * part_floats;
-    }
-  const std::vector<Item>& work = items;
-  const std::vector<int>& cuts = splits;
-  // The keys of a decode's part: from, to.
-  auto keys_of = [&](const Item& item) {
-    int s = item.sequence, end = batch.kv_lengths[s], begin = end - visible(cache, end);
-    int length = (end - begin + cuts[s] - 1) / cuts[s], from = begin + item.part * length;
-    from = from < end ? from : end;
-    return std::pair<int, int>(from, from + length < end ? from + length : end);
-  };
-  parallel(int(work.size()), [&](int index, int) {
-    const Item& item = work[index];
-    int s = item.sequence, start = batch.query_starts[s], queries = query_length(batch, s);
-    Pages<T> pages(cache, batch, s, item.kv_head);
-    size_t head = size_t(item.kv_head) * group * size;
-    if (queries > 1) {
-      static thread_local Room room;
-      int first = item.part * kPanel, count = queries - first < kPanel ? queries - first : kPanel;
-      int position = batch.kv_lengths[s] - queries + first;
-      auto run = count <= W ? prefill<T, 1> : prefill<T, 2>;
-      run(cache, pages, group, q + size_t(start + first) * q_stride + head, q_stride, out + size_t(start + first) * out_stride + head,
-          out_stride, count, position, room);
-      return;
-    }
-    static thread_local std::vector<Partial> partials;
-    partials.resize(group);
-    auto [begin, end] = keys_of(item);
-    auto follow = [&](Round<T>& round) {  // a decode, as all that come after one
-      round.count = 0;
-      if (size_t(index) + 1 == work.size()) return;
-      const Item& next = work[index + 1];
-      auto [from, to] = keys_of(next);
-      if (from < to) round.find(Pages<T>(cache, batch, next.sequence, next.kv_head), from, to);
-    };
-    const float* query = q + size_t(start) * q_stride + head;
-    if (cuts[s] == 1) {
-      float* row = out + size_t(start) * out_stride + head;
-      decode(cache, pages, group, query, row, partials.data(), begin, end, follow);
-      for (int r = 0; r < group; r++) normalize(row + size_t(r) * size, size, partials[r].total);
-      return;
-    }
-    static thread_local Room room;
-    float* rows = room.reserve(size_t(group) * size);
-    decode(cache, pages, group, query, rows, partials.data(), begin, end, follow);
-    for (int r = 0; r < group; r++) {
-      float* place = space + places[s] + (size_t(item.kv_head * group + r) * cuts[s] + item.part) * part_floats;
-      place[0] = partials[r].largest;
-      place[1] = partials[r].total;
-      memcpy(place + 2, rows + size_t(r) * size, size * 4);
-    }
+  static thread_local Plan plan_of_thread;
+  Plan& plan = plan_of_thread;
+  plan.make(cache, batch, num_heads);
+  const Rows rows{cache, batch, plan, num_heads / cache.kv_heads, num_heads, q, q_stride, out, out_stride, space};
+  parallel(int(plan.items.size()), [&](int index, int) {
+    const Item& item = plan.items[index];
+    if (query_length(batch, item.sequence) > 1) return prefill<T>(rows, item);
+    if (item.is_shared) return decode_shared<T>(rows, item);
+    decode<T>(rows, item, size_t(index) + 1 < plan.items.size() ? &plan.items[index + 1] : nullptr);
   });
-  if (used == 0) return;
-  for (int s = 0; s < batch.num_sequences; s++) {
-    if (splits[s] == 1) continue;
-    for (int h = 0; h < num_heads; h++) {
-      const float* parts = space + places[s] + size_t(h) * splits[s] * part_floats;
-      float best = kMinusInfinity, total = 0.0f;
-      for (int p = 0; p < splits[s]; p++) best = parts[p * part_floats] > best ? parts[p * part_floats] : best;
-      float* row = out + size_t(batch.query_starts[s]) * out_stride + size_t(h) * size;
-      memset(row, 0, size * 4);
-      for (int p = 0; p < splits[s]; p++) {
-        const float* part = parts + p * part_floats;
-        float weight = part[1] > 0 ? expf(part[0] - best) : 0.0f;
-        total += part[1] * weight;
-        for (int d = 0; d < size; d++) row[d] += part[2 + d] * weight;
-      }
-      normalize(row, size, total);
-    }
-  }
+  if (plan.has_shared)
+    parallel(batch.num_sequences, [&](int s, int) { join(rows, s); });
+  else if (plan.used > 0)
+    for (int s = 0; s < batch.num_sequences; s++) join(rows, s);
 }
 
 template <class T>
@@ -571,9 +609,12 @@ void write_cache(const LayerCache& cache, const Batch& batch, const float* keys,
   write(cache, batch, keys, values, stride);
 }
 
-size_t attention_floats(int num_heads, int kv_heads, int head_size) {
-  // num_splits makes fewer than 8 parts a thread, over all sequences and key/value heads.
-  return size_t(8) * num_threads() * (num_heads / kv_heads) * (head_size + 2);
+size_t attention_floats(int num_sequences, int num_heads, int kv_heads, int head_size) {
+  // num_splits makes fewer than 8 parts a thread, over all sequences and key/value heads. Who shares a prefix has a part of its own
+  // keys besides those.
+  size_t cut = size_t(8) * num_threads() * (num_heads / kv_heads);
+  size_t shared = num_sequences > 1 ? size_t(num_sequences) * num_heads * (kMostShares + 1) : 0;
+  return (cut + shared) * (head_size + 2);
 }
 
 void attend(const LayerCache& cache, const Batch& batch, int num_heads, const float* q, size_t q_stride, float* out,

@@ -1,7 +1,8 @@
 // Attention over the paged cache, where it lies: [B, N, G, D] for keys and for values.
 //
 // Decodes (one query of a sequence) read each key once for all query heads of its group. Longer runs of queries pack W or 2 W
-// tokens side by side, so that softmax needs no sum across a vector. Both are online: a bounded number of scores at a time.
+// tokens side by side, so that softmax needs no sum across a vector. Both are online: a bounded number of scores at a time. Decodes
+// whose tables begin with the same blocks lie side by side too, over what they share.
 #pragma once
 #include "matmul.h"
 
@@ -40,6 +41,6 @@ void write_cache(const LayerCache& cache, const Batch& batch, const float* keys,
 void attend(const LayerCache& cache, const Batch& batch, int num_heads, const float* q, size_t q_stride, float* out,
             size_t out_stride, float* space);
 
-size_t attention_floats(int num_heads, int kv_heads, int head_size);
+size_t attention_floats(int num_sequences, int num_heads, int kv_heads, int head_size);
 
 }  // namespace dt

@@ -195,7 +195,8 @@ class Run {
                       size_t(tokens_) * q,
                       product_floats(tokens_, widest, all_plain),
                       product_floats(tokens_, int(model.intermediate), all_plain) + (all_plain ? 0 : rounded(2 * gated)),
-                      attention_floats(int(model.num_heads), int(model.kv_heads), int(model.head_size))};
+                      attention_floats(int(step.num_sequences), int(model.num_heads), int(model.kv_heads),
+                                       int(model.head_size))};
     size_t total = 0;
     for (size_t size : sizes) total += rounded(size);
     space.reserve(total);
@@ -396,7 +397,7 @@ DT_API int dt_attend(const float* q, const float* k, const float* v, void* keys,
               int64_t num_sequences, int64_t num_tokens, const int32_t* query_starts, const int32_t* kv_lengths,
               const int32_t* tables, int64_t table_stride, const int64_t* slots, float* out) {
   Workspace& room = workspace;
-  room.reserve(attention_floats(int(num_heads), int(kv_heads), int(head_size)));
+  room.reserve(attention_floats(int(num_sequences), int(num_heads), int(kv_heads), int(head_size)));
   if (!room.data) return 1;
   Batch batch{int(num_sequences), int(num_tokens), query_starts, kv_lengths, tables, int(table_stride), slots};
   LayerCache cache{keys,           values,         key_scales,   value_scales,    int(block_size),
