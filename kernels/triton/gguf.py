@@ -1,14 +1,12 @@
-"""Products with the blocks of GGUF files, read as they lie in memory: nothing is packed anew, and nothing expanded.
+"""Products with the blocks of GGUF files, read as they lie in memory: nothing is packed anew.
 
 Blocks of most types lie at even addresses only (they have 18, 22, 34 or 210 bytes), so that a thread can load no more
-than two bytes at a time. Its neighbours load what follows, and a row's bytes arrive by whole lines; the limit are the
-instructions that take codes apart, 6 to 10 a weight for one row. Q4_1, Q5_1, Q4_K and Q5_K can be loaded in
-wider pieces. Sums are float32; codes are exact in every dtype that they are multiplied in, and scales and minima are
-applied to sums, so that no weight is ever rounded.
+than two bytes at a time. Its neighbours load what follows, and a row's bytes arrive by whole lines. Q4_1, Q5_1, Q4_K
+and Q5_K can be loaded in wider pieces. Sums are float32; codes are exact in every dtype that they are multiplied in,
+and scales and minima are applied to sums, so that no weight is rounded. Many rows may be multiplied by the weight in
+full instead, which is (:mod:`drivetrain.kernels.triton.expansion`).
 
-A block is gone through in *units* of 16 or 32 bytes of codes, each byte of which has a code of every *part*: a part is
-a run of inputs that share a scale. Of Q4_0, a block is one unit with two parts: the low nibbles of its 16 bytes are
-the codes of inputs 0 to 15, the high ones those of 16 to 31.
+A block is gone through in the units of :mod:`drivetrain.kernels.triton.gguf_blocks`.
 
 Shapes: M rows, all leading dims together; O outputs; U units; K bytes, or W pairs of bytes, of a unit.
 """
@@ -16,7 +14,6 @@ Shapes: M rows, all leading dims together; O outputs; U units; K bytes, or W pai
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,8 +22,22 @@ import triton.language as tl
 
 from drivetrain.contracts.kernels import KernelSpec
 from drivetrain.errors import ConfigError
+from drivetrain.kernels.triton import expansion
+from drivetrain.kernels.triton.gguf_blocks import (
+    LAYOUTS,
+    Layout,
+    codes_of,
+    first_input,
+    half,
+    heads_of,
+    high_at,
+    in_a_float,
+    load,
+    low_at,
+    scale_and_least,
+)
 from drivetrain.kernels.triton.launch import INTERPRETED, dot
-from drivetrain.kernels.triton.product_tiles import Product, quantized, store_tile, tile_of
+from drivetrain.kernels.triton.product_tiles import LIBRARY, Product, quantized, store_tile, tile_of
 from drivetrain.kernels.triton.rounding import ROUNDED_BLOCK, to_int8_blocks
 from drivetrain.kernels.triton.tuning import Blocks, Choice, Tuner
 from drivetrain.packed.gguf import BLOCK_TYPES, by_block
@@ -38,188 +49,6 @@ PLAIN, BFLOAT16_PAIRS, FLOAT16_PAIRS = 0, 1, 2
 """How one row is read: number by number, or two of them as one integer."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How kernels go through the blocks of one type.
-
-    units:      in a block.
-    unit_bytes: bytes of codes that a unit has, each with a code of every part. (Of Q6_K, whose codes lie in two places,
-                bytes of upper bits.)
-    parts:      runs of ``unit_bytes`` inputs.
-    """
-
-    block_bytes: int
-    units: int
-    unit_bytes: int
-    parts: int
-
-    @property
-    def unit_inputs(self) -> int:
-        return self.unit_bytes * self.parts
-
-    @property
-    def alignment(self) -> int:
-        """The largest power of two up to 16 that divides every address of codes."""
-        return min(16, self.block_bytes & -self.block_bytes)
-
-    @property
-    def constants(self) -> dict[str, int]:
-        """What kernels are compiled for."""
-        return {
-            "BLOCK_BYTES": self.block_bytes,
-            "UNITS": self.units,
-            "UNIT_BYTES": self.unit_bytes,
-            "PARTS": self.parts,
-        }
-
-
-_UNITS = {2: (1, 16, 2), 3: (1, 16, 2), 6: (1, 16, 2), 7: (1, 16, 2), 8: (1, 32, 1),
-          12: (4, 32, 2), 13: (4, 32, 2), 14: (4, 16, 4)}  # fmt: skip
-
-LAYOUTS = {number: Layout(BLOCK_TYPES[number].num_bytes, *numbers) for number, numbers in _UNITS.items()}
-"""ggml's number of a type -> its layout."""
-
-
-# --- what blocks hold ------------------------------------------------------------------------------------------------
-# TYPE is ggml's number: 2 Q4_0, 3 Q4_1, 6 Q5_0, 7 Q5_1, 8 Q8_0, 12 Q4_K, 13 Q5_K, 14 Q6_K. ``unit`` counts in a block.
-
-
-@triton.jit
-def _low_at(unit: tl.tensor, PART: tl.constexpr, TYPE: tl.constexpr, BLOCK_BYTES: tl.constexpr) -> tl.tensor:
-    """The byte of a block at which a unit's codes start, or their lower four bits."""
-    if TYPE == 14:
-        return unit // 2 * 64 + unit % 2 * 16 + PART % 2 * 32
-    elif TYPE == 8:
-        return unit * 32 + 2
-    elif TYPE > 8:
-        return unit * 32 + (BLOCK_BYTES - 128)
-    else:
-        return unit * 16 + (BLOCK_BYTES - 16)
-
-
-@triton.jit
-def _high_at(unit: tl.tensor, TYPE: tl.constexpr) -> tl.tensor:
-    """The byte at which a unit's upper bits start, where each byte of codes has a byte of them."""
-    if TYPE == 14:
-        return unit // 2 * 32 + unit % 2 * 16 + 128
-    else:
-        return unit * 0 + 16
-
-
-@triton.jit
-def _first_input(
-    units: tl.tensor, PART: tl.constexpr, TYPE: tl.constexpr, UNIT_BYTES: tl.constexpr, PARTS: tl.constexpr
-) -> tl.tensor:
-    """The first input of a part of units of a row."""
-    if TYPE == 14:
-        return units // 2 * 128 + units % 2 * 16 + PART * 32
-    else:
-        return units * (UNIT_BYTES * PARTS) + PART * UNIT_BYTES
-
-
-@triton.jit
-def _load(ptrs: tl.tensor, is_in: tl.tensor, EVEN: tl.constexpr) -> tl.tensor:
-    """Zeros where nothing is; EVEN: something is everywhere."""
-    if EVEN:
-        return tl.load(ptrs)
-    else:
-        return tl.load(ptrs, mask=is_in, other=0)
-
-
-@triton.jit
-def _half(words: tl.tensor) -> tl.tensor:
-    return words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _heads(blocks: tl.tensor, unit: tl.tensor, is_unit: tl.tensor, TYPE: tl.constexpr, EVEN: tl.constexpr) -> tl.tensor:
-    """What scales and minima of a unit are made of: two float16, and the three pairs of bytes that hold those of Q4_K
-    and Q5_K. blocks: where blocks start, as pointers to int16."""
-    d = _half(_load(blocks + (104 if TYPE == 14 else 0), is_unit, EVEN))
-    least, first, second, third = d, unit, unit, unit
-    if (TYPE == 3) | (TYPE == 7) | (TYPE == 12) | (TYPE == 13):
-        least = _half(_load(blocks + 1, is_unit, EVEN))
-    if (TYPE == 12) | (TYPE == 13):
-        first = _load(blocks + unit + 2, is_unit, EVEN).to(tl.int32)
-        second = _load(blocks + unit + 4, is_unit, EVEN).to(tl.int32)
-        third = _load(blocks + unit, is_unit, EVEN).to(tl.int32)  # of the first two units it is not used
-    return d, least, first, second, third
-
-
-@triton.jit
-def _scale_and_least(
-    blocks: tl.tensor,
-    heads: tl.tensor,
-    unit: tl.tensor,
-    is_unit: tl.tensor,
-    PART: tl.constexpr,
-    TYPE: tl.constexpr,
-    EVEN: tl.constexpr,
-) -> tl.tensor:
-    """Of a part of a unit: what its codes are multiplied by, as :func:`_codes` gives them, and what is added."""
-    d, least, first, second, third = heads
-    scale = d
-    if (TYPE == 12) | (TYPE == 13):
-        one, other, upper = first >> 8 * PART, second >> 8 * PART, third >> 8 * PART
-        scale = d * tl.where(unit < 2, one & 63, (other & 15) | ((upper >> 2) & 48)).to(tl.float32)
-        least = -least * tl.where(unit < 2, other & 63, ((other >> 4) & 15) | ((one >> 2) & 48)).to(tl.float32)
-    elif TYPE == 14:
-        pair = _load(blocks + (96 + PART) + unit // 2 * 4, is_unit, EVEN).to(tl.int32)
-        scale = d * ((pair << (24 - unit % 2 * 8)) >> 24).to(tl.float32)
-    if (PART > 0) & (TYPE < 14) | (PART > 1):
-        scale = scale * 0.0625
-    return scale, least
-
-
-@triton.jit
-def _in_a_float(low: tl.tensor, TYPE: tl.constexpr) -> tl.tensor:
-    """Bytes, or pairs of them, in the lowest bits of the float32 2^23; int8 as unsigned, 128 more."""
-    bits = (low.to(tl.int32) & 0xFFFF) | 0x4B000000
-    if TYPE == 8:
-        bits = bits ^ 0x8080
-    return bits
-
-
-@triton.jit
-def _codes(
-    low: tl.tensor,
-    high: tl.tensor,
-    byte: tl.tensor,
-    unit: tl.tensor,
-    PART: tl.constexpr,
-    SECOND: tl.constexpr,
-    TYPE: tl.constexpr,
-) -> tl.tensor:
-    """Codes as float32: exact, signed where the type has no minima, and times a power of two: they stay where they are
-    in their byte or pair of bytes.
-
-    An integer below 2^23 in the lowest bits of 2^23 is a sum in float32: subtracting takes what is not wanted away,
-    without a conversion, of which GPUs make few at a time.
-
-    low:    as :func:`_in_a_float` gives them.
-    byte:   its number in the unit, or that of the first of a pair.
-    SECOND: 8 for the second byte of a pair, else 0.
-    """
-    AT: tl.constexpr = SECOND + 4 * (PART // 2 if TYPE == 14 else PART)
-    middle = 0
-    if TYPE == 8:
-        bits = low & (-0x1000000 | (255 << SECOND))
-        middle = 128 << SECOND
-    else:
-        bits = low & (-0x1000000 | (15 << AT))
-        if TYPE == 2:
-            middle = 8 << AT
-        elif (TYPE == 6) | (TYPE == 7):
-            bits |= ((high >> (byte + SECOND // 8)) & 1) << (AT + 4)
-            middle = (16 << AT) if TYPE == 6 else 0
-        elif TYPE == 13:
-            bits |= (((high >> unit * 2) >> (SECOND + PART)) & 1) << (AT + 4)
-        elif TYPE == 14:
-            bits |= ((high >> (SECOND + 2 * PART)) & 3) << (AT + 4)
-            middle = 32 << AT
-    return bits.to(tl.float32, bitcast=True) - (8388608.0 + middle)
-
-
 # --- one row ---------------------------------------------------------------------------------------------------------
 
 
@@ -229,15 +58,15 @@ def _pairs(
 ) -> tl.tensor:
     """Inputs ``2 * pairs`` and ``2 * pairs + 1`` of a row, in float32."""
     if X_FORMAT == 0:
-        first = _load(x_ptr + 2 * pairs, is_in, EVEN).to(tl.float32)
-        second = _load(x_ptr + 2 * pairs + 1, is_in, EVEN).to(tl.float32)
+        first = load(x_ptr + 2 * pairs, is_in, EVEN).to(tl.float32)
+        second = load(x_ptr + 2 * pairs + 1, is_in, EVEN).to(tl.float32)
     else:
-        both = _load(x_ptr + pairs, is_in, EVEN)
+        both = load(x_ptr + pairs, is_in, EVEN)
         if X_FORMAT == 1:
             first = (both << 16).to(tl.float32, bitcast=True)
             second = (both & -65536).to(tl.float32, bitcast=True)
         else:
-            first, second = _half(both), _half(both >> 16)
+            first, second = half(both), half(both >> 16)
     return first, second
 
 
@@ -279,32 +108,32 @@ def _one_row(
     blocks += block * (BLOCK_BYTES // 2)
     words = tl.max_contiguous(tl.arange(0, UNIT_BYTES // 2), WIDTH)
     words_OUW, unit_OUW = words[None, None, :], unit[:, :, None]
-    low_ptrs = (blocks + _low_at(unit, 0, TYPE, BLOCK_BYTES) // 2)[:, :, None] + words_OUW
-    high_ptrs = (blocks + _high_at(unit, TYPE) // 2)[:, :, None] + words_OUW
+    low_ptrs = (blocks + low_at(unit, 0, TYPE, BLOCK_BYTES) // 2)[:, :, None] + words_OUW
+    high_ptrs = (blocks + high_at(unit, TYPE) // 2)[:, :, None] + words_OUW
     total = tl.zeros([BLOCK_O, BLOCK_U, UNIT_BYTES // 2], dtype=tl.float32)
     for start in range(split * BLOCK_U, num_units, BLOCK_U * SPLITS):
         units = start + tl.arange(0, BLOCK_U)
         is_unit = units < num_units
         is_unit_OU, is_unit_OUW = is_unit[None, :], is_unit[None, :, None]
-        low = _in_a_float(_load(low_ptrs, is_unit_OUW, EVEN), TYPE)
+        low = in_a_float(load(low_ptrs, is_unit_OUW, EVEN), TYPE)
         odd_low, high = low, low
         if TYPE == 14:
-            odd_low = _in_a_float(_load(low_ptrs + 16, is_unit_OUW, EVEN), TYPE)
+            odd_low = in_a_float(load(low_ptrs + 16, is_unit_OUW, EVEN), TYPE)
         if TYPE >= 13:
-            high = _load(high_ptrs, is_unit_OUW, EVEN).to(tl.int32)
-        heads = _heads(blocks, unit, is_unit_OU, TYPE, EVEN)
+            high = load(high_ptrs, is_unit_OUW, EVEN).to(tl.int32)
+        heads = heads_of(blocks, unit, is_unit_OU, TYPE, EVEN)
         for PART in tl.static_range(PARTS):
             if (TYPE == 6) | (TYPE == 7):
-                high = _load(blocks + (TYPE - 5 + PART), is_unit_OU, EVEN).to(tl.int32)[:, :, None]
+                high = load(blocks + (TYPE - 5 + PART), is_unit_OU, EVEN).to(tl.int32)[:, :, None]
             bits = odd_low if PART % 2 else low
-            even = _codes(bits, high, 2 * words_OUW, unit_OUW, PART, 0, TYPE)
-            odd = _codes(bits, high, 2 * words_OUW, unit_OUW, PART, 8, TYPE)
-            scale, least = _scale_and_least(blocks, heads, unit, is_unit_OU, PART, TYPE, EVEN)
-            first_inputs = _first_input(units, PART, TYPE, UNIT_BYTES, PARTS)
+            even = codes_of(bits, high, 2 * words_OUW, unit_OUW, PART, 0, TYPE)
+            odd = codes_of(bits, high, 2 * words_OUW, unit_OUW, PART, 8, TYPE)
+            scale, least = scale_and_least(blocks, heads, unit, is_unit_OU, PART, TYPE, EVEN)
+            first_inputs = first_input(units, PART, TYPE, UNIT_BYTES, PARTS)
             pairs = first_inputs[:, None] // 2 + words[None, :]
             x, next_x = _pairs(x_ptr, pairs, is_unit[:, None], X_FORMAT, EVEN)
             if IS_ROUNDED:
-                x_scale = _load(x_scales_ptr + first_inputs // 32, is_unit, EVEN)[:, None]
+                x_scale = load(x_scales_ptr + first_inputs // 32, is_unit, EVEN)[:, None]
                 x, next_x = x * x_scale, next_x * x_scale
             # The second byte's codes are 256 times what they should be.
             product = x[None, :, :] * even + (next_x * 0.00390625)[None, :, :] * odd
@@ -375,22 +204,22 @@ def _more_rows(
         at = halves + units // UNITS * (BLOCK_BYTES // 2)
         blocks, codes_ptrs = halves_ptr + at, bytes_ptr + 2 * at + places_UKO
         is_x = is_row[None, :, None] & is_unit
-        low = _in_a_float(_load(codes_ptrs + _low_at(unit, 0, TYPE, BLOCK_BYTES), is_unit, EVEN), TYPE)
+        low = in_a_float(load(codes_ptrs + low_at(unit, 0, TYPE, BLOCK_BYTES), is_unit, EVEN), TYPE)
         odd_low, high = low, low
         if TYPE == 14:
-            odd_low = _in_a_float(_load(codes_ptrs + _low_at(unit, 1, TYPE, BLOCK_BYTES), is_unit, EVEN), TYPE)
+            odd_low = in_a_float(load(codes_ptrs + low_at(unit, 1, TYPE, BLOCK_BYTES), is_unit, EVEN), TYPE)
         if TYPE >= 13:
-            high = _load(codes_ptrs + _high_at(unit, TYPE), is_unit, EVEN).to(tl.int32)
-        heads = _heads(blocks, unit, is_unit, TYPE, EVEN)
+            high = load(codes_ptrs + high_at(unit, TYPE), is_unit, EVEN).to(tl.int32)
+        heads = heads_of(blocks, unit, is_unit, TYPE, EVEN)
         for PART in tl.static_range(PARTS):
             if (TYPE == 6) | (TYPE == 7):
-                high = _load(blocks + (TYPE - 5 + PART), is_unit, EVEN).to(tl.int32)
-            codes = _codes(odd_low if PART % 2 else low, high, places_UKO, unit, PART, 0, TYPE)
-            first_inputs = _first_input(units, PART, TYPE, UNIT_BYTES, PARTS)
+                high = load(blocks + (TYPE - 5 + PART), is_unit, EVEN).to(tl.int32)
+            codes = codes_of(odd_low if PART % 2 else low, high, places_UKO, unit, PART, 0, TYPE)
+            first_inputs = first_input(units, PART, TYPE, UNIT_BYTES, PARTS)
             x = tl.load(x_ptr + x_rows + first_inputs + places_UMK, mask=is_x, other=0)
             if IS_ROUNDED:
                 x = x.to(tl.float32).to(tl.float16)
-            scale, least = _scale_and_least(blocks, heads, unit, is_unit, PART, TYPE, EVEN)
+            scale, least = scale_and_least(blocks, heads, unit, is_unit, PART, TYPE, EVEN)
             x_scale = scale
             if IS_ROUNDED:
                 x_scale = tl.load(x_scales_ptr + x_scale_rows + first_inputs // 32, mask=is_x, other=0.0)
@@ -508,8 +337,11 @@ class _LinearGGUF(Product):
             factors, scales_MB = (x_MI, None) if rounded is None else rounded
             launch(factors, scales_MB, blocks, bias, (out, parts), grid, options)
 
+        def by_library(x_MI: torch.Tensor, out_MO: torch.Tensor) -> None:
+            expansion.multiply(x_MI, expansion.blocks_in_full(self._type, blocks, x_MI.dtype), bias, out_MO)
+
         unused, itemsize = ("BLOCK_M",) if is_one else (), 2 if self._rounds else None
-        return self.run(x, blocks.shape[0], bias, launch_on, unused, itemsize)
+        return self.run(x, blocks.shape[0], bias, launch_on, unused, itemsize, by_library)
 
     def _check(self, x: torch.Tensor, blocks: torch.Tensor) -> None:
         if blocks.shape[1] % self._layout.block_bytes or self._num_inputs(blocks) != x.shape[-1]:
@@ -524,7 +356,8 @@ class _LinearGGUF(Product):
         units = inputs // self._layout.unit_inputs
         if rows == 1:
             return _candidates_for_one(self._layout, outputs, units, processors)
-        return _candidates_for_more(rows, outputs, units, processors, itemsize)
+        found = _candidates_for_more(rows, outputs, units, processors, itemsize)
+        return [*found, LIBRARY] if expansion.worth_trying(rows, itemsize) and not self._rounds else found
 
     def _launch_one(
         self,

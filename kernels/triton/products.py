@@ -1,7 +1,8 @@
 """Matrix products: with quantized weights, and of gate and up projections with their activation.
 
 Weights are read once, in the stored format; int8, fields of three and four bits and float8 are exact in every dtype
-they are multiplied in, and scales are applied to sums, so that no weight is ever rounded.
+they are multiplied in, and scales are applied to sums, so that no weight is rounded. Many rows may be multiplied by the
+weight in full instead, which is (:mod:`drivetrain.kernels.triton.expansion`).
 
 Shapes: M rows, all leading dims together; I, O features.
 """
@@ -17,7 +18,9 @@ import triton.language as tl
 from torch.nn import functional
 
 from drivetrain.contracts.kernels import KernelSpec
+from drivetrain.kernels.triton import expansion
 from drivetrain.kernels.triton.activations import GELU, SILU, Activation, activated, backward_operator
+from drivetrain.kernels.triton.expansion import three_bits
 from drivetrain.kernels.triton.float8 import from_fp8
 from drivetrain.kernels.triton.launch import INTERPRETED, as_rows, dot, needs_gradient
 from drivetrain.kernels.triton.one_row import RowProduct
@@ -162,18 +165,14 @@ def _three_bits(
     GROUP: tl.constexpr,
     WIDE: tl.constexpr,
 ) -> tl.tensor:
-    """The same with values of three bits; they are put side by side in the order of the inputs, first the third bits of
-    the four values that share a byte of low."""
+    """The same with values of three bits, which are put side by side in the order of the inputs."""
     fours, eights = tl.arange(0, GROUP // 4), tl.arange(0, GROUP // 8)
     x = tl.load(x_rows[:, None] + tl.arange(0, GROUP)[None, :] + group * GROUP, mask=is_row[:, None], other=0.0)
     low_places = low_rows[:, None] + fours[None, :] + group * (GROUP // 4)
     low = tl.load(low_places, mask=is_output[:, None], other=0)
     high_places = high_rows[:, None] + eights[None, :] + group * (GROUP // 8)
     high = tl.load(high_places, mask=is_output[:, None], other=0)
-    thirds = tl.interleave(high & 15, high >> 4)
-    first, second = (low & 3) | ((thirds & 1) << 2), ((low >> 2) & 3) | ((thirds & 2) << 1)
-    third, fourth = ((low >> 4) & 3) | (thirds & 4), (low >> 6) | ((thirds & 8) >> 1)
-    values = tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))
+    values = three_bits(low, high)
     return dot(x, _widened(tl.trans(values), x.dtype, 0), WIDE), tl.sum(x.to(tl.float32), axis=1)
 
 
@@ -383,7 +382,15 @@ class LinearByGroup(Product):
                 **options,
             )
 
-        return self.run(x, low.shape[0], bias, launch_on, unused=("BLOCK_I",))
+        def by_library(x_MI: torch.Tensor, out_MO: torch.Tensor) -> None:
+            full_OI = expansion.groups_in_full(values, scales, mins, self._group, x_MI.dtype)
+            expansion.multiply(x_MI, full_OI, bias, out_MO)
+
+        return self.run(x, low.shape[0], bias, launch_on, unused=("BLOCK_I",), library=by_library)
+
+    def candidates(self, rows: int, outputs: int, inputs: int, processors: int, itemsize: int) -> list[Blocks]:
+        found = super().candidates(rows, outputs, inputs, processors, itemsize)
+        return [*found, LIBRARY] if expansion.worth_trying(rows, itemsize) else found
 
     def transposed(self, grad: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
         """``grad @ w``, with the weight unpacked: training through few bits is rare, and needs no kernel of its own."""
@@ -432,10 +439,7 @@ class FewRowsProduct(Product):
 
     def __call__(self, x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
         def by_library(x_MI: torch.Tensor, out_MO: torch.Tensor) -> None:
-            if bias_O is None:
-                torch.mm(x_MI, weight_OI.T, out=out_MO)
-            else:
-                torch.addmm(bias_O, x_MI, weight_OI.T, out=out_MO)
+            expansion.multiply(x_MI, weight_OI, bias_O, out_MO)
 
         worth_it = weight_OI.nbytes >= _WORTH_TIMING_BYTES
         return multiply_by_row(self, PLAIN, x, weight_OI, None, bias_O, library=by_library, worth_it=worth_it)

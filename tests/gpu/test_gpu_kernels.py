@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -156,15 +157,26 @@ def blocks_of(kind: BlockType, outputs: int, inputs: int) -> torch.Tensor:
 
 
 class Nth(Tuner):
-    """Takes one candidate after another."""
+    """Takes one candidate of all."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
-        self.number, self.is_last = number, False
+        self.number = number
+        self.count: int | None = None
 
     def choose(self, key: str, candidates: Any, launch: Any, worth_it: bool = True) -> Blocks:
-        self.is_last = self.number == len(candidates) - 1
+        self.count = len(candidates)
         return candidates[self.number]
+
+
+def one_after_another() -> Iterator[Nth]:
+    """A tuner for each candidate of the first shape that it is asked for."""
+    number, count = 0, 1
+    while number < count:
+        tuner = Nth(number)
+        yield tuner
+        assert tuner.count is not None, "another tuner was asked; is there an operator of its name already?"
+        number, count = number + 1, tuner.count
 
 
 @pytest.mark.parametrize(
@@ -183,6 +195,7 @@ class Nth(Tuner):
     ],
 )
 @pytest.mark.parametrize("number", BLOCK_TYPES)
+@torch.no_grad()
 def test_products_with_gguf_blocks_are_right_in_every_candidate(
     number: int, operation: str, rows: int, dtype: str
 ) -> None:
@@ -193,10 +206,29 @@ def test_products_with_gguf_blocks_are_right_in_every_candidate(
     for inputs, outputs in ((4096, 4096), (5 * 256, 1001)):
         x, bias = randn(rows, inputs, dtype=dtype), randn(outputs, dtype=dtype)
         blocks = blocks_of(BLOCK_TYPES[number], outputs, inputs)
-        wanted, tuner = reference(x, blocks, bias), Nth(-1)
-        while not tuner.is_last:
-            tuner = Nth(tuner.number + 1)
+        wanted = reference(x, blocks, bias)
+        for tuner in one_after_another():
             check(operation, dtype, gguf.make_linear_gguf(spec, tuner)(x, blocks, bias), wanted)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [16, 60, 700])
+@pytest.mark.parametrize(("operation", "divisors"), [("linear_int4", (2,)), ("linear_int3", (4, 8))])
+@torch.no_grad()
+def test_products_by_groups_are_right_in_every_candidate(
+    operation: str, divisors: tuple[int, ...], rows: int, dtype: str
+) -> None:
+    """Torch's library with the weight in full is one of them, where rows are many."""
+    torch.manual_seed(13)
+    inputs, outputs, group = 4096, 1537, 64
+    x, bias = randn(rows, inputs, dtype=dtype), randn(outputs, dtype=dtype)
+    values = [torch.randint(0, 256, (outputs, inputs // one), dtype=torch.uint8, device="cuda") for one in divisors]
+    scales = torch.rand(outputs, inputs // group, device="cuda", dtype=x.dtype) / 512
+    zeros = torch.randint(0, 16, scales.shape, dtype=torch.uint8, device="cuda")
+    spec = KernelSpec(operation, "cuda", dtype, {}, {"group": float(group)})
+    wanted = both(operation, dtype, group=float(group))[1](x, *values, scales, zeros, bias)
+    for tuner in one_after_another():
+        check(operation, dtype, products.make_linear_by_group(spec, tuner)(x, *values, scales, zeros, bias), wanted)
 
 
 def test_products_with_gguf_blocks_are_replayed_from_a_graph() -> None:
@@ -229,15 +261,15 @@ def test_plain_products_of_real_sizes(inputs: int, outputs: int, rows: int, dtyp
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("rows", [2, 17, 64])
 @pytest.mark.parametrize(("inputs", "outputs"), [(4096, 6144), (14_336, 4096), (576, 1537)])
+@torch.no_grad()
 def test_products_of_few_rows_are_right_in_every_candidate(inputs: int, outputs: int, rows: int, dtype: str) -> None:
     """Torch's library is one of them."""
     torch.manual_seed(12)
     x, bias = randn(rows, inputs, dtype=dtype), randn(outputs, dtype=dtype)
     weight = randn(outputs, inputs, dtype=dtype) / inputs**0.5
-    spec, tuner = KernelSpec("linear", "cuda", dtype, {}, {}), Nth(-1)
+    spec = KernelSpec("linear", "cuda", dtype, {}, {})
     wanted = both("linear", dtype)[1](x, weight, bias)
-    while not tuner.is_last:
-        tuner = Nth(tuner.number + 1)
+    for tuner in one_after_another():
         check("linear", dtype, products.make_linear(spec, tuner)(x, weight, bias), wanted)
 
 

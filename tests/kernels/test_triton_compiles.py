@@ -26,9 +26,9 @@ BOUND_BY_MEMORY = {
     "one_row._product",
     "norms._forward", "norms._backward", "activations._forward", "activations._backward", "rotary._rope",
     "decode._write", "decode._decode", "cross_entropy._losses", "cross_entropy._logit_gradients", "sampling._sample",
-    "rounding._round_row", "rounding._round_blocks",
+    "rounding._round_row", "rounding._round_blocks", "expansion._groups",
 }  # fmt: skip
-AT_EVEN_ADDRESSES = {"gguf._one_row"}
+AT_EVEN_ADDRESSES = {"gguf._one_row", "expansion._blocks"}
 """Bound by memory, but blocks of most GGUF types lie where no more than two bytes can be loaded at once."""
 OTHERS = {
     "product_tiles._sum_parts", "decode._list", "flash._list_tiles", "flash_backward._row_products", "hopper._means",

@@ -48,4 +48,4 @@ def test_every_operation_is_compared(report: Report) -> None:
 @pytest.mark.timeout(900)
 def test_what_the_suite_does_not_ask() -> None:
     folder = Path(__file__).parent / "interpreted"
-    run_in_interpreter(folder, "check_kernels.py", "check_rounding.py", "check_gguf.py")
+    run_in_interpreter(folder, "check_kernels.py", "check_rounding.py", "check_gguf.py", "check_expansion.py")

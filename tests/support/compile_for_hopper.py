@@ -171,6 +171,18 @@ def gguf_blocks() -> None:
         make(operation, type=float(number))(randn(rows, 1024), blocks, randn(256))
 
 
+def in_full() -> None:
+    from drivetrain.kernels.triton import expansion
+    from drivetrain.packed.gguf import BLOCK_TYPES
+
+    int4, low, high = (torch.zeros(256, count).byte() for count in (512, 256, 128))
+    groups, zeros = torch.ones(256, 8), torch.ones(256, 8).byte()
+    expansion.groups_in_full([int4], groups, groups, 128, DTYPE)
+    expansion.groups_in_full([low, high], groups, zeros, 128, DTYPE)
+    for number, kind in BLOCK_TYPES.items():
+        expansion.blocks_in_full(number, torch.zeros(256, kind.row_bytes(1024)).byte(), DTYPE)
+
+
 def attention() -> None:
     backend = PagedTritonAttention(PagedTritonAttention.Config(tune=False, chunk_size=32))
     for layer in (LayerAttention(8, 2, 128, 0.1), LayerAttention(4, 4, 80, 0.1, window=40, soft_cap=30.0)):
@@ -237,6 +249,7 @@ PARTS = (
     rounded,
     products_,
     gguf_blocks,
+    in_full,
     attention,
     attention_without_a_cache,
     steps_of_all_counts,

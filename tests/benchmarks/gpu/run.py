@@ -189,17 +189,18 @@ def decodes(batch: int, length: int, layers: int) -> Callable[[], None]:
 
 
 def packed(clock: Clock, bandwidth: float, quick: bool) -> Iterator[Line]:
-    """Products of few rows by packed weights: the bytes of the weights, by the time of a layer in a replayed graph in
-    which every layer has weights of its own."""
+    """Products by packed weights, and plain ones beside them: the bytes of the weights, by the time of a layer in a
+    replayed graph in which every layer has weights of its own."""
     kernels, layers = TritonKernels(TritonKernels.Config()), 8
     types = [number for number, kind in BLOCK_TYPES.items() if not quick or kind.name in ("Q8_0", "Q4_K")]
-    uses = [("linear_gguf", BLOCK_TYPES[number].name, {"type": float(number)}) for number in types]
+    uses: list[tuple[str, str, dict[str, float]]] = [("linear", "bfloat16", {})]
+    uses += [("linear_gguf", BLOCK_TYPES[number].name, {"type": float(number)}) for number in types]
     uses += [("linear_int4", "groups of 64", {"group": 64.0}), ("linear_int8", "by row", {})]
     for operation, what, params in uses:
         spec = KernelSpec(operation, "cuda", "bfloat16", {"I": FEATURES, "O": INNER}, params)
         product, weights = kernels.make(spec), [_weights(operation, params) for _ in range(layers)]
         num_bytes = sum(tensor.nbytes for tensor in weights[0])
-        for rows in (1, 16) if quick else (1, 2, 4, 16, 64):
+        for rows in (1, 16) if quick else (1, 2, 4, 16, 64, 512):
             x = randn(rows, FEATURES)
 
             def launch(x: torch.Tensor = x, product: Callable[..., object] = product, weights: Any = weights) -> None:
@@ -214,6 +215,8 @@ def packed(clock: Clock, bandwidth: float, quick: bool) -> Iterator[Line]:
 
 def _weights(operation: str, params: Mapping[str, float]) -> tuple[torch.Tensor, ...]:
     """Of any bytes."""
+    if operation == "linear":
+        return (randn(INNER, FEATURES),)
     if operation == "linear_int8":
         return _bytes(INNER, FEATURES).view(torch.int8), torch.rand(INNER, device="cuda")
     if operation == "linear_int4":
