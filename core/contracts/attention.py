@@ -163,6 +163,8 @@ class AttentionBatch:
     is_open:         only the device knows how the T tokens are divided among the S sequences, and a sequence may have
                      none, with a KV length of 0. The two lists on the host tell S and, as a sum, T, and nothing else.
                      Such a batch has a cache, and only backends with ``graph_safe_prompts`` are given one.
+    ends_only:       of what the model computes, only the row of each sequence's last token is read: a kernel that runs
+                     the last layer may leave the others unfinished. Keys and values of all tokens are written.
     """
 
     query_lengths: Sequence[int]
@@ -172,6 +174,7 @@ class AttentionBatch:
     block_tables: tuple[torch.Tensor, ...] = ()
     slots: tuple[torch.Tensor, ...] = ()
     is_open: bool = False
+    ends_only: bool = False
 
     @property
     def num_sequences(self) -> int:

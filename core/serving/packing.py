@@ -160,6 +160,7 @@ def pack(scheduled: Sequence[Scheduled], kv: KVManager, buffers: StepBuffers, be
         kv_lengths=rest[-groups - 1],
         block_tables=tuple(rest[-groups:]),
         slots=tuple(rest[:groups]),
+        ends_only=not prompt_rows,
     )
     pieces = rest[groups] if unknown is not None else None
     return StepInputs(ids_T, positions_T, attention, rows_N, sampling, prompt_rows, pieces)

@@ -71,6 +71,7 @@ class StepFields(ctypes.Structure):
     _fields_ = (
         ("num_sequences", ctypes.c_int64),
         ("num_tokens", ctypes.c_int64),
+        ("ends_only", ctypes.c_int64),
         *(
             (name, ctypes.c_void_p)
             for name in (
@@ -250,6 +251,7 @@ class CoarseDecoder:
         step = StepFields(
             batch.num_sequences,
             x_TE.shape[0],
+            batch.ends_only,
             batch.query_starts.data_ptr(),
             batch.kv_lengths.data_ptr(),
             *(None if array is None else ctypes.addressof(array) for array in arrays),

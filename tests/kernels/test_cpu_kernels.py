@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -83,8 +84,10 @@ def build(checkpoint: FolderCheckpoint, kernels: CpuKernels | None, dtype: torch
 
 
 @torch.inference_mode()
-def scores(module: Any, backend: type[SdpaAttention], block_size: int = 4, kv: str = "auto") -> torch.Tensor:
-    """Scores of every token of STEPS, fed over a paged cache."""
+def scores(
+    module: Any, backend: type[SdpaAttention], block_size: int = 4, kv: str = "auto", ends_only: bool = False
+) -> torch.Tensor:
+    """Scores of every token of STEPS, or of each sequence's last one in a step, fed over a paged cache."""
     spec = dataclasses.replace(module.spec.attention, kv=kv)
     attention = backend(backend.Config(block_size=block_size))
     pages = Pages(spec, block_size, 80)
@@ -94,11 +97,16 @@ def scores(module: Any, backend: type[SdpaAttention], block_size: int = 4, kv: s
     parts = []
     for new_tokens in STEPS:
         done = [pages.lengths.get(s, 0) for s in range(len(ids))]
-        batch = pages.batch(new_tokens)
+        batch = dataclasses.replace(pages.batch(new_tokens), ends_only=ends_only)
         flat = torch.cat([ids[s][done[s] : done[s] + new] for s, new in new_tokens.items()])
         hidden = module(flat, pages.positions(batch), attention.begin(spec, batch, cache))
-        parts.append(module.logits(hidden))
+        parts.append(module.logits(hidden[batch.query_starts[1:] - 1] if ends_only else hidden))
     return torch.cat(parts).float()
+
+
+def ends(every: torch.Tensor) -> torch.Tensor:
+    """Of scores of every token, those of each sequence's last one in a step."""
+    return every[torch.tensor([new for step in STEPS for new in step.values()]).cumsum(0) - 1]
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +125,39 @@ def test_every_architecture_scores_as_the_plain_loop_does(
     for name, checkpoint in checkpoints.items():
         found = scores(build(checkpoint, provider(variant)), PagedCpuAttention)
         torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-4, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.parametrize("variant", HERE)
+def test_the_last_layer_may_compute_last_tokens_alone(
+    checkpoints: dict[str, FolderCheckpoint], expected: dict[str, torch.Tensor], variant: str
+) -> None:
+    """Their scores are the same, and so are those of later steps, which read the keys of all tokens."""
+    for name, checkpoint in checkpoints.items():
+        module = build(checkpoint, provider(variant))
+        found = scores(module, PagedCpuAttention, ends_only=True)
+        told = functools.partial(str.__add__, name)
+        torch.testing.assert_close(found, ends(expected[name]), rtol=1e-4, atol=1e-4, msg=told)
+        scaled = scores(module, PagedCpuAttention, kv="int8", ends_only=True)
+        every = scores(module, PagedCpuAttention, kv="int8")
+        assert (scaled - ends(every)).square().mean().sqrt() <= 0.003 * every.std(), name
+
+
+@torch.inference_mode()
+def test_only_where_no_other_row_is_read(checkpoints: dict[str, FolderCheckpoint]) -> None:
+    """What is left of the other rows is not what the layers make of them."""
+    module = build(checkpoints["smollm2"], provider())
+    attention = PagedCpuAttention(PagedCpuAttention.Config(block_size=4))
+    pages = Pages(module.spec.attention, 4, 80)
+    cache = attention.allocate(module.spec.attention, pages.num_blocks, CPU)
+    batch, ids = pages.batch({0: 9, 1: 7}), torch.arange(16)
+    rows = []
+    for ends_only in (False, True):
+        step = attention.begin(module.spec.attention, dataclasses.replace(batch, ends_only=ends_only), cache)
+        rows.append(module(ids, pages.positions(batch), step))
+    is_end = torch.zeros(16, dtype=torch.bool)
+    is_end[[8, 15]] = True
+    torch.testing.assert_close(rows[0][is_end], rows[1][is_end], rtol=1e-4, atol=1e-4)
+    assert ((rows[0] - rows[1]).abs().amax(1) > 1e-2)[~is_end].all()
 
 
 KV_DISTANCE = {"int8": (0.003, 0.02), "fp8": (0.01, 0.1)}

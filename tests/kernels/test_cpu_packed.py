@@ -20,7 +20,7 @@ from drivetrain.packed.gguf import BLOCK_TYPES
 from drivetrain.plugins.attention.paged_cpu import PagedCpuAttention
 from drivetrain.plugins.attention.sdpa import SdpaAttention
 from drivetrain.testing.kernel_oracle import Case
-from kernels.test_cpu_kernels import HERE, REFERENCE, STEPS, build, calls_of, provider, scores
+from kernels.test_cpu_kernels import HERE, REFERENCE, STEPS, build, calls_of, ends, provider, scores
 from support.tiny_models import FolderCheckpoint, tiny_configs, tiny_model
 
 torch.set_num_threads(1)
@@ -344,19 +344,26 @@ STEPS_OF = [
 def test_a_step_with_packed_layers_is_one_call_and_scores_as_the_layers_do(
     checkpoint: FolderCheckpoint, chosen: str, dtype: torch.dtype
 ) -> None:
-    """Every format, formats mixed within a layer, and dense layers beside packed ones."""
+    """Every format, formats mixed within a layer, and dense layers beside packed ones; last tokens alone too."""
     results = []
     for kernels, backend in ((provider(), PagedCpuAttention), (REFERENCE, SdpaAttention)):
         module = build(checkpoint, kernels if kernels is not REFERENCE else None, dtype)
         assert put_packed(module, kernels, CHOICES[chosen], dtype) > 0
         calls = calls_of(module) if kernels is not REFERENCE else None
         results.append(scores(module, backend))
-        assert calls is None or calls.count == len(STEPS)
+        if calls is None:
+            continue
+        alone = scores(module, backend, ends_only=True)
+        assert calls.count == 2 * len(STEPS)
     found, wanted = results
     # What is rounded to few bits may be rounded the other way, once in a while.
     rounds = (chosen in OPERATIONS and OPERATIONS[chosen].rounds_inputs) or chosen not in OPERATIONS
-    error = (found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
-    assert error < (0.05 if dtype == torch.bfloat16 else 5e-3 if rounds else 1e-5)
+
+    def error(one: torch.Tensor, other: torch.Tensor) -> float:
+        return float((one - other).square().mean().sqrt() / other.square().mean().sqrt())
+
+    assert error(found, wanted) < (0.05 if dtype == torch.bfloat16 else 5e-3 if rounds else 1e-5)
+    assert error(alone, ends(found)) < (0.05 if dtype == torch.bfloat16 or rounds else 1e-5)
 
 
 def test_permuted_inputs_are_left_to_the_layers(checkpoint: FolderCheckpoint) -> None:

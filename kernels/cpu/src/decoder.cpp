@@ -47,8 +47,9 @@ struct dt_decoder {
 };
 
 // tables, slots: one for each group; cos, sin: one for each rope, [T, rotary]; keys, values and their scales: one for each layer.
+// ends_only: of what comes out, only the row of each sequence's last token is read.
 struct dt_step {
-  int64_t num_sequences, num_tokens;
+  int64_t num_sequences, num_tokens, ends_only;
   const int32_t *query_starts, *kv_lengths;
   const int32_t* const* tables;
   const int64_t* table_strides;
@@ -184,48 +185,66 @@ class Run {
  public:
   Run(const dt_decoder& model, const dt_step& step, float* x, Workspace& space)
       : model_(model), step_(step), x_(x), tokens_(int(step.num_tokens)) {
-    int q = int(model.num_heads * model.head_size), kv = int(model.kv_heads * model.head_size);
-    int widest = int(model.hidden > q ? model.hidden : q);
+    int q = int(model.num_heads * model.head_size), kv = int(model.kv_heads * model.head_size), sequences = int(step.num_sequences);
     qkv_stride_ = q + 2 * kv;
-    bool all_plain = true;
-    for (int i = 0; i < model.num_layers; i++) all_plain &= takes_plain(model.layers[i]);
-    size_t gated = size_t(tokens_) * model.intermediate;  // of which there are two where the gate is a step of its own
+    const bool has_ends = ends_only();
+    const Room all = room_for(tokens_), ends = has_ends ? room_for(sequences) : Room{};
     size_t sizes[] = {size_t(tokens_) * model.hidden,
                       size_t(tokens_) * qkv_stride_,
                       size_t(tokens_) * q,
-                      product_floats(tokens_, widest, all_plain),
-                      product_floats(tokens_, int(model.intermediate), all_plain) + (all_plain ? 0 : rounded(2 * gated)),
-                      attention_floats(int(step.num_sequences), int(model.num_heads), int(model.kv_heads),
-                                       int(model.head_size))};
+                      all.product > ends.product ? all.product : ends.product,
+                      all.gated > ends.gated ? all.gated : ends.gated,
+                      attention_floats(sequences, int(model.num_heads), int(model.kv_heads), int(model.head_size)),
+                      has_ends ? size_t(sequences) * model.hidden : 0,
+                      has_ends ? size_t(sequences) * model.hidden : 0,
+                      has_ends ? size_t(sequences) + 1 : 0};
     size_t total = 0;
     for (size_t size : sizes) total += rounded(size);
     space.reserve(total);
     float* next = space.data;
     is_ready_ = next != nullptr;
-    normed_ = next;
-    qkv_ = normed_ + rounded(sizes[0]);
-    attended_ = qkv_ + rounded(sizes[1]);
-    packed_ = attended_ + rounded(sizes[2]);
-    gated_ = packed_ + rounded(sizes[3]);
-    parts_ = gated_ + rounded(sizes[4]);
+    float** places[] = {&normed_, &qkv_, &attended_, &packed_, &gated_, &parts_, &x_ends_, &in_ends_};
+    size_t index = 0;
+    for (float** place : places) {
+      *place = next;
+      next += rounded(sizes[index++]);
+    }
+    one_each_ = reinterpret_cast<int32_t*>(next);
   }
 
   bool is_ready() const { return is_ready_; }
 
   void layer(int index) {
     const dt_layer& layer = model_.layers[index];
+    if (index + 1 == model_.num_layers && ends_only()) return last_layer(layer, index);
     attention(layer, index);
     mlp(layer);
   }
 
  private:
+  // Floats of workspace for the products of so many rows.
+  struct Room {
+    size_t product = 0, gated = 0;
+  };
+  Room room_for(int tokens) const {
+    bool all_plain = true;
+    for (int i = 0; i < model_.num_layers; i++) all_plain &= takes_plain(model_.layers[i], tokens);
+    int q = int(model_.num_heads * model_.head_size), widest = int(model_.hidden > q ? model_.hidden : q);
+    size_t gated = size_t(tokens) * model_.intermediate;  // of which there are two where the gate is a step of its own
+    return {product_floats(tokens, widest, all_plain),
+            product_floats(tokens, int(model_.intermediate), all_plain) + (all_plain ? 0 : rounded(2 * gated))};
+  }
+
+  bool ends_only() const { return step_.ends_only && step_.num_sequences < step_.num_tokens; }
+
   Weights norm(const void* weight) const { return Weights{weight, Format(model_.format)}; }
 
   bool is_bf16() const { return model_.format == int(Format::kBfloat16); }
-  bool is_plain(const dt_matrix& m) const { return ::is_plain(m, tokens_); }
-  bool gate_takes_plain(const dt_layer& l) const { return is_plain(l.gate) && is_plain(l.up) && is_plain(l.down); }
-  bool takes_plain(const dt_layer& l) const {
-    return is_plain(l.q) && is_plain(l.k) && is_plain(l.v) && is_plain(l.o) && gate_takes_plain(l);
+  static bool gate_takes_plain(const dt_layer& l, int tokens) {
+    return is_plain(l.gate, tokens) && is_plain(l.up, tokens) && is_plain(l.down, tokens);
+  }
+  static bool takes_plain(const dt_layer& l, int tokens) {
+    return is_plain(l.q, tokens) && is_plain(l.k, tokens) && is_plain(l.v, tokens) && is_plain(l.o, tokens) && gate_takes_plain(l, tokens);
   }
 
   // Rows of the residual stream, normed where there is a weight.
@@ -273,20 +292,67 @@ class Run {
                     {Sink::kStore, qkv_ + q_size + kv_size, size_t(qkv_stride_), 1.0f}};
     multiply(in, model_.hidden, tokens_, matrices, sinks, 3, packed_, is_bf16());
 
-    Batch batch{int(step_.num_sequences), tokens_,       step_.query_starts, step_.kv_lengths, step_.tables[layer.group],
-                int(step_.table_strides[layer.group]), step_.slots[layer.group]};
-    LayerCache cache{step_.keys[index],
-                     step_.values[index],
-                     step_.key_scales ? step_.key_scales[index] : nullptr,
-                     step_.value_scales ? step_.value_scales[index] : nullptr,
-                     int(model_.block_size),
-                     kv_heads,
-                     size,
-                     CacheFormat(model_.cache_format),
-                     float(model_.attention_scale),
-                     float(model_.soft_cap),
-                     int(layer.window)};
+    const Batch batch = batch_of(layer);
+    const LayerCache cache = cache_of(layer, index);
     for_tokens(qkv_stride_, [&](int t) { turn_and_write(layer, cache, batch, t); });
+    attend_and_add(layer, cache, batch);
+  }
+
+  // Only what the rows of last tokens need: keys and values of all tokens, and the rest as a decode of one token a sequence.
+  void last_layer(const dt_layer& layer, int index) {
+    const int heads = int(model_.num_heads), hidden = int(model_.hidden), sequences = int(step_.num_sequences);
+    const int q_size = heads * int(model_.head_size), kv_size = int(model_.kv_heads * model_.head_size);
+    const float* in = normed(layer.before_attention);
+    const dt_matrix* matrices[] = {&layer.k, &layer.v};
+    Sink sinks[] = {{Sink::kStore, qkv_ + q_size, size_t(qkv_stride_), 1.0f},
+                    {Sink::kStore, qkv_ + q_size + kv_size, size_t(qkv_stride_), 1.0f}};
+    multiply(in, hidden, tokens_, matrices, sinks, 2, packed_, is_bf16());
+    Batch batch = batch_of(layer);
+    const LayerCache cache = cache_of(layer, index);
+    for_tokens(2 * kv_size, [&](int t) { turn_and_write_key(layer, cache, batch, t); });
+
+    for (int s = 0; s < sequences; s++) {
+      memcpy(x_ends_ + size_t(s) * hidden, x_ + size_t(last_of(s)) * hidden, size_t(hidden) * 4);
+      memcpy(in_ends_ + size_t(s) * hidden, in + size_t(last_of(s)) * hidden, size_t(hidden) * 4);
+    }
+    float* all = x_;
+    x_ = x_ends_;
+    tokens_ = sequences;
+    const dt_matrix* q = &layer.q;
+    const Sink to_q{Sink::kStore, qkv_, size_t(qkv_stride_), 1.0f};
+    multiply(in_ends_, hidden, tokens_, &q, &to_q, 1, packed_, is_bf16());
+    for (int s = 0; s <= sequences; s++) one_each_[s] = s;
+    batch.num_tokens = sequences;
+    batch.query_starts = one_each_;
+    for_tokens(q_size, [&](int s) { turn(layer, qkv_ + size_t(s) * qkv_stride_, heads, layer.q_norm, last_of(s)); });
+    attend_and_add(layer, cache, batch);
+    mlp(layer);
+    for (int s = 0; s < sequences; s++) memcpy(all + size_t(last_of(s)) * hidden, x_ends_ + size_t(s) * hidden, size_t(hidden) * 4);
+  }
+
+  int last_of(int sequence) const { return step_.query_starts[sequence + 1] - 1; }
+
+  Batch batch_of(const dt_layer& layer) const {
+    return Batch{int(step_.num_sequences), tokens_,       step_.query_starts, step_.kv_lengths, step_.tables[layer.group],
+                 int(step_.table_strides[layer.group]), step_.slots[layer.group]};
+  }
+
+  LayerCache cache_of(const dt_layer& layer, int index) const {
+    return LayerCache{step_.keys[index],
+                      step_.values[index],
+                      step_.key_scales ? step_.key_scales[index] : nullptr,
+                      step_.value_scales ? step_.value_scales[index] : nullptr,
+                      int(model_.block_size),
+                      int(model_.kv_heads),
+                      int(model_.head_size),
+                      CacheFormat(model_.cache_format),
+                      float(model_.attention_scale),
+                      float(model_.soft_cap),
+                      int(layer.window)};
+  }
+
+  void attend_and_add(const dt_layer& layer, const LayerCache& cache, const Batch& batch) {
+    const int heads = int(model_.num_heads), q_size = heads * int(model_.head_size);
     attend(cache, batch, heads, qkv_, qkv_stride_, attended_, q_size, parts_);
     const dt_matrix* o = &layer.o;
     add(layer.after_attention, [&](const Sink& sink) { multiply(attended_, q_size, tokens_, &o, &sink, 1, packed_, is_bf16()); });
@@ -294,31 +360,37 @@ class Run {
 
   // Head norms, rotary embedding and the cache, for one token.
   void turn_and_write(const dt_layer& layer, const LayerCache& cache, const Batch& batch, int t) {
-    int heads = int(model_.num_heads), kv_heads = int(model_.kv_heads), size = int(model_.head_size);
-    float eps = float(model_.eps), offset = float(model_.norm_offset);
-    float* q = qkv_ + size_t(t) * qkv_stride_;
-    float* k = q + heads * size;
-    if (layer.q_norm && !model_.norms_heads) {
-      rms_norm_row(q, norm(layer.q_norm), eps, offset, heads * size, q);
-      rms_norm_row(k, norm(layer.k_norm), eps, offset, kv_heads * size, k);
-    }
-    for (int h = 0; h < heads + kv_heads; h++) {
-      float* head = q + h * size;
-      if (layer.q_norm && model_.norms_heads) rms_norm_row(head, norm(h < heads ? layer.q_norm : layer.k_norm), eps, offset, size, head);
+    turn(layer, qkv_ + size_t(t) * qkv_stride_, int(model_.num_heads), layer.q_norm, t);
+    turn_and_write_key(layer, cache, batch, t);
+  }
+
+  void turn_and_write_key(const dt_layer& layer, const LayerCache& cache, const Batch& batch, int t) {
+    float* k = qkv_ + size_t(t) * qkv_stride_ + model_.num_heads * model_.head_size;
+    turn(layer, k, int(model_.kv_heads), layer.k_norm, t);
+    Batch one = batch;
+    one.num_tokens = 1;
+    one.slots = batch.slots + t;
+    write_cache(cache, one, k, k + model_.kv_heads * model_.head_size, qkv_stride_);
+  }
+
+  // Norm, where there is a weight, and rotary embedding of the heads of one token, for queries or keys.
+  void turn(const dt_layer& layer, float* row, int heads, const void* weight, int t) {
+    const int size = int(model_.head_size);
+    const float eps = float(model_.eps), offset = float(model_.norm_offset);
+    if (weight && !model_.norms_heads) rms_norm_row(row, norm(weight), eps, offset, heads * size, row);
+    for (int h = 0; h < heads; h++) {
+      float* head = row + h * size;
+      if (weight && model_.norms_heads) rms_norm_row(head, norm(weight), eps, offset, size, head);
       if (layer.rope >= 0)
         rotate(head, step_.cos[layer.rope] + size_t(t) * model_.rotary, step_.sin[layer.rope] + size_t(t) * model_.rotary,
                int(model_.rotary));
     }
-    Batch one = batch;
-    one.num_tokens = 1;
-    one.slots = batch.slots + t;
-    write_cache(cache, one, k, k + kv_heads * size, qkv_stride_);
   }
 
   void mlp(const dt_layer& layer) {
     const float* in = normed(layer.before_mlp);
     Activation kind = Activation(model_.activation);
-    if (!gate_takes_plain(layer)) return mlp_by_rows(layer, in, kind);
+    if (!gate_takes_plain(layer, tokens_)) return mlp_by_rows(layer, in, kind);
     int hidden = int(model_.hidden);
     Matrix gate = matrix_of(layer.gate), up = matrix_of(layer.up), down = matrix_of(layer.down);
     bool in_pairs = is_bf16() && takes_pairs(gate, tokens_) && takes_pairs(up, tokens_);
@@ -346,13 +418,16 @@ class Run {
   float* x_;
   int tokens_, qkv_stride_;
   float *normed_, *qkv_, *attended_, *packed_, *gated_, *parts_;
+  float *x_ends_, *in_ends_;  // rows of last tokens: of the residual stream, and what a layer's products take
+  int32_t* one_each_;         // 0 to S
   bool is_ready_;
 };
 
 }  // namespace
 
 
-// Runs every layer on x [T, hidden] float32, in place. Returns 0, or 1 when there is no memory.
+// Runs every layer on x [T, hidden] float32, in place; with ends_only, rows but those of last tokens are left as they were before the
+// last layer. Returns 0, or 1 when there is no memory.
 DT_API int dt_decoder_forward(const dt_decoder* model, const dt_step* step, float* x) {
   Run run(*model, *step, x, workspace);
   if (!run.is_ready()) return 1;
