@@ -134,6 +134,11 @@ class PagedConfig(PluginConfig):
     block_size: int = Field(
         16, ge=1, description="Tokens in a block of the cache. Smaller wastes less memory; larger gathers faster."
     )
+    prefault: bool = Field(
+        False,
+        description="Take all main memory of a new cache when it is made, so that no step waits for it; otherwise it "
+        "is taken block by block, as each is first used. On a device all of it is there at once anyway.",
+    )
 
 
 class PagedBackend(AttentionBackend):
@@ -160,12 +165,19 @@ class PagedBackend(AttentionBackend):
             (blocks_of_layer[index], self.config.block_size, layer.num_kv_heads, layer.head_size)
             for index, layer in enumerate(spec.layers)
         ]
+
+        def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            made = lazy_zeros(shape, dtype, device)
+            if self.config.prefault and device.type == "cpu":
+                made.view(torch.uint8).zero_()  # on all threads
+            return made
+
         if spec.kv not in SCALED_KV:
-            plain = [tuple(lazy_zeros(shape, dtype, device) for shape in shapes) for _ in range(2)]
+            plain = [tuple(zeros(shape, dtype) for shape in shapes) for _ in range(2)]
             return PagedCache(*plain)
 
         def scaled(shape: tuple[int, ...]) -> ScaledPages:
-            return ScaledPages(lazy_zeros(shape, dtype, device), lazy_zeros(shape[:-1], torch.float32, device))
+            return ScaledPages(zeros(shape, dtype), zeros(shape[:-1], torch.float32))
 
         keys, values = (tuple(scaled(shape) for shape in shapes) for _ in range(2))
         return ScaledCache(keys, values)

@@ -482,7 +482,7 @@ def test_our_driver_speaks_the_protocol_with_a_real_engine(tmp_path: Path) -> No
     command = (sys.executable, DRIVERS / "ours.py")
     with Child(command, tmp_path / "ours.log", {"OMP_NUM_THREADS": "1"}) as child:
         options: dict[str, Any] = {"precision": "fp32", "quantizer": "none", "overrides": ["scheduler.max_running=4"]}
-        loaded = child.ask("load", model=str(model), threads=1, prefix_cache=False, slots=1, **options)
+        loaded = child.ask("load", model=str(model), threads=1, prefix_cache=False, slots=1, kv_gib=1, **options)
         assert loaded["parts"]["quantizer"] == "none"
         assert loaded["weight_bytes"] > 0
         one = child.ask("one", prompt=[5, 6, 7], max_tokens=6)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
+import mmap
+import os
+import sys
 
 import pytest
 import torch
@@ -192,3 +196,32 @@ def test_the_kernels_write_the_same_codes(size: int, kv: str) -> None:
 def test_the_fields_of_a_spec_say_what_is_stored() -> None:
     assert dataclasses.replace(spec_of("int8"), kv="auto").kv_dtype == "float32"
     assert (spec_of("int8").kv_dtype, spec_of("fp8").kv_dtype) == ("int8", "float8_e4m3fn")
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def _resident_share(tensor: torch.Tensor) -> float:
+    """Of the pages that a tensor lies in, how many the system has handed out. It tells without touching any."""
+    first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    size = tensor.data_ptr() + tensor.nbytes - first
+    found = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+    told = ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(first), ctypes.c_size_t(size), found)
+    assert told == 0, os.strerror(ctypes.get_errno())
+    return sum(page & 1 for page in found) / len(found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which pages are there")
+@pytest.mark.parametrize("kv", ["auto", *SCALED_KV])
+@pytest.mark.parametrize("prefault", [False, True])
+def test_memory_of_a_cache_is_taken_when_it_is_made_or_as_it_is_used(kv: str, prefault: bool) -> None:
+    spec = AttentionSpec((LayerAttention(4, 2, 64, 0.1),) * 2, "float32", kv)
+    backend = SdpaAttention(SdpaAttention.Config(prefault=prefault))
+    num_blocks = (256 << 20) // backend.bytes_per_block(spec, spec.groups[0])
+    cache = backend.allocate(spec, [num_blocks], CPU)
+    stores = [tensor for pages in (*cache.keys, *cache.values) for tensor in tensors_of(pages)]
+    large = [tensor for tensor in stores if tensor.nbytes >= 32 << 20]
+    assert len(large) == 4
+    for tensor in large:
+        assert _resident_share(tensor) == 1.0 if prefault else _resident_share(tensor) < 0.1
+    assert not any(tensor.any() for tensor in stores)

