@@ -38,9 +38,9 @@ from drivetrain.contracts.attention import (
     PagedCache,
     ScaledCache,
 )
-from drivetrain.contracts.plugin import PluginConfig, Probe, ProbeContext, Purpose, Tier
+from drivetrain.contracts.plugin import Probe, ProbeContext, Purpose, Tier
 from drivetrain.errors import ConfigError, EngineError, KernelBuildError
-from drivetrain.pages import write_tokens
+from drivetrain.pages import PagedConfig, write_tokens
 from drivetrain.plugins.attention.sdpa import SdpaAttention
 
 _TILE = 128
@@ -57,7 +57,7 @@ Sees = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Positions of queries and of keys in their sequence, int64 -> whether the query may see the key; broadcasts."""
 
 
-class FlexConfig(PluginConfig):
+class FlexConfig(PagedConfig):
     """Settings of the flex backend."""
 
     block_size: int = Field(
@@ -405,8 +405,8 @@ class FlexAttention(SdpaAttention):
     """torch's FlexAttention over the paged cache of sdpa, compiled on first use: chunks and masks of one's own."""
 
     tier = Tier.PORTABLE
-    Config = FlexConfig  # type: ignore[assignment]
-    config: FlexConfig  # type: ignore[assignment]
+    Config = FlexConfig
+    config: FlexConfig
 
     @classmethod
     def abilities(cls) -> frozenset[str]:

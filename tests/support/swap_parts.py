@@ -21,6 +21,7 @@ from drivetrain.contracts.attention import (
 from drivetrain.contracts.plugin import PluginConfig
 from drivetrain.contracts.quantizer import Quantizer
 from drivetrain.contracts.scheduler import OrderKey, RequestFacts, StepPlan, View
+from drivetrain.pages import PagedConfig
 from drivetrain.plugins.attention.sdpa import SdpaAttention
 from drivetrain.plugins.quantizer.none import NoQuantizer
 from drivetrain.plugins.scheduler.fcfs import FcfsScheduler
@@ -125,8 +126,8 @@ class FaultConfig(PluginConfig):
 class FaultyAttention(SameLayoutAttention):
     """Fails in the phase that it is told to."""
 
-    class Config(FaultConfig):
-        block_size: int = 16
+    class Config(FaultConfig, PagedConfig):
+        pass
 
     def __init__(self, config: Any) -> None:
         if config.phase == "prepare":
