@@ -19,13 +19,12 @@ from drivetrain.kernels.triton.gguf_blocks import (
     codes_of,
     first_input,
     heads_of,
-    high_at,
-    in_a_float,
     load,
-    low_at,
-    scale_and_least,
+    scale_and_least_of,
+    unit_at,
 )
 from drivetrain.kernels.triton.launch import INTERPRETED
+from drivetrain.kernels.triton.product_tiles import scale_and_least
 from drivetrain.kernels.triton.tuning import FUSED
 
 FEWEST_ROWS = 64
@@ -38,14 +37,6 @@ _TILE = 4096
 def worth_trying(rows: int, itemsize: int) -> bool:
     """Whether torch's library, with the weight written out, is a candidate for a class of rows."""
     return rows >= FEWEST_ROWS and itemsize == 2 and not INTERPRETED
-
-
-def multiply(x_MI: torch.Tensor, full_OI: torch.Tensor, bias_O: torch.Tensor | None, out_MO: torch.Tensor) -> None:
-    """``x @ full.T + bias`` by torch's library, into ``out_MO``."""
-    if bias_O is None:
-        torch.mm(x_MI, full_OI.T, out=out_MO)
-    else:
-        torch.addmm(bias_O.to(x_MI.dtype), x_MI, full_OI.T, out=out_MO)
 
 
 @triton.jit
@@ -86,10 +77,7 @@ def _groups(
         fours, eights = tl.arange(0, GROUP // 4)[None, None, :], tl.arange(0, GROUP // 8)[None, None, :]
         low = tl.load(low_ptr + group * (GROUP // 4) + fours, mask=is_in, other=0)
         values = three_bits(low, tl.load(high_ptr + group * (GROUP // 8) + eights, mask=is_in, other=0))
-    scale = tl.load(scales_ptr + group, mask=is_in, other=0.0).to(tl.float32)
-    least = tl.load(mins_ptr + group, mask=is_in, other=0).to(tl.float32)
-    if HAS_ZEROS:
-        least = -least * scale
+    scale, least = scale_and_least(scales_ptr + group, mins_ptr + group, is_in, HAS_ZEROS)
     full = values.to(tl.float32) * scale + least
     inputs = tl.arange(0, GROUP)[None, None, :]
     tl.store(out_ptr + group * GROUP + inputs, full.to(out_ptr.dtype.element_ty), mask=is_in)
@@ -145,19 +133,14 @@ def _blocks(
     unit, places = units % UNITS, tl.arange(0, UNIT_BYTES)[None, None, :]
     at = outputs.to(tl.int64)[:, None, None] * halves_by_output + units // UNITS * (BLOCK_BYTES // 2)
     blocks, codes_ptrs = halves_ptr + at, bytes_ptr + 2 * at + places
-    low = in_a_float(load(codes_ptrs + low_at(unit, 0, TYPE, BLOCK_BYTES), is_in, EVEN), TYPE)
-    odd_low, high = low, low
-    if TYPE == 14:
-        odd_low = in_a_float(load(codes_ptrs + low_at(unit, 1, TYPE, BLOCK_BYTES), is_in, EVEN), TYPE)
-    if TYPE >= 13:
-        high = load(codes_ptrs + high_at(unit, TYPE), is_in, EVEN).to(tl.int32)
+    low, odd_low, high = unit_at(codes_ptrs, unit, is_in, TYPE, BLOCK_BYTES, EVEN)
     heads = heads_of(blocks, unit, is_in, TYPE, EVEN)
     rows = out_ptr + outputs.to(tl.int64)[:, None, None] * num_units * (UNIT_BYTES * PARTS)
     for PART in tl.static_range(PARTS):
         if (TYPE == 6) | (TYPE == 7):
             high = load(blocks + (TYPE - 5 + PART), is_in, EVEN).to(tl.int32)
         codes = codes_of(odd_low if PART % 2 else low, high, places, unit, PART, 0, TYPE)
-        scale, least = scale_and_least(blocks, heads, unit, is_in, PART, TYPE, EVEN)
+        scale, least = scale_and_least_of(blocks, heads, unit, is_in, PART, TYPE, EVEN)
         full = codes * scale
         if (TYPE == 3) | (TYPE == 7) | (TYPE == 12) | (TYPE == 13):
             full += least

@@ -34,10 +34,18 @@ from drivetrain.kernels.triton.gguf_blocks import (
     in_a_float,
     load,
     low_at,
-    scale_and_least,
+    scale_and_least_of,
+    unit_at,
 )
 from drivetrain.kernels.triton.launch import INTERPRETED, dot
-from drivetrain.kernels.triton.product_tiles import LIBRARY, Product, quantized, store_tile, tile_of
+from drivetrain.kernels.triton.product_tiles import (
+    LIBRARY,
+    Product,
+    multiply_by_library,
+    quantized,
+    store_tile,
+    tile_of,
+)
 from drivetrain.kernels.triton.rounding import ROUNDED_BLOCK, to_int8_blocks
 from drivetrain.kernels.triton.tuning import Blocks, Choice, Tuner
 from drivetrain.packed.gguf import BLOCK_TYPES, by_block
@@ -128,7 +136,7 @@ def _one_row(
             bits = odd_low if PART % 2 else low
             even = codes_of(bits, high, 2 * words_OUW, unit_OUW, PART, 0, TYPE)
             odd = codes_of(bits, high, 2 * words_OUW, unit_OUW, PART, 8, TYPE)
-            scale, least = scale_and_least(blocks, heads, unit, is_unit_OU, PART, TYPE, EVEN)
+            scale, least = scale_and_least_of(blocks, heads, unit, is_unit_OU, PART, TYPE, EVEN)
             first_inputs = first_input(units, PART, TYPE, UNIT_BYTES, PARTS)
             pairs = first_inputs[:, None] // 2 + words[None, :]
             x, next_x = _pairs(x_ptr, pairs, is_unit[:, None], X_FORMAT, EVEN)
@@ -204,12 +212,7 @@ def _more_rows(
         at = halves + units // UNITS * (BLOCK_BYTES // 2)
         blocks, codes_ptrs = halves_ptr + at, bytes_ptr + 2 * at + places_UKO
         is_x = is_row[None, :, None] & is_unit
-        low = in_a_float(load(codes_ptrs + low_at(unit, 0, TYPE, BLOCK_BYTES), is_unit, EVEN), TYPE)
-        odd_low, high = low, low
-        if TYPE == 14:
-            odd_low = in_a_float(load(codes_ptrs + low_at(unit, 1, TYPE, BLOCK_BYTES), is_unit, EVEN), TYPE)
-        if TYPE >= 13:
-            high = load(codes_ptrs + high_at(unit, TYPE), is_unit, EVEN).to(tl.int32)
+        low, odd_low, high = unit_at(codes_ptrs, unit, is_unit, TYPE, BLOCK_BYTES, EVEN)
         heads = heads_of(blocks, unit, is_unit, TYPE, EVEN)
         for PART in tl.static_range(PARTS):
             if (TYPE == 6) | (TYPE == 7):
@@ -219,7 +222,7 @@ def _more_rows(
             x = tl.load(x_ptr + x_rows + first_inputs + places_UMK, mask=is_x, other=0)
             if IS_ROUNDED:
                 x = x.to(tl.float32).to(tl.float16)
-            scale, least = scale_and_least(blocks, heads, unit, is_unit, PART, TYPE, EVEN)
+            scale, least = scale_and_least_of(blocks, heads, unit, is_unit, PART, TYPE, EVEN)
             x_scale = scale
             if IS_ROUNDED:
                 x_scale = tl.load(x_scales_ptr + x_scale_rows + first_inputs // 32, mask=is_x, other=0.0)
@@ -338,7 +341,8 @@ class _LinearGGUF(Product):
             launch(factors, scales_MB, blocks, bias, (out, parts), grid, options)
 
         def by_library(x_MI: torch.Tensor, out_MO: torch.Tensor) -> None:
-            expansion.multiply(x_MI, expansion.blocks_in_full(self._type, blocks, x_MI.dtype), bias, out_MO)
+            full_OI = expansion.blocks_in_full(self._type, blocks, x_MI.dtype)
+            multiply_by_library(x_MI, full_OI, bias, out_MO)
 
         unused, itemsize = ("BLOCK_M",) if is_one else (), 2 if self._rounds else None
         return self.run(x, blocks.shape[0], bias, launch_on, unused, itemsize, by_library)

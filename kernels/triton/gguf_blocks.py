@@ -126,7 +126,7 @@ def heads_of(
 
 
 @triton.jit
-def scale_and_least(
+def scale_and_least_of(
     blocks: tl.tensor,
     heads: tl.tensor,
     unit: tl.tensor,
@@ -197,3 +197,23 @@ def codes_of(
             bits |= ((high >> (SECOND + 2 * PART)) & 3) << (AT + 4)
             middle = 32 << AT
     return bits.to(tl.float32, bitcast=True) - (8388608.0 + middle)
+
+
+@triton.jit
+def unit_at(
+    codes_ptrs: tl.tensor,
+    unit: tl.tensor,
+    is_in: tl.tensor,
+    TYPE: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+    EVEN: tl.constexpr,
+) -> tl.tensor:
+    """The bytes of units whose threads have a byte each: of the even parts, as :func:`in_a_float` gives them, of the
+    odd ones where they lie apart, and upper bits. codes_ptrs: the block's start, by byte."""
+    low = in_a_float(load(codes_ptrs + low_at(unit, 0, TYPE, BLOCK_BYTES), is_in, EVEN), TYPE)
+    odd_low, high = low, low
+    if TYPE == 14:
+        odd_low = in_a_float(load(codes_ptrs + low_at(unit, 1, TYPE, BLOCK_BYTES), is_in, EVEN), TYPE)
+    if TYPE >= 13:
+        high = load(codes_ptrs + high_at(unit, TYPE), is_in, EVEN).to(tl.int32)
+    return low, odd_low, high

@@ -127,6 +127,16 @@ LIBRARY = Blocks.of(LIBRARY=1)
 """A candidate: by torch's library, with none of these tiles."""
 
 
+def multiply_by_library(
+    x_MI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, out_MO: torch.Tensor
+) -> None:
+    """``x @ weight.T + bias`` by torch's library, into ``out_MO``."""
+    if bias_O is None:
+        torch.mm(x_MI, weight_OI.T, out=out_MO)
+    else:
+        torch.addmm(bias_O.to(x_MI.dtype), x_MI, weight_OI.T, out=out_MO)
+
+
 class Product:
     """What the launches of one use have in common.
 

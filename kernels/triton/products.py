@@ -28,6 +28,7 @@ from drivetrain.kernels.triton.operators import define, name_of
 from drivetrain.kernels.triton.product_tiles import (
     LIBRARY,
     Product,
+    multiply_by_library,
     quantized,
     scale_and_least,
     store_tile,
@@ -384,7 +385,7 @@ class LinearByGroup(Product):
 
         def by_library(x_MI: torch.Tensor, out_MO: torch.Tensor) -> None:
             full_OI = expansion.groups_in_full(values, scales, mins, self._group, x_MI.dtype)
-            expansion.multiply(x_MI, full_OI, bias, out_MO)
+            multiply_by_library(x_MI, full_OI, bias, out_MO)
 
         return self.run(x, low.shape[0], bias, launch_on, unused=("BLOCK_I",), library=by_library)
 
@@ -439,7 +440,7 @@ class FewRowsProduct(Product):
 
     def __call__(self, x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
         def by_library(x_MI: torch.Tensor, out_MO: torch.Tensor) -> None:
-            expansion.multiply(x_MI, weight_OI, bias_O, out_MO)
+            multiply_by_library(x_MI, weight_OI, bias_O, out_MO)
 
         worth_it = weight_OI.nbytes >= _WORTH_TIMING_BYTES
         return multiply_by_row(self, PLAIN, x, weight_OI, None, bias_O, library=by_library, worth_it=worth_it)
