@@ -111,7 +111,7 @@ def half(words: tl.tensor) -> tl.tensor:
 @triton.jit
 def heads_of(
     blocks: tl.tensor, unit: tl.tensor, is_unit: tl.tensor, TYPE: tl.constexpr, EVEN: tl.constexpr
-) -> tl.tensor:
+) -> tuple[tl.tensor, ...]:
     """What scales and minima of a unit are made of: two float16, and the three pairs of bytes that hold those of Q4_K
     and Q5_K. blocks: where blocks start, as pointers to int16."""
     d = half(load(blocks + (104 if TYPE == 14 else 0), is_unit, EVEN))
@@ -134,7 +134,7 @@ def scale_and_least_of(
     PART: tl.constexpr,
     TYPE: tl.constexpr,
     EVEN: tl.constexpr,
-) -> tl.tensor:
+) -> tuple[tl.tensor, tl.tensor]:
     """Of a part of a unit: what its codes are multiplied by, as :func:`codes_of` gives them, and what is added."""
     d, least, first, second, third = heads
     scale = d
@@ -207,7 +207,7 @@ def unit_at(
     TYPE: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
     EVEN: tl.constexpr,
-) -> tl.tensor:
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """The bytes of units whose threads have a byte each: of the even parts, as :func:`in_a_float` gives them, of the
     odd ones where they lie apart, and upper bits. codes_ptrs: the block's start, by byte."""
     low = in_a_float(load(codes_ptrs + low_at(unit, 0, TYPE, BLOCK_BYTES), is_in, EVEN), TYPE)

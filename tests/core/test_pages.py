@@ -239,5 +239,5 @@ def test_memory_of_a_cache_is_taken_as_it_is_used() -> None:
     """In a process of its own: an allocator may hand out again what others have used."""
     ask = "from core.test_pages import _shares_of_a_cache as ask; print(max(ask('auto', False)))"
     folder = Path(__file__).resolve().parents[1]
-    done = subprocess.run([sys.executable, "-c", ask], cwd=folder, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", ask], cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
     assert float(done.stdout) < 0.1
