@@ -89,8 +89,8 @@ def test_the_command_swaps_and_says_so(url: str) -> None:
     assert "fcfs -> priority" in done.stdout
     rebuilt = run_command("swap", url, "quantizer=none", "--admin-token", TOKEN, "--dry-run")
     assert "reload of the files" in rebuilt.stdout
-    late = run_command("swap", url, "scheduler=priority", "--admin-token", TOKEN, "--timeout-seconds", "0.001")
-    assert late.returncode == 1
+    late = run_command("swap", url, "quantizer=int8", "--admin-token", TOKEN, "--timeout-seconds", "0.001")
+    assert late.returncode == 1, late.stdout
     assert "0.001 s" in late.stderr
     refused = run_command("swap", url, "scheduler=nothing", "--admin-token", TOKEN)
     assert refused.returncode == 1
