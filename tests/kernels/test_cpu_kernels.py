@@ -346,6 +346,29 @@ def test_long_contexts_are_cut_and_joined() -> None:
         provider().make(KernelSpec("linear", "cpu", "float32"))  # leaves the library's pool at one thread
 
 
+@pytest.mark.parametrize("seed", [0, None], ids=["shuffled", "in_order"])
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("heads", [(9, 3, 64), (8, 2, 128), (5, 1, 40), (2, 2, 64)], ids=str)
+def test_keys_are_read_where_they_lie(heads: tuple[int, int, int], block_size: int, seed: int | None) -> None:
+    """Prompts, chunks and decodes over blocks that follow each other in memory or don't, of head sizes that have code of
+    their own and of another."""
+    num_heads, kv_heads, size = heads
+    for window, kv, within in ((None, "auto", 1e-5), (70, "auto", 1e-5), (None, "int8", 4e-3)):  # to a code of int8
+        spec = AttentionSpec((LayerAttention(num_heads, kv_heads, size, size**-0.5, window, None),), "float32", kv)
+        results = []
+        for backend in (SdpaAttention, PagedCpuAttention):
+            attention = backend(backend.Config(block_size=block_size))
+            pages = Pages(spec, block_size, 80, seed)
+            cache = attention.allocate(spec, pages.num_blocks, CPU)
+            generator = torch.Generator().manual_seed(3)
+            for new_tokens in ({0: 150, 1: 30, 2: 1}, {0: 1, 1: 70, 2: 200}, {0: 50, 1: 1, 2: 16}, {0: 1, 1: 1, 2: 1}):
+                batch, total = pages.batch(new_tokens), sum(new_tokens.values())
+                q, k, v = (torch.randn(total, n, size, generator=generator) for n in (num_heads, kv_heads, kv_heads))
+                results.append(attention.begin(spec, batch, cache).attend(0, q, k, v))
+        for plain, native in zip(results[:4], results[4:], strict=True):
+            torch.testing.assert_close(native, plain, rtol=within, atol=within)
+
+
 def sharing_steps(spec: AttentionSpec, families: list[list[tuple[int, int]]], block_size: int) -> list[torch.Tensor]:
     """Attention of a step in which all decode and one begins, by sdpa and by paged-cpu.
 

@@ -17,15 +17,17 @@ def whole_batch(lengths: Sequence[int]) -> AttentionBatch:
 
 
 class Pages:
-    """Block tables of some sequences, one for each KV group, over blocks handed out in random order."""
+    """Block tables of some sequences, one for each KV group, over blocks handed out in random order, or one after
+    another where there is no seed."""
 
-    def __init__(self, spec: AttentionSpec, block_size: int, num_blocks: int, seed: int = 0) -> None:
+    def __init__(self, spec: AttentionSpec, block_size: int, num_blocks: int, seed: int | None = 0) -> None:
         self.spec = spec
         self.block_size = block_size
         self.num_blocks = [num_blocks] * len(spec.groups)
-        self.free = [list(range(num_blocks)) for _ in spec.groups]
+        self.free = [list(reversed(range(num_blocks))) for _ in spec.groups]
         for order in self.free:
-            random.Random(seed).shuffle(order)
+            if seed is not None:
+                random.Random(seed).shuffle(order)
         self.tables: list[dict[int, list[int]]] = [{} for _ in spec.groups]
         self.lengths: dict[int, int] = {}
 

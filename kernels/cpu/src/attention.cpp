@@ -37,9 +37,15 @@ struct Pages {
 
   // The slot of a token; its key is at keys + slot * token_step, the scale of that at key_scales + slot * kv_heads.
   size_t slot(int token) const { return size_t(table[token / block_size]) * block_size + token % block_size; }
+
+  // How many tokens from `first` on, up to `most`, lie one behind the other.
+  int run_of(int first, int most) const {
+    int count = block_size - first % block_size;
+    for (const int32_t* block = table + first / block_size; count < most && block[1] == block[0] + 1; block++) count += block_size;
+    return count < most ? count : most;
+  }
 };
 
-static inline void copy_row(const float* from, float* to, int size) { memcpy(to, from, size * 4); }
 template <class T>
 static inline void copy_row(const T* from, float* to, int size) {
   int i = 0;
@@ -83,23 +89,25 @@ struct Places {
   const T* operator[](int i) const { return base + offsets[i]; }
 };
 
-// What is asked for while something else is computed, a row at a time: `size` numbers of it.
-template <class T>
-static inline void ask_for(const T* row, int size) {
-  const char* at = reinterpret_cast<const char*>(row);
-  const char* end = at + size_t(size) * sizeof(T);
-  for (; at + 256 <= end; at += 256) {
-    __builtin_prefetch(at);
-    __builtin_prefetch(at + 64);
-    __builtin_prefetch(at + 128);
-    __builtin_prefetch(at + 192);
-  }
-  for (; at < end; at += 64) __builtin_prefetch(at);
+// A head's size. Decoding is compiled for the usual ones, so that no loop over it is left; kSize is 0 for any other.
+template <int kSize>
+static inline int size_of(int size) {
+  return kSize > 0 ? kSize : size;
 }
 
-// Products of R queries, rows of `size`, with K keys: those of head r go to scores + r * kRow.
-template <int R, int K, class T>
-static inline void products(const float* q, const Places<T>& keys, int first, int size, float* scores) {
+// What is asked for while something else is computed, a row at a time: `size` numbers of it.
+template <int kSize, class T>
+static inline void ask_for(const T* row, int size) {
+  const char* at = reinterpret_cast<const char*>(row);
+  const size_t bytes = size_t(size_of<kSize>(size)) * sizeof(T);
+#pragma GCC unroll 8
+  for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line);
+}
+
+// Products of R queries, rows of `size`, with K keys: those of head r go to scores + r * kRow. query(r, d): W numbers of query r.
+template <int R, int K, int kSize, class T, class Query>
+static inline __attribute__((always_inline)) void products(const Query& query, const float* q, const Places<T>& keys, int first, int size,
+                                                           float* scores) {
   vf sums[R][K] = {};
   const T* rows[K];
 #pragma GCC unroll 4
@@ -110,19 +118,18 @@ static inline void products(const float* q, const Places<T>& keys, int first, in
     for (int i = 0; i < K; i++) key[i] = load(rows[i] + d);
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-      vf x = load(q + size_t(r) * size + d);
+      vf x = query(r, d);
 #pragma GCC unroll 4
       for (int i = 0; i < K; i++) sums[r][i] += x * key[i];
     }
   };
   int d = 0;
-  for (; d + 4 * W <= size; d += 4 * W) {
-    multiply(d);
-    multiply(d + W);
-    multiply(d + 2 * W);
-    multiply(d + 3 * W);
+  if constexpr (kSize > 0) {
+#pragma GCC unroll 16
+    for (; d < kSize; d += W) multiply(d);
+  } else {
+    for (; d + W <= size; d += W) multiply(d);
   }
-  for (; d + W <= size; d += W) multiply(d);
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++) {
     float* out = scores + r * kRow + first;
@@ -131,8 +138,9 @@ static inline void products(const float* q, const Places<T>& keys, int first, in
     } else {
       for (int i = 0; i < K; i++) out[i] = sum(sums[r][i]);
     }
-    for (int rest = d; rest < size; rest++)
-      for (int i = 0; i < K; i++) out[i] += q[size_t(r) * size + rest] * get(rows[i] + rest);
+    if constexpr (kSize == 0)
+      for (int rest = d; rest < size; rest++)
+        for (int i = 0; i < K; i++) out[i] += q[size_t(r) * size + rest] * get(rows[i] + rest);
   }
 }
 
@@ -142,7 +150,7 @@ static void cap(float* scores, int count, float soft_cap) {
 
 // out[r][d] = out[r][d] * keep[r] + sum over tokens of p[r][i] * value[i][d], for N vectors of d. next: values of as many tokens,
 // whole rows, that are asked for meanwhile.
-template <int R, int N, class T>
+template <int R, int N, int kSize, class T>
 static inline void add_columns(float* out, const float* keep, const float* p, const Places<T>& values, int count, int size,
                                const Places<T>& next, int num_next) {
   vf sums[R][N];
@@ -151,7 +159,7 @@ static inline void add_columns(float* out, const float* keep, const float* p, co
 #pragma GCC unroll 4
     for (int j = 0; j < N; j++) sums[r][j] = load(out + size_t(r) * size + j * W) * keep[r];
   for (int i = 0; i < count; i++) {
-    if (i < num_next) ask_for(next[i], size);
+    if (i < num_next) ask_for<kSize>(next[i], size);
     const T* row = values[i];
     vf value[N];
 #pragma GCC unroll 4
@@ -170,14 +178,15 @@ static inline void add_columns(float* out, const float* keep, const float* p, co
 }
 
 // The same for all of d.
-template <int R, class T>
-static void add_values(float* out, const float* keep, const float* p, Places<T> values, int count, int size, const Places<T>& next,
-                       int num_next) {
+template <int R, int kSize, class T>
+static inline void add_values(float* out, const float* keep, const float* p, Places<T> values, int count, int any_size,
+                              const Places<T>& next, int num_next) {
+  const int size = size_of<kSize>(any_size);
   int d = 0;
   for (; d + 4 * W <= size; d += 4 * W, values.base += 4 * W, num_next = 0)
-    add_columns<R, 4>(out + d, keep, p, values, count, size, next, num_next);
+    add_columns<R, 4, kSize>(out + d, keep, p, values, count, size, next, num_next);
   for (; d + W <= size; d += W, values.base += W, num_next = 0)
-    add_columns<R, 1>(out + d, keep, p, values, count, size, next, num_next);
+    add_columns<R, 1, kSize>(out + d, keep, p, values, count, size, next, num_next);
   for (int column = 0; d + column < size; column++)
     for (int r = 0; r < R; r++) {
       float total = out[size_t(r) * size + d + column] * keep[r];
@@ -258,26 +267,40 @@ struct Round {
   Places<T> value_rows() const { return {values, offsets}; }
 
   // R heads whose rows of q and out begin here. next: keys and values that are asked for meanwhile; its count may be 0.
-  template <int R>
+  template <int R, int kSize>
   void attend(const LayerCache& cache, const float* q, float* out, Partial* partials, const Round& next, int num_next) const {
     alignas(64) float scores[R * kRow];
     float keep[R];
-    int size = cache.head_size, i = 0;
+    const int size = size_of<kSize>(cache.head_size);
+    int i = 0;
     const Places<T> rows = key_rows(), next_rows = next.key_rows();
-    for (; i + kTileKeys <= count; i += kTileKeys) {
-      for (int j = i; j < i + kTileKeys && j < num_next; j++) ask_for(next_rows[j], size);
-      products<R, kTileKeys>(q, rows, i, size, scores);
+    auto multiply = [&](const auto& query) __attribute__((always_inline)) {
+      for (; i + kTileKeys <= count; i += kTileKeys) {
+        for (int j = i; j < i + kTileKeys && j < num_next; j++) ask_for<kSize>(next_rows[j], size);
+        products<R, kTileKeys, kSize>(query, q, rows, i, size, scores);
+      }
+      for (; i < count; i++) products<R, 1, kSize>(query, q, rows, i, size, scores);
+    };
+    constexpr int kVectors = kSize / W;  // of a query, which stay in registers for all keys if they fit beside sums and keys
+    if constexpr (kSize > 0 && R * kVectors + R * kTileKeys + kTileKeys <= kRegisters) {
+      vf held[R][kVectors];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; v++) held[r][v] = load(q + r * kSize + v * W);
+      multiply([&](int r, int d) __attribute__((always_inline)) { return held[r][d / W]; });
+    } else {
+      multiply([&](int r, int d) __attribute__((always_inline)) { return load(q + size_t(r) * size + d); });
     }
-    for (; i < count; i++) products<R, 1>(q, rows, i, size, scores);
     for (int r = 0; r < R; r++) finish_scores(scores + r * kRow, is_code<T> ? key_scales : nullptr, count, cache);
     soften_rows<R>(scores, is_code<T> ? value_scales : nullptr, count, partials, keep);
-    add_values<R>(out, keep, scores, value_rows(), count, size, next.value_rows(), num_next);
+    add_values<R, kSize>(out, keep, scores, value_rows(), count, size, next.value_rows(), num_next);
   }
 };
 
 // Keys begin .. end - 1 of one sequence, for the `group` query heads that share kv_head: heads' rows of q and out are D apart.
 // follow(round) finds what this thread is likely to compute next, which is asked for with the last round.
-template <class T, class F>
+template <int kSize, class T, class F>
 static void decode(const LayerCache& cache, const Pages<T>& pages, int group, const float* q, float* out, Partial* partials,
                    int begin, int end, const F& follow) {
   int size = cache.head_size;
@@ -298,7 +321,7 @@ static void decode(const LayerCache& cache, const Pages<T>& pages, int group, co
     auto run = [&](auto heads) {
       constexpr int R = decltype(heads)::value;
       for (; r + R <= group; r += R, num_next = 0)
-        round.template attend<R>(cache, q + size_t(r) * size, out + size_t(r) * size, partials + r, next, num_next);
+        round.template attend<R, kSize>(cache, q + size_t(r) * size, out + size_t(r) * size, partials + r, next, num_next);
     };
     run(std::integral_constant<int, kTileHeads>());
     if constexpr (kTileHeads > 3) run(std::integral_constant<int, 3>());
@@ -346,12 +369,83 @@ static void soften(float* scores, int count, float* largest_seen, float* totals,
   }
 }
 
+// Keys and values of some tokens in float32, rows `step` apart.
+struct Tokens {
+  const float *keys, *values;
+  size_t step;
+  int count;
+};
+
+// Up to kKeys tokens from `first` on: where they lie, if that is one behind the other and in float32, else copied to keys and values.
+template <class T>
+static Tokens read_tokens(const Pages<T>& pages, int first, int end, int size, float* keys, float* values) {
+  const int most = end - first < kKeys ? end - first : kKeys;
+  if constexpr (std::is_same_v<T, float>) {
+    const int run = pages.run_of(first, most);
+    if (run == most || pages.block_size >= kKeys) {
+      const size_t at = pages.slot(first) * pages.token_step;
+      return {pages.keys + at, pages.values + at, pages.token_step, run};
+    }
+  }
+  for (int j = 0; j < most; j++) {
+    const size_t slot = pages.slot(first + j), at = slot * pages.token_step;
+    float *key = keys + size_t(j) * size, *value = values + size_t(j) * size;
+    if constexpr (is_code<T>) {
+      copy_codes(pages.keys + at, pages.key_scales[slot * pages.kv_heads] * kUnit<T>, key, size);
+      copy_codes(pages.values + at, pages.value_scales[slot * pages.kv_heads] * kUnit<T>, value, size);
+    } else {
+      copy_row(pages.keys + at, key, size);
+      copy_row(pages.values + at, value, size);
+    }
+  }
+  return {keys, values, size_t(size), most};
+}
+
+// columns[d * N * W + lane] = row(lane)[d] * factor, and 0 where there is no row.
+template <int N, class Row>
+static void lay_columns(const Row& row, int size, float factor, float* columns) {
+  for (int lane = 0; lane < N * W; lane += W) {
+    const float* rows[W];
+    for (int i = 0; i < W; i++) rows[i] = row(lane + i);
+    int d = 0;
+    for (; d + W <= size; d += W) {
+      vf block[W];
+      for (int i = 0; i < W; i++) block[i] = rows[i] ? load(rows[i] + d) : vf{};
+      transpose(block);
+      for (int i = 0; i < W; i++) store(columns + size_t(d + i) * N * W + lane, block[i] * factor);
+    }
+    for (; d < size; d++)
+      for (int i = 0; i < W; i++) columns[size_t(d) * N * W + lane + i] = rows[i] ? rows[i][d] * factor : 0.0f;
+  }
+}
+
+// The other way: row(lane)[d] = columns[d * N * W + lane] * factor, for the lanes with a row; row(lane, factor) sets the factor.
+template <int N, class Row>
+static void lay_rows(const float* columns, int size, const Row& row) {
+  for (int lane = 0; lane < N * W; lane += W) {
+    float* rows[W];
+    float factors[W];
+    for (int i = 0; i < W; i++) rows[i] = row(lane + i, factors[i]);
+    int d = 0;
+    for (; d + W <= size; d += W) {
+      vf block[W];
+      for (int i = 0; i < W; i++) block[i] = load(columns + size_t(d + i) * N * W + lane);
+      transpose(block);
+      for (int i = 0; i < W; i++)
+        if (rows[i]) store(rows[i] + d, block[i] * factors[i]);
+    }
+    for (; d < size; d++)
+      for (int i = 0; i < W; i++)
+        if (rows[i]) rows[i][d] = columns[size_t(d) * N * W + lane + i] * factors[i];
+  }
+}
+
 // Attention of panels of N * W queries over keys begin .. end - 1 of one sequence, all of one key/value head. row(panel, lane): where
-// the query lies, or null. mask(scores, first, count): hides scores of keys that follow `first`. done(panel, lane, state, sums): the
-// weighted values are at sums[d * N * W].
-template <class T, int N, class Row, class Mask, class Done>
+// the query lies, or null. mask(scores, first, count): hides scores of keys that follow `first`. result(panel, lane, state, factor):
+// where the weighted values go, or null, and what they are multiplied by.
+template <class T, int N, class Row, class Mask, class Result>
 static void attend_lanes(const LayerCache& cache, const Pages<T>& pages, int panels, int begin, int end, Room& room, const Row& row,
-                         const Mask& mask, const Done& done) {
+                         const Mask& mask, const Result& result) {
   constexpr int L = N * W;
   int size = cache.head_size;
   size_t packed = size_t(size) * L;
@@ -365,51 +459,42 @@ static void attend_lanes(const LayerCache& cache, const Pages<T>& pages, int pan
   float* seen = sums + panels * packed;
   float* totals = seen + panels * L;
   float* keep = totals + panels * L;
-  memset(sums, 0, panels * packed * 4);
-  for (int p = 0; p < panels; p++)
-    for (int lane = 0; lane < L; lane++) {
-      const float* from = row(p, lane);
-      for (int d = 0; d < size; d++) queries[p * packed + size_t(d) * L + lane] = from ? from[d] * cache.scale : 0.0f;
-    }
+  for (int p = 0; p < panels; p++) lay_columns<N>([&](int lane) { return row(p, lane); }, size, cache.scale, queries + p * packed);
+  if (begin >= end) memset(sums, 0, panels * packed * 4);
   for (int i = 0; i < panels * L; i++) {
     seen[i] = kMinusInfinity;
     totals[i] = 0.0f;
   }
-  for (int first = begin; first < end; first += kKeys) {
-    int here = end - first < kKeys ? end - first : kKeys;
-    for (int j = 0; j < here; j++) {
-      size_t slot = pages.slot(first + j), at = slot * pages.token_step;
-      float *key = keys + size_t(j) * size, *value = values + size_t(j) * size;
-      if constexpr (is_code<T>) {
-        copy_codes(pages.keys + at, pages.key_scales[slot * pages.kv_heads] * kUnit<T>, key, size);
-        copy_codes(pages.values + at, pages.value_scales[slot * pages.kv_heads] * kUnit<T>, value, size);
-      } else {
-        copy_row(pages.keys + at, key, size);
-        copy_row(pages.values + at, value, size);
-      }
+  for (int first = begin, here; first < end; first += here) {
+    const Tokens tokens = read_tokens(pages, first, end, size, keys, values);
+    here = tokens.count;
+    for (int next = first + here; next < end && next < first + here + kKeys; next++) {
+      const size_t at = pages.slot(next) * pages.token_step;
+      ask_for<0>(pages.keys + at, size);
+      ask_for<0>(pages.values + at, size);
     }
     for (int p = 0; p < panels; p++) {
-      tiles<N>(keys, size, 1, here, queries + p * packed, size, scores);
+      tiles<N>(tokens.keys, tokens.step, 1, here, queries + p * packed, size, scores, nullptr);
       if (cache.soft_cap > 0) cap(scores, here * L, cache.soft_cap);
       mask(scores, first, here);
       soften<N>(scores, here, seen + p * L, totals + p * L, keep);
       float* sum_DL = sums + p * packed;
-      for (int d = 0; d < size; d++)
-        for (int n = 0; n < N; n++)
-          store(sum_DL + size_t(d) * L + n * W, load(sum_DL + size_t(d) * L + n * W) * load(keep + n * W));
-      tiles<N, true, false>(values, 1, size, size, scores, here, sum_DL);
+      if (first == begin)
+        tiles<N, false, false>(tokens.values, 1, tokens.step, size, scores, here, sum_DL, nullptr);
+      else
+        tiles<N, true, false>(tokens.values, 1, tokens.step, size, scores, here, sum_DL, keep);
     }
   }
   for (int p = 0; p < panels; p++)
-    for (int lane = 0; lane < L; lane++)
-      done(p, lane, Partial{seen[p * L + lane], totals[p * L + lane]}, sums + p * packed + lane);
+    lay_rows<N>(sums + p * packed, size, [&](int lane, float& factor) {
+      return result(p, lane, Partial{seen[p * L + lane], totals[p * L + lane]}, factor);
+    });
 }
 
 // Queries first .. first + count - 1 (at most N * W) of one sequence, a panel for each head of a group.
 template <class T, int N>
 static void prefill(const LayerCache& cache, const Pages<T>& pages, int group, const float* q, size_t q_stride, float* out,
                     size_t out_stride, int count, int first_position, Room& room) {
-  constexpr int L = N * W;
   const int size = cache.head_size, window = cache.window;
   int end = first_position + count;  // one past the last key that any query sees
   int begin = window > 0 && first_position - window + 1 > 0 ? first_position - window + 1 : 0;
@@ -420,11 +505,9 @@ static void prefill(const LayerCache& cache, const Pages<T>& pages, int group, c
         bool is_cut = first + here - 1 > first_position || (window > 0 && first <= first_position + count - 1 - window);
         if (is_cut) hide<N>(scores, first, here, first_position, window);
       },
-      [&](int r, int lane, Partial state, const float* sums) {
-        if (lane >= count) return;
-        float factor = 1.0f / state.total;
-        float* row = out + size_t(lane) * out_stride + size_t(r) * size;
-        for (int d = 0; d < size; d++) row[d] = sums[size_t(d) * L] * factor;
+      [&](int r, int lane, Partial state, float& factor) {
+        factor = 1.0f / state.total;
+        return lane < count ? out + size_t(lane) * out_stride + size_t(r) * size : nullptr;
       });
 }
 
@@ -468,7 +551,7 @@ static void prefill(const Rows& rows, const Item& item) {
 template <class T, int N>
 static void decode_shared(const Rows& rows, const Item& item, const std::vector<int>& members, Room& room) {
   constexpr int L = N * W;
-  const int count = int(members.size()) * rows.group, size = rows.cache.head_size;
+  const int count = int(members.size()) * rows.group;
   auto [from, to] = rows.plan.keys_of(item, rows.cache, rows.batch);
   auto head_of = [&](int index) { return item.kv_head * rows.group + index % rows.group; };
   attend_lanes<T, N>(
@@ -478,14 +561,15 @@ static void decode_shared(const Rows& rows, const Item& item, const std::vector<
         return index < count ? rows.query(members[index / rows.group], head_of(index)) : nullptr;
       },
       [](float*, int, int) {},
-      [&](int panel, int lane, Partial state, const float* sums) {
+      [&](int panel, int lane, Partial state, float& factor) -> float* {
         int index = panel * L + lane;
-        if (index >= count) return;
+        if (index >= count) return nullptr;
         int s = members[index / rows.group];
         float* place = rows.part(s, head_of(index), rows.plan.sequences[s].cuts + item.part);
         place[0] = state.largest;
         place[1] = state.total;
-        for (int d = 0; d < size; d++) place[2 + d] = sums[size_t(d) * L];
+        factor = 1.0f;
+        return place + 2;
       });
 }
 
@@ -516,7 +600,14 @@ static void decode(const Rows& rows, const Item& item, const Item* next) {
   };
   const bool is_whole = rows.plan.sequences[s].parts() == 1;
   float* sums = is_whole ? rows.output(s, head) : room.reserve(size_t(group) * size);
-  decode(cache, Pages<T>(cache, rows.batch, s, item.kv_head), group, rows.query(s, head), sums, partials.data(), begin, end, follow);
+  const Pages<T> pages(cache, rows.batch, s, item.kv_head);
+  const float* q = rows.query(s, head);
+  if (size == 64)
+    decode<64>(cache, pages, group, q, sums, partials.data(), begin, end, follow);
+  else if (size == 128)
+    decode<128>(cache, pages, group, q, sums, partials.data(), begin, end, follow);
+  else
+    decode<0>(cache, pages, group, q, sums, partials.data(), begin, end, follow);
   for (int r = 0; r < group; r++) {
     float* row = sums + size_t(r) * size;
     if (is_whole) {

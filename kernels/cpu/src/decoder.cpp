@@ -121,21 +121,22 @@ static size_t product_floats(int tokens, int size, bool all_plain) {
   return plain + rounded(size_t(tokens) * size) + other;
 }
 
+constexpr int kMostAlike = 3;  // matrices in one call
+
 // Products of the same rows [T, I] of float32 with several matrices. Neighbours that take them in the same form are one. is_bf16: the
 // rows stand for numbers of bf16, and may be rounded to them.
 static void multiply(const float* rows, size_t stride, int tokens, const dt_matrix* const* matrices, const Sink* sinks, int count,
                      float* space, bool is_bf16) {
-  constexpr int kMost = 3;
   const int size = int(matrices[0]->cols);
   for (int begin = 0, end; begin < count; begin = end) {
-    Matrix alike[kMost];
+    Matrix alike[kMostAlike];
     const dt_matrix& first = *matrices[begin];
     const Form form = form_of(first, tokens);
     auto is_alike = [&](const dt_matrix& m) {
       if (form == Form::kSteps && (m.format != first.format || m.rounding != first.rounding)) return false;
       return form_of(m, tokens) == form && (!m.x_scale || *m.x_scale == *first.x_scale);
     };
-    for (end = begin; end < count && end - begin < kMost && is_alike(*matrices[end]); end++)
+    for (end = begin; end < count && end - begin < kMostAlike && is_alike(*matrices[end]); end++)
       alike[end - begin] = matrix_of(*matrices[end]);
     const int number = end - begin;
     if (form == Form::kPlain) {
@@ -196,14 +197,13 @@ class Run {
                       all.gated > ends.gated ? all.gated : ends.gated,
                       attention_floats(sequences, int(model.num_heads), int(model.kv_heads), int(model.head_size)),
                       has_ends ? size_t(sequences) * model.hidden : 0,
-                      has_ends ? size_t(sequences) * model.hidden : 0,
                       has_ends ? size_t(sequences) + 1 : 0};
     size_t total = 0;
     for (size_t size : sizes) total += rounded(size);
     space.reserve(total);
     float* next = space.data;
     is_ready_ = next != nullptr;
-    float** places[] = {&normed_, &qkv_, &attended_, &packed_, &gated_, &parts_, &x_ends_, &in_ends_};
+    float** places[] = {&normed_, &qkv_, &attended_, &packed_, &gated_, &parts_, &x_ends_};
     size_t index = 0;
     for (float** place : places) {
       *place = next;
@@ -237,7 +237,7 @@ class Run {
 
   bool ends_only() const { return step_.ends_only && step_.num_sequences < step_.num_tokens; }
 
-  Weights norm(const void* weight) const { return Weights{weight, Format(model_.format)}; }
+  Norm norm(const void* weight) const { return Norm{weight, Format(model_.format), float(model_.eps), float(model_.norm_offset)}; }
 
   bool is_bf16() const { return model_.format == int(Format::kBfloat16); }
   static bool gate_takes_plain(const dt_layer& l, int tokens) {
@@ -252,9 +252,25 @@ class Run {
     if (!weight) return x_;
     int size = int(model_.hidden);
     for_tokens(size, [&](int t) {
-      rms_norm_row(x_ + size_t(t) * size, norm(weight), float(model_.eps), float(model_.norm_offset), size, normed_ + size_t(t) * size);
+      rms_norm_row(x_ + size_t(t) * size, norm(weight), size, normed_ + size_t(t) * size);
     });
     return normed_;
+  }
+
+  // Products of the rows of the residual stream, normed where there is a weight.
+  void multiply_normed(const void* weight, const dt_matrix* const* matrices, const Sink* sinks, int count) {
+    const int hidden = int(model_.hidden);
+    bool all_plain = packs_norms(tokens_), in_pairs = is_bf16();
+    Matrix plain[kMostAlike];
+    for (int i = 0; i < count; i++) {
+      all_plain &= is_plain(*matrices[i], tokens_);
+      plain[i] = matrix_of(*matrices[i]);
+      in_pairs &= takes_pairs(plain[i], tokens_);
+    }
+    if (all_plain)
+      matmul(pack(x_, hidden, tokens_, hidden, packed_, in_pairs, norm(weight)), plain, sinks, count);
+    else
+      multiply(normed(weight), hidden, tokens_, matrices, sinks, count, packed_, is_bf16());
   }
 
   template <class F>
@@ -276,7 +292,7 @@ class Run {
     product(Sink{Sink::kStore, normed_, size_t(size), 1.0f});
     for_tokens(size, [&](int t) {
       float* row = normed_ + size_t(t) * size;
-      rms_norm_row(row, norm(after), float(model_.eps), float(model_.norm_offset), size, row);
+      rms_norm_row(row, norm(after), size, row);
       float* to = x_ + size_t(t) * size;
       for (int i = 0; i < size; i++) to[i] += scale * row[i];
     });
@@ -285,12 +301,11 @@ class Run {
   void attention(const dt_layer& layer, int index) {
     int heads = int(model_.num_heads), kv_heads = int(model_.kv_heads), size = int(model_.head_size);
     int q_size = heads * size, kv_size = kv_heads * size;
-    const float* in = normed(layer.before_attention);
     const dt_matrix* matrices[] = {&layer.q, &layer.k, &layer.v};
     Sink sinks[] = {{Sink::kStore, qkv_, size_t(qkv_stride_), 1.0f},
                     {Sink::kStore, qkv_ + q_size, size_t(qkv_stride_), 1.0f},
                     {Sink::kStore, qkv_ + q_size + kv_size, size_t(qkv_stride_), 1.0f}};
-    multiply(in, model_.hidden, tokens_, matrices, sinks, 3, packed_, is_bf16());
+    multiply_normed(layer.before_attention, matrices, sinks, 3);
 
     const Batch batch = batch_of(layer);
     const LayerCache cache = cache_of(layer, index);
@@ -302,25 +317,22 @@ class Run {
   void last_layer(const dt_layer& layer, int index) {
     const int heads = int(model_.num_heads), hidden = int(model_.hidden), sequences = int(step_.num_sequences);
     const int q_size = heads * int(model_.head_size), kv_size = int(model_.kv_heads * model_.head_size);
-    const float* in = normed(layer.before_attention);
     const dt_matrix* matrices[] = {&layer.k, &layer.v};
     Sink sinks[] = {{Sink::kStore, qkv_ + q_size, size_t(qkv_stride_), 1.0f},
                     {Sink::kStore, qkv_ + q_size + kv_size, size_t(qkv_stride_), 1.0f}};
-    multiply(in, hidden, tokens_, matrices, sinks, 2, packed_, is_bf16());
+    multiply_normed(layer.before_attention, matrices, sinks, 2);
     Batch batch = batch_of(layer);
     const LayerCache cache = cache_of(layer, index);
     for_tokens(2 * kv_size, [&](int t) { turn_and_write_key(layer, cache, batch, t); });
 
-    for (int s = 0; s < sequences; s++) {
+    for (int s = 0; s < sequences; s++)
       memcpy(x_ends_ + size_t(s) * hidden, x_ + size_t(last_of(s)) * hidden, size_t(hidden) * 4);
-      memcpy(in_ends_ + size_t(s) * hidden, in + size_t(last_of(s)) * hidden, size_t(hidden) * 4);
-    }
     float* all = x_;
     x_ = x_ends_;
     tokens_ = sequences;
     const dt_matrix* q = &layer.q;
     const Sink to_q{Sink::kStore, qkv_, size_t(qkv_stride_), 1.0f};
-    multiply(in_ends_, hidden, tokens_, &q, &to_q, 1, packed_, is_bf16());
+    multiply_normed(layer.before_attention, &q, &to_q, 1);
     for (int s = 0; s <= sequences; s++) one_each_[s] = s;
     batch.num_tokens = sequences;
     batch.query_starts = one_each_;
@@ -376,11 +388,10 @@ class Run {
   // Norm, where there is a weight, and rotary embedding of the heads of one token, for queries or keys.
   void turn(const dt_layer& layer, float* row, int heads, const void* weight, int t) {
     const int size = int(model_.head_size);
-    const float eps = float(model_.eps), offset = float(model_.norm_offset);
-    if (weight && !model_.norms_heads) rms_norm_row(row, norm(weight), eps, offset, heads * size, row);
+    if (weight && !model_.norms_heads) rms_norm_row(row, norm(weight), heads * size, row);
     for (int h = 0; h < heads; h++) {
       float* head = row + h * size;
-      if (weight && model_.norms_heads) rms_norm_row(head, norm(weight), eps, offset, size, head);
+      if (weight && model_.norms_heads) rms_norm_row(head, norm(weight), size, head);
       if (layer.rope >= 0)
         rotate(head, step_.cos[layer.rope] + size_t(t) * model_.rotary, step_.sin[layer.rope] + size_t(t) * model_.rotary,
                int(model_.rotary));
@@ -388,26 +399,26 @@ class Run {
   }
 
   void mlp(const dt_layer& layer) {
-    const float* in = normed(layer.before_mlp);
     Activation kind = Activation(model_.activation);
-    if (!gate_takes_plain(layer, tokens_)) return mlp_by_rows(layer, in, kind);
+    if (!gate_takes_plain(layer, tokens_)) return mlp_by_rows(layer, kind);
     int hidden = int(model_.hidden);
     Matrix gate = matrix_of(layer.gate), up = matrix_of(layer.up), down = matrix_of(layer.down);
-    bool in_pairs = is_bf16() && takes_pairs(gate, tokens_) && takes_pairs(up, tokens_);
-    Activations packed = pack(in, hidden, tokens_, hidden, packed_, in_pairs);
+    const bool in_pairs = is_bf16() && takes_pairs(gate, tokens_) && takes_pairs(up, tokens_), fuses = packs_norms(tokens_);
+    const float* in = fuses ? x_ : normed(layer.before_mlp);
+    Activations packed = pack(in, hidden, tokens_, hidden, packed_, in_pairs, fuses ? norm(layer.before_mlp) : Norm{});
     Activations gated = gated_matmul(packed, gate, up, kind, gated_, is_bf16() && takes_pairs(down, tokens_));
     add(layer.after_mlp, [&](const Sink& sink) { matmul(gated, &down, &sink, 1); });
   }
 
   // Where activations are brought into another form by rows, gate, up and what comes of them are rows too.
-  void mlp_by_rows(const dt_layer& layer, const float* in, Activation kind) {
+  void mlp_by_rows(const dt_layer& layer, Activation kind) {
     int size = int(model_.intermediate);
     float* gates = gated_;
     float* ups = gates + size_t(tokens_) * size;
     float* space = gated_ + rounded(2 * size_t(tokens_) * size);
     const dt_matrix* matrices[] = {&layer.gate, &layer.up};
     Sink sinks[] = {{Sink::kStore, gates, size_t(size), 1.0f}, {Sink::kStore, ups, size_t(size), 1.0f}};
-    multiply(in, model_.hidden, tokens_, matrices, sinks, 2, packed_, is_bf16());
+    multiply_normed(layer.before_mlp, matrices, sinks, 2);
     gate_in_place(gates, ups, tokens_, size, kind);
     const dt_matrix* down = &layer.down;
     add(layer.after_mlp, [&](const Sink& sink) { multiply(gates, size, tokens_, &down, &sink, 1, space, is_bf16()); });
@@ -418,7 +429,7 @@ class Run {
   float* x_;
   int tokens_, qkv_stride_;
   float *normed_, *qkv_, *attended_, *packed_, *gated_, *parts_;
-  float *x_ends_, *in_ends_;  // rows of last tokens: of the residual stream, and what a layer's products take
+  float* x_ends_;             // rows of last tokens of the residual stream
   int32_t* one_each_;         // 0 to S
   bool is_ready_;
 };

@@ -25,8 +25,8 @@ struct dt_rotation {
 namespace dt {
 namespace {
 
-template <class X, class Y>
-static void norm_row(const X* x, const Weights& weight, float eps, float offset, int size, Y* out) {
+template <class X>
+static float norm_factor(const X* x, float eps, int size) {
   vf squares = {};
   int i = 0;
   for (; i + W <= size; i += W) {
@@ -35,16 +35,21 @@ static void norm_row(const X* x, const Weights& weight, float eps, float offset,
   }
   float total = sum(squares);
   for (; i < size; i++) total += get(x + i) * get(x + i);
-  float factor = 1.0f / sqrtf(total / size + eps);
+  return 1.0f / sqrtf(total / size + eps);
+}
+
+template <class X, class Y>
+static void norm_row(const X* x, const Norm& norm, int size, Y* out) {
+  const float factor = norm_factor(x, norm.eps, size), offset = norm.offset;
   auto apply = [&](const auto* w) {
     int k = 0;
     for (; k + W <= size; k += W) store(out + k, load(x + k) * factor * (load(w + k) + offset));
     for (; k < size; k++) put(out + k, get(x + k) * factor * (get(w + k) + offset));
   };
-  if (weight.format == Format::kFloat32)
-    apply(static_cast<const float*>(weight.data));
+  if (norm.format == Format::kFloat32)
+    apply(static_cast<const float*>(norm.weight));
   else
-    apply(static_cast<const bf16*>(weight.data));
+    apply(static_cast<const bf16*>(norm.weight));
 }
 
 // Rows go to threads in runs of about this many elements; fewer are not worth waking anyone for.
@@ -61,8 +66,7 @@ static void over_rows(int rows, int size, F&& body) {
 }
 
 template <class T>
-static void norms(const T* x, const T* residual, const Weights& weight, float eps, float offset, int rows, int size, T* out,
-                  T* summed) {
+static void norms(const T* x, const T* residual, const Norm& norm, int rows, int size, T* out, T* summed) {
   over_rows(rows, size, [&](int row) {
     const T* in = x + size_t(row) * size;
     if (residual) {
@@ -73,7 +77,7 @@ static void norms(const T* x, const T* residual, const Weights& weight, float ep
       for (; i < size; i++) put(total + i, get(in + i) + get(other + i));
       in = total;
     }
-    norm_row(in, weight, eps, offset, size, out + size_t(row) * size);
+    norm_row(in, norm, size, out + size_t(row) * size);
   });
 }
 
@@ -173,9 +177,9 @@ static void rotate_and_write(const dt_rotation& r) {
 
 }  // namespace
 
-void rms_norm_row(const float* x, const Weights& weight, float eps, float offset, int size, float* out) {
-  norm_row(x, weight, eps, offset, size, out);
-}
+void rms_norm_row(const float* x, const Norm& norm, int size, float* out) { norm_row(x, norm, size, out); }
+
+float rms_norm_factor(const float* x, float eps, int size) { return norm_factor(x, eps, size); }
 
 void gate_in_place(float* gate, const float* up, int rows, int size, Activation kind) {
   gate_rows(static_cast<const float*>(gate), up, rows, size, kind, gate);
@@ -194,12 +198,12 @@ using namespace dt;
 // residual and summed: null for a plain norm.
 DT_API void dt_rms_norm(const void* x, const void* residual, const void* weight, float eps, float offset, int rows, int size, int format,
                  void* out, void* summed) {
-  Weights w{weight, Format(format)};
+  const Norm norm{weight, Format(format), eps, offset};
   if (format == int(Format::kFloat32))
-    norms(static_cast<const float*>(x), static_cast<const float*>(residual), w, eps, offset, rows, size, static_cast<float*>(out),
+    norms(static_cast<const float*>(x), static_cast<const float*>(residual), norm, rows, size, static_cast<float*>(out),
           static_cast<float*>(summed));
   else
-    norms(static_cast<const bf16*>(x), static_cast<const bf16*>(residual), w, eps, offset, rows, size, static_cast<bf16*>(out),
+    norms(static_cast<const bf16*>(x), static_cast<const bf16*>(residual), norm, rows, size, static_cast<bf16*>(out),
           static_cast<bf16*>(summed));
 }
 

@@ -4,14 +4,11 @@
 
 namespace dt {
 
-// A vector of weights in either format.
-struct Weights {
-  const void* data;
-  Format format;
-};
+// norm of one row of `size`; in and out may be the same.
+void rms_norm_row(const float* x, const Norm& norm, int size, float* out);
 
-// out = x / sqrt(mean(x^2) + eps) * (weight + offset), one row of `size`; in and out may be the same.
-void rms_norm_row(const float* x, const Weights& weight, float eps, float offset, int size, float* out);
+// What a row is multiplied by before the norm's weights.
+float rms_norm_factor(const float* x, float eps, int size);
 
 // gate = act(gate) * up, on all threads.
 void gate_in_place(float* gate, const float* up, int rows, int size, Activation kind);

@@ -2,6 +2,7 @@
 
 #include "amx.h"
 #include "chunk.h"
+#include "elementwise.h"
 #include "packed.h"
 #include "pool.h"
 #include "tile.h"
@@ -32,10 +33,10 @@ template <bool kPairs>
 static void panel_sums(const Activations& x, int panel, const float* w, size_t stride, int count, float* out) {
   const float* packed = x.panels + size_t(panel) * kPanel * x.depth();
   bool is_wide = panel_width(x.in_panels(), panel) == kPanel;
-  if (panel > 0)  // the first has brought the weights into the cache
-    (is_wide ? tiles<2, false, true, false, kPairs> : tiles<1, false, true, false, kPairs>)(w, stride, 1, count, packed, x.depth(), out);
-  else
-    (is_wide ? tiles<2, false, true, true, kPairs> : tiles<1, false, true, true, kPairs>)(w, stride, 1, count, packed, x.depth(), out);
+  const bool fetches = panel == 0;  // and so brings the weights into the cache for the others
+  auto run = is_wide ? (fetches ? tiles<2, false, true, true, kPairs> : tiles<2, false, true, false, kPairs>)
+                     : (fetches ? tiles<1, false, true, true, kPairs> : tiles<1, false, true, false, kPairs>);
+  run(w, stride, 1, count, packed, x.depth(), out, nullptr);
 }
 
 static void panel_sums(const Activations& x, int panel, const float* w, size_t stride, int count, float* out) {
@@ -108,6 +109,7 @@ static void many_chunk(const Activations& x, const Matrix& m, const Sink& sink, 
   alignas(64) float sums[kChunk * kPanel];
   const int in_panels = x.in_panels();
   for (int p = 0; p < num_panels(in_panels); p++) {
+    sink.fetch(p * kPanel, panel_tokens(in_panels, p), first, count);
     panel_sums(x, p, w, stride, count, sums);
     turn(sums, count, panel_width(in_panels, p), panel_tokens(in_panels, p), m.bias ? m.bias + first : nullptr,
          [&](int t, int o, auto value) { sink.put(p * kPanel + t, first + o, value); });
@@ -290,49 +292,76 @@ bool takes_pairs(const Matrix& m, int num_tokens) {
   return m.cols % 2 == 0 && m.stride % 2 == 0 && reinterpret_cast<uintptr_t>(m.weight) % 4 == 0;
 }
 
-Activations pack(const float* rows, size_t stride, int num_tokens, int size, float* space, bool in_pairs) {
+bool packs_norms(int num_tokens) { return !amx::kIsBuilt || num_tokens <= kFewRows; }
+
+// Rows of at most W tokens as columns: features begin .. end - 1 of token i go to out[feature * width + i], or in pairs. factors: what
+// the tokens are multiplied by before the norm's weights.
+static void pack_lanes(const float* in, size_t stride, int valid, int begin, int end, int width, bool in_pairs, const Norm& norm,
+                       vf factors, float* out) {
+  auto normed = [&](vf column, int feature) __attribute__((always_inline)) {
+    if (!norm.weight) return column;
+    float weight = norm.format == Format::kFloat32 ? get(static_cast<const float*>(norm.weight) + feature)
+                                                   : get(static_cast<const bf16*>(norm.weight) + feature);
+    return column * factors * splat(weight + norm.offset);
+  };
+  int k = begin;
+  for (; k + W <= end; k += W) {
+    vf block[W];
+    for (int i = 0; i < W; i++) block[i] = i < valid ? load(in + size_t(i) * stride + k) : vf{};
+    transpose(block);
+    for (int i = 0; i < W; i++) block[i] = normed(block[i], k + i);
+    if (in_pairs)
+      for (int i = 0; i < W; i += 2) store(out + size_t(k + i) / 2 * width, pairs_of(block[i], block[i + 1]));
+    else
+      for (int i = 0; i < W; i++) store(out + size_t(k + i) * width, block[i]);
+  }
+  auto column = [&](int at) {
+    vf values;
+    for (int i = 0; i < W; i++) values[i] = i < valid ? in[size_t(i) * stride + at] : 0.0f;
+    return normed(values, at);
+  };
+  if (in_pairs)
+    for (; k < end; k += 2) store(out + size_t(k) / 2 * width, pairs_of(column(k), column(k + 1)));
+  for (; k < end; k++) store(out + size_t(k) * width, column(k));
+}
+
+Activations pack(const float* rows, size_t stride, int num_tokens, int size, float* space, bool in_pairs, const Norm& norm) {
   if (num_tokens <= kFewRows) {
     float* split = space + size_t(num_tokens) * size;
     for (int t = 0; t < num_tokens; t++) {
-      memcpy(space + size_t(t) * size, rows + size_t(t) * stride, size * 4);
-      split_row(rows + size_t(t) * stride, size, split + size_t(t) * size);
+      float* row = space + size_t(t) * size;
+      if (norm.weight)
+        rms_norm_row(rows + size_t(t) * stride, norm, size, row);
+      else
+        memcpy(row, rows + size_t(t) * stride, size_t(size) * 4);
+      split_row(row, size, split + size_t(t) * size);
     }
     return Activations{num_tokens, size, space, split, nullptr};
   }
   if constexpr (amx::kIsBuilt) return amx::pack(rows, stride, num_tokens, size, space);
-  const int in_panels = tokens_in_panels(num_tokens), panels = num_panels(in_panels);
+  const int in_panels = tokens_in_panels(num_tokens);
   Activations packed{num_tokens, size, nullptr, nullptr, space, in_pairs};
-  for (int t = in_panels; t < num_tokens; t++)
-    put_rest(rows + size_t(t) * stride, size, in_pairs, space + packed.rest_offset() + size_t(t - in_panels) * packed.depth());
-  constexpr int kSpan = 8 * W;  // features of one chunk
-  int spans = (size + kSpan - 1) / kSpan;
-  parallel(panels * spans, [&](int chunk, int) {
-    int panel = chunk / spans, begin = chunk % spans * kSpan;
-    int end = begin + kSpan < size ? begin + kSpan : size;
-    int width = panel_width(in_panels, panel), tokens = panel_tokens(in_panels, panel);
-    float* out = space + size_t(panel) * kPanel * (in_pairs ? size / 2 : size);
-    const float* in = rows + size_t(panel) * kPanel * stride;
-    for (int lane = 0; lane < width; lane += W) {
-      int valid = tokens - lane < W ? tokens - lane : W;
-      int k = begin;
-      for (; k + W <= end; k += W) {
-        vf block[W];
-        for (int i = 0; i < W; i++) block[i] = i < valid ? load(in + size_t(lane + i) * stride + k) : vf{};
-        transpose(block);
-        if (in_pairs)
-          for (int i = 0; i < W; i += 2) store(out + size_t(k + i) / 2 * width + lane, pairs_of(block[i], block[i + 1]));
-        else
-          for (int i = 0; i < W; i++) store(out + size_t(k + i) * width + lane, block[i]);
+  // A norm is of whole rows, so that one thread takes all features of W tokens.
+  const int span = norm.weight ? size : 8 * W, spans = (size + span - 1) / span, chunks = (in_panels + W - 1) / W * spans;
+  parallel(chunks + (packed.num_rest() > 0), [&](int chunk, int) {
+    if (chunk == chunks) {
+      static thread_local Scratch scratch;
+      float* normed = scratch.reserve(size);
+      for (int t = in_panels; t < num_tokens; t++) {
+        const float* row = rows + size_t(t) * stride;
+        if (norm.weight) rms_norm_row(row, norm, size, normed);
+        put_rest(norm.weight ? normed : row, size, in_pairs, space + packed.rest_offset() + size_t(t - in_panels) * packed.depth());
       }
-      auto column = [&](int at) {
-        vf values;
-        for (int i = 0; i < W; i++) values[i] = i < valid ? in[size_t(lane + i) * stride + at] : 0.0f;
-        return values;
-      };
-      if (in_pairs)
-        for (; k < end; k += 2) store(out + size_t(k) / 2 * width + lane, pairs_of(column(k), column(k + 1)));
-      for (; k < end; k++) store(out + size_t(k) * width + lane, column(k));
+      return;
     }
+    const int first = chunk / spans * W, begin = chunk % spans * span, valid = in_panels - first < W ? in_panels - first : W;
+    const int panel = first / kPanel;
+    const float* in = rows + size_t(first) * stride;
+    vf factors{};
+    if (norm.weight)
+      for (int i = 0; i < valid; i++) factors[i] = rms_norm_factor(in + size_t(i) * stride, norm.eps, size);
+    pack_lanes(in, stride, valid, begin, begin + span < size ? begin + span : size, panel_width(in_panels, panel), in_pairs, norm, factors,
+               space + size_t(panel) * kPanel * packed.depth() + first % kPanel);
   });
   return packed;
 }

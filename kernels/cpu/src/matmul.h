@@ -66,6 +66,13 @@ struct Activations {
   const float* rest() const { return panels + rest_offset(); }
 };
 
+// An RMS norm of rows: x / sqrt(mean(x^2) + eps) * (weight + offset). weight: in `format`; null for no norm.
+struct Norm {
+  const void* weight = nullptr;
+  Format format = Format::kFloat32;
+  float eps = 0, offset = 0;
+};
+
 // What becomes of the sums. All pointers are rows of `stride` elements.
 struct Sink {
   enum Mode { kStore, kStoreBf16, kAdd } mode;
@@ -73,6 +80,14 @@ struct Sink {
   size_t stride;
   float scale = 1.0f;  // kAdd: out += scale * sum
 
+  // Asks for the places that sums will be put to: other threads may have them.
+  inline void fetch(int token, int tokens, int o, int count) const {
+    const size_t bytes = mode == kStoreBf16 ? 2 : 4;
+    for (int t = 0; t < tokens; t++) {
+      const char* at = static_cast<const char*>(out) + (size_t(token + t) * stride + o) * bytes;
+      for (const char* end = at + count * bytes; at < end; at += 64) __builtin_prefetch(at, 1, 3);
+    }
+  }
   inline void put(int token, int o, vf value) const {
     size_t at = size_t(token) * stride + o;
     if (mode == kStore) {
@@ -105,8 +120,11 @@ size_t packed_floats(int num_tokens, int size);
 bool takes_pairs(const Matrix& m, int num_tokens);
 
 // Packs rows [T, I] (float32, `stride` apart) on all threads; `space` holds packed_floats() and must be aligned to 64 bytes.
-// in_pairs: all that they are multiplied by takes_pairs.
-Activations pack(const float* rows, size_t stride, int num_tokens, int size, float* space, bool in_pairs = false);
+// in_pairs: all that they are multiplied by takes_pairs. norm: of the rows first, if packs_norms.
+Activations pack(const float* rows, size_t stride, int num_tokens, int size, float* space, bool in_pairs = false, const Norm& norm = {});
+
+// Whether so many rows can be normed while they are packed.
+bool packs_norms(int num_tokens);
 
 // Outputs that one thread takes at a time when weights stream by. What it asks for beyond its end is lost, and for its beginning
 // it waits: so not too few, and not so many that a thread is left without.

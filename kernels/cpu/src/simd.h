@@ -179,13 +179,17 @@ static inline float largest(vf v) {
   return best;
 }
 
-// exp to 1 ulp or so: x = n ln 2 + r, a polynomial of degree 6 in r (minimax on [-ln 2 / 2, ln 2 / 2], as in Cephes' expf), and
-// 2^n put together by bits. Below -87.3 it is 0, above 88.7 infinity, NaN stays NaN.
+// exp to 1 ulp or so: x = n ln 2 + r, a polynomial of degree 6 in r (minimax on [-ln 2 / 2, ln 2 / 2], as in Cephes' expf), times 2^n.
+// Below -87.3 it is 0, above 88.7 infinity, NaN stays NaN.
 static inline vf vexp(vf x) {
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  vf clamped = vmax(vmin(x, splat(88.8f)), splat(-87.4f));
-  vf n = (clamped * 1.44269504088896341f + magic) - magic;
-  vf r = clamped - n * 0.693359375f;
+  const float least = -87.336544f;
+  vf capped = vmin(splat(88.8f), x);
+#if !defined(__AVX512F__)
+  capped = vmax(splat(least), capped);
+#endif
+  vf n = (capped * 1.44269504088896341f + magic) - magic;
+  vf r = capped - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
   vf p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
@@ -193,15 +197,20 @@ static inline vf vexp(vf x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  // Two factors, because 2^128 has no float of its own.
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(least), _CMP_NLT_UQ), (__m512)p, (__m512)n);
+#else
+  // 2^n put together by bits; as two factors, because 2^128 has no float of its own.
   vi k = __builtin_convertvector(n, vi);
   vi half = k >> 1;
   vf first = (vf)((half + 127) << 23);
   vf second = (vf)((k - half + 127) << 23);
   vf result = p * first * second;
-  result = select(x < splat(-87.336544f), vf{}, result);
+  result = select(x < splat(least), vf{}, result);
   return select(x == x, result, x);
+#endif
 }
 
 static inline vf vtanh(vf x) { return 1.0f - 2.0f / (vexp(2.0f * x) + 1.0f); }

@@ -16,14 +16,16 @@ constexpr int kTile1 = 12;
 constexpr int kAhead = 128;  // floats that are asked for before they are needed: 384 to 1,024 bytes measured alike
 
 // Weight (r, k) is at w[r * row_step + k * step], and dense rows have a step of 1; x and out are packed, N * W tokens a row.
-// kFetches: the weights come from memory, in order. kPairs: w and x are pairs of bf16 (pairs_of), and steps and size count pairs.
+// kAdds: to what is at out, times keep[tokens]. kFetches: the weights come from memory, in order. kPairs: w and x are pairs of bf16
+// (pairs_of), and steps and size count pairs.
 template <int R, int N, bool kAdds, bool kIsDense, bool kFetches, bool kPairs>
-static inline void tile(const float* w, size_t row_step, size_t step, const float* x, int size, float* __restrict out) {
+static inline void tile(const float* w, size_t row_step, size_t step, const float* x, int size, float* __restrict out,
+                        const float* keep) {
   vf sums[R][N];
 #pragma GCC unroll 24
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-    for (int n = 0; n < N; n++) sums[r][n] = kAdds ? load(out + (r * N + n) * W) : vf{};
+    for (int n = 0; n < N; n++) sums[r][n] = kAdds ? load(out + (r * N + n) * W) * load(keep + n * W) : vf{};
   // Three rows share a pointer, so that all pointers of a tile stay in registers: a processor adds once or twice the row step
   // while it forms an address.
   constexpr int kPointers = (R + 2) / 3;
@@ -124,13 +126,14 @@ static inline void row_tile(const float* w, size_t row_step, const float* x, int
 }
 
 template <int N, bool kAdds = false, bool kIsDense = true, bool kFetches = false, bool kPairs = false>
-static void tiles(const float* w, size_t row_step, size_t step, int count, const float* x, int size, float* out) {
+static void tiles(const float* w, size_t row_step, size_t step, int count, const float* x, int size, float* out,
+                  const float* keep) {
   constexpr int kFull = N == 2 ? kTile2 : kTile1;
   int r = 0;
   auto run = [&](auto rows) {
     constexpr int R = decltype(rows)::value;
     for (; r + R <= count; r += R)
-      tile<R, N, kAdds, kIsDense, kFetches, kPairs>(w + r * row_step, row_step, step, x, size, out + r * N * W);
+      tile<R, N, kAdds, kIsDense, kFetches, kPairs>(w + r * row_step, row_step, step, x, size, out + r * N * W, keep);
   };
   run(std::integral_constant<int, kFull>());
   run(std::integral_constant<int, 4>());
