@@ -152,7 +152,10 @@ class ModelRunner:
                 return self._graphs.run(inputs)
             except GraphCaptureError as error:
                 self._do_without_graphs(error)
-        return self.model.logits(self._hidden(inputs).index_select(0, inputs.rows_N))
+        hidden_TE = self._hidden(inputs)
+        if inputs.attention.ends_only and inputs.rows_N.shape[0] == hidden_TE.shape[0]:
+            return self.model.logits(hidden_TE)  # a decode of one token for each sequence: all rows, in their order
+        return self.model.logits(hidden_TE.index_select(0, inputs.rows_N))
 
     def _hidden(self, inputs: StepInputs) -> torch.Tensor:
         """The states behind all tokens of a step, [T, E]."""

@@ -85,17 +85,23 @@ def build(checkpoint: FolderCheckpoint, kernels: CpuKernels | None, dtype: torch
 
 @torch.inference_mode()
 def scores(
-    module: Any, backend: type[SdpaAttention], block_size: int = 4, kv: str = "auto", ends_only: bool = False
+    module: Any,
+    backend: type[SdpaAttention],
+    block_size: int = 4,
+    kv: str = "auto",
+    ends_only: bool = False,
+    steps: Sequence[dict[int, int]] = STEPS,
 ) -> torch.Tensor:
-    """Scores of every token of STEPS, or of each sequence's last one in a step, fed over a paged cache."""
+    """Scores of every token of these steps, or of each sequence's last one in a step, fed over a paged cache."""
     spec = dataclasses.replace(module.spec.attention, kv=kv)
     attention = backend(backend.Config(block_size=block_size))
-    pages = Pages(spec, block_size, 80)
+    sequences = 1 + max(max(step) for step in steps)
+    pages = Pages(spec, block_size, 80 if steps is STEPS else 8 * sequences)
     cache = attention.allocate(spec, pages.num_blocks, CPU)
     generator = torch.Generator().manual_seed(1)
-    ids = [torch.randint(0, VOCAB_SIZE, (60,), generator=generator) for _ in range(6)]
+    ids = [torch.randint(0, VOCAB_SIZE, (60,), generator=generator) for _ in range(sequences)]
     parts = []
-    for new_tokens in STEPS:
+    for new_tokens in steps:
         done = [pages.lengths.get(s, 0) for s in range(len(ids))]
         batch = dataclasses.replace(pages.batch(new_tokens), ends_only=ends_only)
         flat = torch.cat([ids[s][done[s] : done[s] + new] for s, new in new_tokens.items()])
@@ -140,6 +146,24 @@ def test_the_last_layer_may_compute_last_tokens_alone(
         scaled = scores(module, PagedCpuAttention, kv="int8", ends_only=True)
         every = scores(module, PagedCpuAttention, kv="int8")
         assert (scaled - ends(every)).square().mean().sqrt() <= 0.003 * every.std(), name
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_many_decodes_ask_for_the_next_layers_keys_meanwhile(
+    checkpoints: dict[str, FolderCheckpoint], name: str, threads: int
+) -> None:
+    """More rows than are a tile, so that keys of the next layer, of another window perhaps, are planned for ahead."""
+    steps = [{s: 1 + s % 7 for s in range(40)}, dict.fromkeys(range(40), 1), {**dict.fromkeys(range(25), 1), 30: 20}]
+    torch.set_num_threads(threads)
+    try:
+        module = build(checkpoints[name], provider())
+        plain = scores(build(checkpoints[name], None), SdpaAttention, steps=steps)
+        native = scores(module, PagedCpuAttention, steps=steps)
+        torch.testing.assert_close(native, plain, rtol=2e-4, atol=2e-4)
+    finally:
+        torch.set_num_threads(1)
+        provider().make(KernelSpec("linear", "cpu", "float32"))  # leaves the library's pool at one thread
 
 
 @torch.inference_mode()
@@ -350,8 +374,8 @@ def test_long_contexts_are_cut_and_joined() -> None:
 @pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize("heads", [(9, 3, 64), (8, 2, 128), (5, 1, 40), (2, 2, 64)], ids=str)
 def test_keys_are_read_where_they_lie(heads: tuple[int, int, int], block_size: int, seed: int | None) -> None:
-    """Prompts, chunks and decodes over blocks that follow each other in memory or don't, of head sizes that have code of
-    their own and of another."""
+    """Prompts, chunks and decodes over blocks that follow each other in memory or don't, of head sizes that have code
+    of their own and of another."""
     num_heads, kv_heads, size = heads
     for window, kv, within in ((None, "auto", 1e-5), (70, "auto", 1e-5), (None, "int8", 4e-3)):  # to a code of int8
         spec = AttentionSpec((LayerAttention(num_heads, kv_heads, size, size**-0.5, window, None),), "float32", kv)

@@ -474,15 +474,15 @@ static void attend_lanes(const LayerCache& cache, const Pages<T>& pages, int pan
       ask_for<0>(pages.values + at, size);
     }
     for (int p = 0; p < panels; p++) {
-      tiles<N>(tokens.keys, tokens.step, 1, here, queries + p * packed, size, scores, nullptr);
+      tiles<N>(tokens.keys, tokens.step, 1, here, queries + p * packed, size, scores, nullptr, nullptr);
       if (cache.soft_cap > 0) cap(scores, here * L, cache.soft_cap);
       mask(scores, first, here);
       soften<N>(scores, here, seen + p * L, totals + p * L, keep);
       float* sum_DL = sums + p * packed;
       if (first == begin)
-        tiles<N, false, false>(tokens.values, 1, tokens.step, size, scores, here, sum_DL, nullptr);
+        tiles<N, false, false>(tokens.values, 1, tokens.step, size, scores, here, sum_DL, nullptr, nullptr);
       else
-        tiles<N, true, false>(tokens.values, 1, tokens.step, size, scores, here, sum_DL, keep);
+        tiles<N, true, false>(tokens.values, 1, tokens.step, size, scores, here, sum_DL, keep, nullptr);
     }
   }
   for (int p = 0; p < panels; p++)
@@ -641,11 +641,8 @@ static void join(const Rows& rows, int s) {
 }
 
 template <class T>
-static void attend_as(const LayerCache& cache, const Batch& batch, int num_heads, const float* q, size_t q_stride, float* out,
+static void attend_as(const LayerCache& cache, const Batch& batch, const Plan& plan, int num_heads, const float* q, size_t q_stride, float* out,
                       size_t out_stride, float* space) {
-  static thread_local Plan plan_of_thread;
-  Plan& plan = plan_of_thread;
-  plan.make(cache, batch, num_heads);
   const Rows rows{cache, batch, plan, num_heads / cache.kv_heads, num_heads, q, q_stride, out, out_stride, space};
   parallel(int(plan.items.size()), [&](int index, int) {
     const Item& item = plan.items[index];
@@ -708,13 +705,13 @@ size_t attention_floats(int num_sequences, int num_heads, int kv_heads, int head
   return (cut + shared) * (head_size + 2);
 }
 
-void attend(const LayerCache& cache, const Batch& batch, int num_heads, const float* q, size_t q_stride, float* out,
+void attend(const LayerCache& cache, const Batch& batch, const Plan& plan, int num_heads, const float* q, size_t q_stride, float* out,
             size_t out_stride, float* space) {
   auto run = cache.format == CacheFormat::kFloat32    ? attend_as<float>
              : cache.format == CacheFormat::kBfloat16 ? attend_as<bf16>
              : cache.format == CacheFormat::kInt8     ? attend_as<int8_t>
                                                       : attend_as<fp8>;
-  run(cache, batch, num_heads, q, q_stride, out, out_stride, space);
+  run(cache, batch, plan, num_heads, q, q_stride, out, out_stride, space);
 }
 
 }  // namespace dt

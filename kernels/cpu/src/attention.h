@@ -37,8 +37,10 @@ struct Batch {
 // Writes keys and values of all tokens, rows of `stride` floats with G * D of them in use.
 void write_cache(const LayerCache& cache, const Batch& batch, const float* keys, const float* values, size_t stride);
 
-// out[T, H * D] = attention of q[T, H * D] over the cache. `space` holds attention_floats().
-void attend(const LayerCache& cache, const Batch& batch, int num_heads, const float* q, size_t q_stride, float* out,
+struct Plan;  // attention_plan.h
+
+// out[T, H * D] = attention of q[T, H * D] over the cache, as the plan for these has it. `space` holds attention_floats().
+void attend(const LayerCache& cache, const Batch& batch, const Plan& plan, int num_heads, const float* q, size_t q_stride, float* out,
             size_t out_stride, float* space);
 
 size_t attention_floats(int num_sequences, int num_heads, int kv_heads, int head_size);

@@ -4,7 +4,9 @@
 #include <cstdlib>
 #include <vector>
 
+#include "ahead.h"
 #include "attention.h"
+#include "attention_plan.h"
 #include "elementwise.h"
 #include "formats.h"
 #include "matmul.h"
@@ -69,6 +71,8 @@ namespace {
 struct Workspace {
   float* data = nullptr;
   size_t size = 0;
+  Plan plan;
+  Ahead ahead;
   ~Workspace() { free(data); }
   void reserve(size_t count) {
     if (count <= size) return;
@@ -185,7 +189,7 @@ static bool taken(const void* x, int tokens, int size, int format, size_t extra,
 class Run {
  public:
   Run(const dt_decoder& model, const dt_step& step, float* x, Workspace& space)
-      : model_(model), step_(step), x_(x), tokens_(int(step.num_tokens)) {
+      : model_(model), step_(step), x_(x), tokens_(int(step.num_tokens)), plan_(space.plan), ahead_(space.ahead) {
     int q = int(model.num_heads * model.head_size), kv = int(model.kv_heads * model.head_size), sequences = int(step.num_sequences);
     qkv_stride_ = q + 2 * kv;
     const bool has_ends = ends_only();
@@ -218,7 +222,7 @@ class Run {
     const dt_layer& layer = model_.layers[index];
     if (index + 1 == model_.num_layers && ends_only()) return last_layer(layer, index);
     attention(layer, index);
-    mlp(layer);
+    mlp(layer, index);
   }
 
  private:
@@ -268,7 +272,7 @@ class Run {
       in_pairs &= takes_pairs(plain[i], tokens_);
     }
     if (all_plain)
-      matmul(pack(x_, hidden, tokens_, hidden, packed_, in_pairs, norm(weight)), plain, sinks, count);
+      matmul(pack(x_, hidden, tokens_, hidden, packed_, in_pairs, norm(weight)), plain, sinks, count, asked());
     else
       multiply(normed(weight), hidden, tokens_, matrices, sinks, count, packed_, is_bf16());
   }
@@ -306,6 +310,7 @@ class Run {
                     {Sink::kStore, qkv_ + q_size, size_t(qkv_stride_), 1.0f},
                     {Sink::kStore, qkv_ + q_size + kv_size, size_t(qkv_stride_), 1.0f}};
     multiply_normed(layer.before_attention, matrices, sinks, 3);
+    is_asking_ = false;
 
     const Batch batch = batch_of(layer);
     const LayerCache cache = cache_of(layer, index);
@@ -338,7 +343,7 @@ class Run {
     batch.query_starts = one_each_;
     for_tokens(q_size, [&](int s) { turn(layer, qkv_ + size_t(s) * qkv_stride_, heads, layer.q_norm, last_of(s)); });
     attend_and_add(layer, cache, batch);
-    mlp(layer);
+    mlp(layer, index);
     for (int s = 0; s < sequences; s++) memcpy(all + size_t(last_of(s)) * hidden, x_ends_ + size_t(s) * hidden, size_t(hidden) * 4);
   }
 
@@ -365,10 +370,40 @@ class Run {
 
   void attend_and_add(const dt_layer& layer, const LayerCache& cache, const Batch& batch) {
     const int heads = int(model_.num_heads), q_size = heads * int(model_.head_size);
-    attend(cache, batch, heads, qkv_, qkv_stride_, attended_, q_size, parts_);
+    make_plan(layer, cache, batch);
+    attend(cache, batch, plan_, heads, qkv_, qkv_stride_, attended_, q_size, parts_);
     const dt_matrix* o = &layer.o;
     add(layer.after_attention, [&](const Sink& sink) { multiply(attended_, q_size, tokens_, &o, &sink, 1, packed_, is_bf16()); });
   }
+
+  // The plan of a layer's attention: most layers of a step have the same.
+  void make_plan(const dt_layer& layer, const LayerCache& cache, const Batch& batch) {
+    if (planned_tokens_ == batch.num_tokens && planned_group_ == layer.group && planned_window_ == layer.window) return;
+    plan_.make(cache, batch, int(model_.num_heads));
+    planned_tokens_ = batch.num_tokens;
+    planned_group_ = layer.group;
+    planned_window_ = layer.window;
+    if (can_ask()) find_ahead(plan_, cache, batch, ahead_);
+  }
+
+  // Beside many tokens of prompts nothing is gained (measured): their activations need the last cache.
+  bool can_ask() const { return takes_ahead(tokens_) && tokens_ <= 2 * step_.num_sequences; }
+
+  // While the last products before the attention of layer `next` are computed, keys and values of its decodes are asked for: from here
+  // on, unless there is time enough for that in the products `later` and those that begin the layer.
+  void ask_ahead(int next, const dt_matrix* later) {
+    if (is_asking_ || !can_ask() || next >= model_.num_layers || (next + 1 == model_.num_layers && ends_only())) return;
+    const dt_layer& layer = model_.layers[next];
+    const LayerCache cache = cache_of(layer, next);
+    make_plan(layer, cache, batch_of(layer));
+    size_t time = 0;
+    if (later)
+      for (const dt_matrix* m : {later, &layer.q, &layer.k, &layer.v}) time += ahead_bytes(matrix_of(*m), tokens_);
+    if (ahead_.most_bytes == 0 || ahead_.most_bytes <= time) return;
+    ahead_.begin(cache.keys, cache.values);
+    is_asking_ = true;
+  }
+  Ahead* asked() { return is_asking_ ? &ahead_ : nullptr; }
 
   // Head norms, rotary embedding and the cache, for one token.
   void turn_and_write(const dt_layer& layer, const LayerCache& cache, const Batch& batch, int t) {
@@ -398,7 +433,7 @@ class Run {
     }
   }
 
-  void mlp(const dt_layer& layer) {
+  void mlp(const dt_layer& layer, int index) {
     Activation kind = Activation(model_.activation);
     if (!gate_takes_plain(layer, tokens_)) return mlp_by_rows(layer, kind);
     int hidden = int(model_.hidden);
@@ -406,8 +441,10 @@ class Run {
     const bool in_pairs = is_bf16() && takes_pairs(gate, tokens_) && takes_pairs(up, tokens_), fuses = packs_norms(tokens_);
     const float* in = fuses ? x_ : normed(layer.before_mlp);
     Activations packed = pack(in, hidden, tokens_, hidden, packed_, in_pairs, fuses ? norm(layer.before_mlp) : Norm{});
-    Activations gated = gated_matmul(packed, gate, up, kind, gated_, is_bf16() && takes_pairs(down, tokens_));
-    add(layer.after_mlp, [&](const Sink& sink) { matmul(gated, &down, &sink, 1); });
+    ask_ahead(index + 1, &layer.down);
+    Activations gated = gated_matmul(packed, gate, up, kind, gated_, is_bf16() && takes_pairs(down, tokens_), asked());
+    ask_ahead(index + 1, nullptr);
+    add(layer.after_mlp, [&](const Sink& sink) { matmul(gated, &down, &sink, 1, asked()); });
   }
 
   // Where activations are brought into another form by rows, gate, up and what comes of them are rows too.
@@ -432,6 +469,11 @@ class Run {
   float* x_ends_;             // rows of last tokens of the residual stream
   int32_t* one_each_;         // 0 to S
   bool is_ready_;
+  Plan& plan_;  // of the attention of layers with this group and window
+  int planned_tokens_ = -1;
+  int64_t planned_group_ = -1, planned_window_ = -1;
+  Ahead& ahead_;
+  bool is_asking_ = false;
 };
 
 }  // namespace
@@ -489,6 +531,7 @@ DT_API int dt_attend(const float* q, const float* k, const float* v, void* keys,
   LayerCache cache{keys,           values,         key_scales,   value_scales,    int(block_size),
                    int(kv_heads),  int(head_size), CacheFormat(cache_format), float(scale), float(soft_cap), int(window)};
   if (k) write_cache(cache, batch, k, v, size_t(kv_heads * head_size));
-  attend(cache, batch, int(num_heads), q, size_t(num_heads * head_size), out, size_t(num_heads * head_size), room.data);
+  room.plan.make(cache, batch, int(num_heads));
+  attend(cache, batch, room.plan, int(num_heads), q, size_t(num_heads * head_size), out, size_t(num_heads * head_size), room.data);
   return 0;
 }

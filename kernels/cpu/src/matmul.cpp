@@ -30,18 +30,18 @@ static inline int panel_tokens(int num_tokens, int panel) {
 }
 
 template <bool kPairs>
-static void panel_sums(const Activations& x, int panel, const float* w, size_t stride, int count, float* out) {
+static void panel_sums(const Activations& x, int panel, const float* w, size_t stride, int count, float* out, Ahead::Share* ahead) {
   const float* packed = x.panels + size_t(panel) * kPanel * x.depth();
   bool is_wide = panel_width(x.in_panels(), panel) == kPanel;
   const bool fetches = panel == 0;  // and so brings the weights into the cache for the others
   auto run = is_wide ? (fetches ? tiles<2, false, true, true, kPairs> : tiles<2, false, true, false, kPairs>)
                      : (fetches ? tiles<1, false, true, true, kPairs> : tiles<1, false, true, false, kPairs>);
-  run(w, stride, 1, count, packed, x.depth(), out, nullptr);
+  run(w, stride, 1, count, packed, x.depth(), out, nullptr, ahead);
 }
 
-static void panel_sums(const Activations& x, int panel, const float* w, size_t stride, int count, float* out) {
-  if (kHasPairs && x.is_paired) return panel_sums<kHasPairs>(x, panel, w, stride, count, out);
-  panel_sums<false>(x, panel, w, stride, count, out);
+static void panel_sums(const Activations& x, int panel, const float* w, size_t stride, int count, float* out, Ahead::Share* ahead) {
+  if (kHasPairs && x.is_paired) return panel_sums<kHasPairs>(x, panel, w, stride, count, out, ahead);
+  panel_sums<false>(x, panel, w, stride, count, out, ahead);
 }
 
 // Sums of a chunk and rows of the rest: out[row][output]. x: rows of `depth` floats.
@@ -102,7 +102,7 @@ static void put_row(const float* sums, const Matrix& m, const Sink& sink, int to
   for (; o < count; o++) sink.put(token, first + o, sums[o] + (m.bias ? m.bias[first + o] : 0.0f));
 }
 
-static void many_chunk(const Activations& x, const Matrix& m, const Sink& sink, int first) {
+static void many_chunk(const Activations& x, const Matrix& m, const Sink& sink, int first, Ahead::Share* ahead) {
   int count = m.rows - first < kChunk ? m.rows - first : kChunk;
   size_t stride;
   const float* w = rows_for(x, m, first, count, stride, decoded);
@@ -110,7 +110,7 @@ static void many_chunk(const Activations& x, const Matrix& m, const Sink& sink, 
   const int in_panels = x.in_panels();
   for (int p = 0; p < num_panels(in_panels); p++) {
     sink.fetch(p * kPanel, panel_tokens(in_panels, p), first, count);
-    panel_sums(x, p, w, stride, count, sums);
+    panel_sums(x, p, w, stride, count, sums, ahead);
     turn(sums, count, panel_width(in_panels, p), panel_tokens(in_panels, p), m.bias ? m.bias + first : nullptr,
          [&](int t, int o, auto value) { sink.put(p * kPanel + t, first + o, value); });
   }
@@ -366,21 +366,33 @@ Activations pack(const float* rows, size_t stride, int num_tokens, int size, flo
   return packed;
 }
 
-void matmul(const Activations& x, const Matrix* matrices, const Sink* sinks, int count) {
+bool takes_ahead(int num_tokens) { return !amx::kIsBuilt && tokens_in_panels(num_tokens) > W; }
+
+size_t ahead_bytes(const Matrix& m, int num_tokens) {
+  const size_t tiles = size_t(m.rows / kTile2) * (tokens_in_panels(num_tokens) / kPanel);
+  return tiles * (m.cols / 4) * kAheadLines * 64 / num_threads();
+}
+
+// What thread number `thread` asks for.
+static Ahead::Share* share_of(Ahead* ahead, int thread) {
+  return ahead && size_t(thread) < ahead->shares.size() ? &ahead->shares[thread] : nullptr;
+}
+
+void matmul(const Activations& x, const Matrix* matrices, const Sink* sinks, int count, Ahead* ahead) {
   bool is_few = x.num_tokens <= kFewRows;
   if constexpr (amx::kIsBuilt)
     if (!is_few) return amx::matmul(x, matrices, sinks, count);
   int size = is_few ? few_rows_at_a_time(matrices, count) : kChunk;
   int total = 0;
   for (int i = 0; i < count; i++) total += (matrices[i].rows + size - 1) / size;
-  parallel(total, [&](int chunk, int) {
+  parallel(total, [&](int chunk, int thread) {
     int which = 0;
     for (int chunks; chunk >= (chunks = (matrices[which].rows + size - 1) / size); which++) chunk -= chunks;
     int first = chunk * size, rows = matrices[which].rows;
     if (is_few)
       few_chunk(x, matrices[which], sinks[which], first, first + size < rows ? first + size : rows);
     else
-      many_chunk(x, matrices[which], sinks[which], first);
+      many_chunk(x, matrices[which], sinks[which], first, share_of(ahead, thread));
   });
 }
 
@@ -395,7 +407,7 @@ static void combine(const float* gates, const float* ups, const Matrix& gate, co
 }
 
 static void gated_many(const Activations& x, const Matrix& gate, const Matrix& up, Activation kind, int first, int count, float* packed,
-                       bool in_pairs) {
+                       bool in_pairs, Ahead::Share* ahead) {
   static thread_local Scratch decoded_up;
   size_t gate_stride, up_stride;
   const float* gate_rows = rows_for(x, gate, first, count, gate_stride, decoded);
@@ -406,8 +418,8 @@ static void gated_many(const Activations& x, const Matrix& gate, const Matrix& u
     int width = panel_width(in_panels, p);
     float* to = packed + size_t(p) * kPanel * gate.rows + size_t(first) * width;
     float* gates = in_pairs ? sums : to;
-    panel_sums(x, p, gate_rows, gate_stride, count, gates);
-    panel_sums(x, p, up_rows, up_stride, count, ups);
+    panel_sums(x, p, gate_rows, gate_stride, count, gates, ahead);
+    panel_sums(x, p, up_rows, up_stride, count, ups, ahead);
     for (int o = 0; o < count; o++) {
       vf gate_bias = bias_of(gate, first + o), up_bias = bias_of(up, first + o);
       for (int lane = 0; lane < width; lane += W) {
@@ -441,17 +453,18 @@ static void gated_few(const Activations& x, const Matrix& gate, const Matrix& up
     combine(gates[t], ups[t], gate, up, kind, first, count, rows + size_t(t) * gate.rows + first);
 }
 
-Activations gated_matmul(const Activations& x, const Matrix& gate, const Matrix& up, Activation kind, float* space, bool in_pairs) {
+Activations gated_matmul(const Activations& x, const Matrix& gate, const Matrix& up, Activation kind, float* space, bool in_pairs,
+                         Ahead* ahead) {
   bool is_few = x.num_tokens <= kFewRows;
   if constexpr (amx::kIsBuilt)
     if (!is_few) return amx::gated_matmul(x, gate, up, kind, space);
   int size = is_few ? kFewChunk : kChunk;
-  parallel((gate.rows + size - 1) / size, [&](int chunk, int) {
+  parallel((gate.rows + size - 1) / size, [&](int chunk, int thread) {
     int first = chunk * size, count = gate.rows - first < size ? gate.rows - first : size;
     if (is_few)
       gated_few(x, gate, up, kind, first, count, space);
     else
-      gated_many(x, gate, up, kind, first, count, space, in_pairs);
+      gated_many(x, gate, up, kind, first, count, space, in_pairs, share_of(ahead, thread));
   });
   if (!is_few) return Activations{x.num_tokens, gate.rows, nullptr, nullptr, space, in_pairs};
   float* split = space + size_t(x.num_tokens) * gate.rows;

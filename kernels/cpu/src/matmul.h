@@ -8,6 +8,7 @@
 #pragma once
 #include <cstddef>
 
+#include "ahead.h"
 #include "simd.h"
 
 namespace dt {
@@ -130,13 +131,17 @@ bool packs_norms(int num_tokens);
 // it waits: so not too few, and not so many that a thread is left without.
 int few_rows_at_a_time(const Matrix* matrices, int count);
 
-// Several products of the same activations, in one parallel region.
-void matmul(const Activations& x, const Matrix* matrices, const Sink* sinks, int count);
+// Several products of the same activations, in one parallel region. ahead: what threads ask for meanwhile, if takes_ahead.
+void matmul(const Activations& x, const Matrix* matrices, const Sink* sinks, int count, Ahead* ahead = nullptr);
+
+// Whether products of so many rows have time to ask for something else, and how many bytes each thread would then ask for.
+bool takes_ahead(int num_tokens);
+size_t ahead_bytes(const Matrix& m, int num_tokens);
 
 // act(x @ gate^T + bias) * (x @ up^T + bias), ready for the next product: the sums of a tile lie as packed activations do.
 // `space` holds packed_floats(T, O), aligned to 64 bytes. in_pairs: the next product's weights take pairs.
 Activations gated_matmul(const Activations& x, const Matrix& gate, const Matrix& up, Activation activation, float* space,
-                         bool in_pairs = false);
+                         bool in_pairs = false, Ahead* ahead = nullptr);
 
 // Packed activations as rows [T, I] of float32; not of pairs.
 void unpack(const Activations& x, float* rows);

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <type_traits>
 
+#include "ahead.h"
 #include "simd.h"
 
 namespace dt {
@@ -17,10 +18,18 @@ constexpr int kAhead = 128;  // floats that are asked for before they are needed
 
 // Weight (r, k) is at w[r * row_step + k * step], and dense rows have a step of 1; x and out are packed, N * W tokens a row.
 // kAdds: to what is at out, times keep[tokens]. kFetches: the weights come from memory, in order. kPairs: w and x are pairs of bf16
-// (pairs_of), and steps and size count pairs.
-template <int R, int N, bool kAdds, bool kIsDense, bool kFetches, bool kPairs>
+// (pairs_of), and steps and size count pairs. kAsks: for what comes next, meanwhile.
+template <int R, int N, bool kAdds, bool kIsDense, bool kFetches, bool kPairs, bool kAsks>
 static inline void tile(const float* w, size_t row_step, size_t step, const float* x, int size, float* __restrict out,
-                        const float* keep) {
+                        const float* keep, Ahead::Share* ahead) {
+  const char* next = kAsks ? ahead->at : nullptr;
+  const char* next_end = kAsks ? ahead->end : nullptr;
+  auto ask = [&]() __attribute__((always_inline)) {
+    if (!kAsks || next >= next_end) return;
+#pragma GCC unroll 4
+    for (int i = 0; i < kAheadLines; i++) __builtin_prefetch(next + 64 * i, 0, 2);
+    next += 64 * kAheadLines;
+  };
   vf sums[R][N];
 #pragma GCC unroll 24
   for (int r = 0; r < R; r++)
@@ -58,6 +67,7 @@ static inline void tile(const float* w, size_t row_step, size_t step, const floa
           multiply(16 * i + 4);
           multiply(16 * i + 8);
           multiply(16 * i + 12);
+          ask();
           if (i < kPointers) {
             __builtin_prefetch(rows[i] + ahead);
             __builtin_prefetch(rows[i] + row_bytes + ahead);
@@ -73,6 +83,7 @@ static inline void tile(const float* w, size_t row_step, size_t step, const floa
       multiply(4);
       multiply(8);
       multiply(12);
+      ask();
 #pragma GCC unroll 8
       for (int i = 0; i < kPointers; i++) rows[i] += 16;
     }
@@ -86,6 +97,7 @@ static inline void tile(const float* w, size_t row_step, size_t step, const floa
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
     for (int n = 0; n < N; n++) store(out + (r * N + n) * W, sums[r][n]);
+  if (kAsks) ahead->at = next;
 }
 
 // Rows of x in a tile of dot products with 4 outputs: sums, 4 weights and a row of x fit the registers.
@@ -127,13 +139,21 @@ static inline void row_tile(const float* w, size_t row_step, const float* x, int
 
 template <int N, bool kAdds = false, bool kIsDense = true, bool kFetches = false, bool kPairs = false>
 static void tiles(const float* w, size_t row_step, size_t step, int count, const float* x, int size, float* out,
-                  const float* keep) {
+                  const float* keep, Ahead::Share* ahead) {
   constexpr int kFull = N == 2 ? kTile2 : kTile1;
   int r = 0;
   auto run = [&](auto rows) {
     constexpr int R = decltype(rows)::value;
-    for (; r + R <= count; r += R)
-      tile<R, N, kAdds, kIsDense, kFetches, kPairs>(w + r * row_step, row_step, step, x, size, out + r * N * W, keep);
+    for (; r + R <= count; r += R) {
+      const float* rows = w + r * row_step;
+      float* to = out + r * N * W;
+      if constexpr (R == kFull && N == 2 && kIsDense && !kAdds)
+        if (ahead && ahead->has_more()) {
+          tile<R, N, kAdds, kIsDense, kFetches, kPairs, true>(rows, row_step, step, x, size, to, keep, ahead);
+          continue;
+        }
+      tile<R, N, kAdds, kIsDense, kFetches, kPairs, false>(rows, row_step, step, x, size, to, keep, nullptr);
+    }
   };
   run(std::integral_constant<int, kFull>());
   run(std::integral_constant<int, 4>());
