@@ -152,9 +152,13 @@ struct Plan {
 constexpr size_t kMostAhead = 3 << 20;
 
 static inline size_t most_ahead() {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
   static const long cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
   const size_t share = cache > 0 ? size_t(cache) / 4 / num_threads() : 0;
   return share < kMostAhead ? share : kMostAhead;
+#else
+  return 0;  // who can't say how large it is may have none
+#endif
 }
 
 static inline size_t number_bytes(CacheFormat format) {
