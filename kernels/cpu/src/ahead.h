@@ -42,14 +42,6 @@ struct Ahead {
       share.at = share.end = nullptr;
     }
   }
-
-  // Nothing more is asked for.
-  void stop() {
-    for (Share& share : shares) {
-      share.taken = 2 * share.runs.size();
-      share.at = share.end = nullptr;
-    }
-  }
 };
 
 }  // namespace dt
