@@ -325,17 +325,18 @@ def measure_state(case: Case, mesh: Any, rank: int, ranks: int) -> str:
     return str(counted)
 
 
-def _newly_held(before: Mapping[int, int]) -> int:
+def _newly_held(before: Mapping[int, torch.UntypedStorage]) -> int:
     """Bytes that are held beside ``before``, once threads of Gloo have let go of what they sent."""
     counted = []
     for _ in range(4):
-        counted.append(sum(size for place, size in _storages().items() if place not in before))
+        counted.append(sum(storage.nbytes() for place, storage in _storages().items() if place not in before))
         time.sleep(0.03)
     return min(counted)
 
 
-def _storages() -> dict[int, int]:
-    """Address -> bytes of every storage that a tensor of this process holds."""
+def _storages() -> dict[int, torch.UntypedStorage]:
+    """Address -> every storage that a tensor of this process holds. As long as the table is there none of them goes,
+    so that no later one can come to lie at the address of one that was."""
     gc.collect()
     found = {}
     for thing in gc.get_objects():
@@ -343,7 +344,7 @@ def _storages() -> dict[int, int]:
             for tensor in (thing, thing.grad if thing.is_leaf else None):
                 local = getattr(tensor, "_local_tensor", tensor)
                 if local is not None and local.device.type == "cpu" and local.untyped_storage().nbytes():
-                    found[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+                    found[local.untyped_storage().data_ptr()] = local.untyped_storage()
     return found
 
 
