@@ -166,6 +166,40 @@ def test_many_decodes_ask_for_the_next_layers_keys_meanwhile(
         provider().make(KernelSpec("linear", "cpu", "float32"))  # leaves the library's pool at one thread
 
 
+KV_DISTANCE = {"int8": (0.003, 0.02), "fp8": (0.01, 0.1)}
+"""How far scores may be, in the mean of squares and relative to their spread, from those of sdpa in the same format (a
+last bit decides here and there to which code a number is rounded) and from those of full keys."""
+
+CUT_STEPS: Sequence[dict[int, int]] = (
+    {s: 1 + s % 7 for s in range(60)},
+    {**dict.fromkeys(range(50), 1), 60: 40, 61: 58, 62: 1},
+    dict.fromkeys(range(66), 1),
+    {**dict.fromkeys(range(40), 1), 64: 25, 65: 31},
+    dict.fromkeys(range(62), 1),
+)
+"""Rows enough for two threads, in the first two for three: cut within prompts, between them and between decodes."""
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_threads_have_rows_of_their_own(checkpoints: dict[str, FolderCheckpoint], name: str, threads: int) -> None:
+    """Each through all layers; a prompt that is cut reads the keys that another thread writes meanwhile."""
+    plain = scores(build(checkpoints[name], None), SdpaAttention, steps=CUT_STEPS)
+    last = torch.tensor([new for step in CUT_STEPS for new in step.values()]).cumsum(0) - 1
+    torch.set_num_threads(threads)
+    try:
+        module = build(checkpoints[name], provider())
+        every = scores(module, PagedCpuAttention, steps=CUT_STEPS)
+        torch.testing.assert_close(every, plain, rtol=2e-4, atol=2e-4)
+        only_last = scores(module, PagedCpuAttention, steps=CUT_STEPS, ends_only=True)
+        torch.testing.assert_close(only_last, plain[last], rtol=2e-4, atol=2e-4)
+        scaled = scores(module, PagedCpuAttention, kv="int8", steps=CUT_STEPS)
+        assert (scaled - plain).square().mean().sqrt() <= KV_DISTANCE["int8"][1] * plain.std()
+    finally:
+        torch.set_num_threads(1)
+        provider().make(KernelSpec("linear", "cpu", "float32"))  # leaves the library's pool at one thread
+
+
 @torch.inference_mode()
 def test_only_where_no_other_row_is_read(checkpoints: dict[str, FolderCheckpoint]) -> None:
     """What is left of the other rows is not what the layers make of them."""
@@ -182,11 +216,6 @@ def test_only_where_no_other_row_is_read(checkpoints: dict[str, FolderCheckpoint
     is_end[[8, 15]] = True
     torch.testing.assert_close(rows[0][is_end], rows[1][is_end], rtol=1e-4, atol=1e-4)
     assert ((rows[0] - rows[1]).abs().amax(1) > 1e-2)[~is_end].all()
-
-
-KV_DISTANCE = {"int8": (0.003, 0.02), "fp8": (0.01, 0.1)}
-"""How far scores may be, in the mean of squares and relative to their spread, from those of sdpa in the same format (a
-last bit decides here and there to which code a number is rounded) and from those of full keys."""
 
 
 @pytest.mark.parametrize("kv", KV_DISTANCE)
@@ -575,6 +604,22 @@ def test_a_model_in_pairs_is_as_near_to_float32_as_the_plain_loop(
     plain = scores(build(checkpoints[name], None, torch.bfloat16), SdpaAttention)
     found = scores(build(checkpoints[name], provider("avx512"), torch.bfloat16), PagedCpuAttention)
     errors = [(result - expected[name]).square().mean().sqrt().item() for result in (found, plain)]
+    assert 0 < errors[0] <= errors[1] * 1.05
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma2", "olmo2", "phi3", "qwen3"])
+def test_threads_have_rows_in_pairs_of_their_own(
+    pairs: ctypes.CDLL, checkpoints: dict[str, FolderCheckpoint], name: str
+) -> None:
+    exact = scores(build(checkpoints[name], None), SdpaAttention, steps=CUT_STEPS)
+    plain = scores(build(checkpoints[name], None, torch.bfloat16), SdpaAttention, steps=CUT_STEPS)
+    torch.set_num_threads(2)
+    try:
+        found = scores(build(checkpoints[name], provider("avx512"), torch.bfloat16), PagedCpuAttention, steps=CUT_STEPS)
+    finally:
+        torch.set_num_threads(1)
+        pairs.dt_set_threads(1)
+    errors = [(result - exact).square().mean().sqrt().item() for result in (found, plain)]
     assert 0 < errors[0] <= errors[1] * 1.05
 
 

@@ -11,6 +11,10 @@ namespace dt {
 // kInt8 and kFp8 (e4m3) have a float32 scale for each token and key/value head, computed when the token is written.
 enum class CacheFormat : int { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kFp8 = 3 };
 
+static inline size_t number_bytes(CacheFormat format) {
+  return format == CacheFormat::kFloat32 ? 4 : format == CacheFormat::kBfloat16 ? 2 : 1;
+}
+
 // One layer's cache and mask. scale: on the scores. window: tokens a query sees, itself included; 0 is all. soft_cap: 0 is none.
 // key_scales, value_scales: [B, N, G], null where keys and values are kept as they are.
 struct LayerCache {

@@ -161,10 +161,6 @@ static inline size_t most_ahead() {
 #endif
 }
 
-static inline size_t number_bytes(CacheFormat format) {
-  return format == CacheFormat::kFloat32 ? 4 : format == CacheFormat::kBfloat16 ? 2 : 1;
-}
-
 // Where the keys and values lie that each thread's decodes read first, in the arrays of any layer with this plan.
 static inline void find_ahead(const Plan& plan, const LayerCache& cache, const Batch& batch, Ahead& ahead) {
   const size_t threads = num_threads(), count = plan.items.size(), block = cache.block_size;

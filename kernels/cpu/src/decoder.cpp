@@ -1,12 +1,14 @@
 // All layers of a decoder for one step: the coarse operation that leaves Python out of everything between embedding and last norm.
 //
 // The residual stream is float32 whatever the weights are kept in. The caller owns every tensor that a descriptor points to.
+#include <sys/mman.h>
 #include <cstdlib>
 #include <vector>
 
 #include "ahead.h"
 #include "attention.h"
 #include "attention_plan.h"
+#include "decoder.h"
 #include "elementwise.h"
 #include "formats.h"
 #include "matmul.h"
@@ -14,59 +16,14 @@
 #include "pool.h"
 #include "rounded.h"
 #include "rounded_tiles.h"
+#include "slices.h"
 #include "steps.h"
 
 using namespace dt;
 
-extern "C" {
-
-// Mirrored by DecoderFields in decoder.py; all fields 8 bytes wide so that both sides agree without packing rules.
-struct dt_matrix {
-  const void* weight;
-  const float* bias;
-  int64_t rows, cols, format;
-  // What follows is of packed weights: see Matrix and Rounding. stride: bytes of a row. x_scale: of activations in float8, 0 for
-  // one of each row.
-  const void *scales, *mins, *high;
-  const float* x_scale;
-  int64_t stride, group, scale_format, rounding, has_zeros;
-};
-
-// Norm weights that a layer does not have are null.
-struct dt_layer {
-  const void *before_attention, *after_attention, *before_mlp, *after_mlp, *q_norm, *k_norm;
-  dt_matrix q, k, v, o, gate, up, down;
-  int64_t rope;    // which pair of cos and sin; -1 for none
-  int64_t group;   // which block table and slots
-  int64_t window;  // 0 for all
-};
-
-struct dt_decoder {
-  int64_t num_layers, hidden, num_heads, kv_heads, head_size, rotary, intermediate;
-  int64_t format, cache_format, block_size, activation, norms_heads;
-  double eps, norm_offset, residual_scale, attention_scale, soft_cap;
-  const dt_layer* layers;
-};
-
-// tables, slots: one for each group; cos, sin: one for each rope, [T, rotary]; keys, values and their scales: one for each layer.
-// ends_only: of what comes out, only the row of each sequence's last token is read.
-struct dt_step {
-  int64_t num_sequences, num_tokens, ends_only;
-  const int32_t *query_starts, *kv_lengths;
-  const int32_t* const* tables;
-  const int64_t* table_strides;
-  const int64_t* const* slots;
-  const float* const* cos;
-  const float* const* sin;
-  void* const* keys;
-  void* const* values;
-  float* const* key_scales;  // null where keys and values are kept as they are
-  float* const* value_scales;
-};
-
-}  // extern "C"
-
 namespace {
+
+constexpr size_t kLargePage = 2 << 20;
 
 struct Workspace {
   float* data = nullptr;
@@ -74,11 +31,16 @@ struct Workspace {
   Plan plan;
   Ahead ahead;
   ~Workspace() { free(data); }
+  // Large pages, where there is enough to fill one: activations are read from one end to the other for every few weights.
   void reserve(size_t count) {
     if (count <= size) return;
     free(data);
-    data = static_cast<float*>(aligned_alloc(64, (count * 4 + 63) / 64 * 64));
-    size = data ? count : 0;
+    const size_t page = count * 4 < kLargePage ? 64 : kLargePage, bytes = (count * 4 + page - 1) / page * page;
+    data = static_cast<float*>(aligned_alloc(page, bytes));
+#if defined(MADV_HUGEPAGE)
+    if (data && page == kLargePage) madvise(data, bytes, MADV_HUGEPAGE);  // refused: then the pages are small
+#endif
+    size = data ? bytes / 4 : 0;
   }
 };
 
@@ -188,8 +150,10 @@ static bool taken(const void* x, int tokens, int size, int format, size_t extra,
 // One step of one decoder.
 class Run {
  public:
-  Run(const dt_decoder& model, const dt_step& step, float* x, Workspace& space)
-      : model_(model), step_(step), x_(x), tokens_(int(step.num_tokens)), plan_(space.plan), ahead_(space.ahead) {
+  // slice: which the step is, and `before` the one before it; null where the step is whole.
+  Run(const dt_decoder& model, const dt_step& step, float* x, Workspace& space, Slice* slice = nullptr, const Slice* before = nullptr)
+      : model_(model), step_(step), x_(x), tokens_(int(step.num_tokens)), plan_(space.plan), ahead_(space.ahead), slice_(slice),
+        before_(before) {
     int q = int(model.num_heads * model.head_size), kv = int(model.kv_heads * model.head_size), sequences = int(step.num_sequences);
     qkv_stride_ = q + 2 * kv;
     const bool has_ends = ends_only();
@@ -315,6 +279,7 @@ class Run {
     const Batch batch = batch_of(layer);
     const LayerCache cache = cache_of(layer, index);
     for_tokens(qkv_stride_, [&](int t) { turn_and_write(layer, cache, batch, t); });
+    share_keys(index);
     attend_and_add(layer, cache, batch);
   }
 
@@ -329,6 +294,7 @@ class Run {
     Batch batch = batch_of(layer);
     const LayerCache cache = cache_of(layer, index);
     for_tokens(2 * kv_size, [&](int t) { turn_and_write_key(layer, cache, batch, t); });
+    share_keys(index);
 
     for (int s = 0; s < sequences; s++)
       memcpy(x_ends_ + size_t(s) * hidden, x_ + size_t(last_of(s)) * hidden, size_t(hidden) * 4);
@@ -345,6 +311,13 @@ class Run {
     attend_and_add(layer, cache, batch);
     mlp(layer, index);
     for (int s = 0; s < sequences; s++) memcpy(all + size_t(last_of(s)) * hidden, x_ends_ + size_t(s) * hidden, size_t(hidden) * 4);
+  }
+
+  // Keys and values of this layer are written: the next slice may read them, and this one those of the slice before.
+  void share_keys(int index) {
+    if (!slice_) return;
+    if (slice_->continues) before_->wait_for(index + 1);
+    slice_->layers_written.store(index + 1, std::memory_order_release);
   }
 
   int last_of(int sequence) const { return step_.query_starts[sequence + 1] - 1; }
@@ -474,14 +447,52 @@ class Run {
   int64_t planned_group_ = -1, planned_window_ = -1;
   Ahead& ahead_;
   bool is_asking_ = false;
+  Slice* slice_;
+  const Slice* before_;
 };
+
+// Whether each thread can have rows of its own.
+static bool takes_slices(const dt_decoder& model, int tokens) {
+  const int threads = num_threads(), rows = (tokens + threads - 1) / threads;
+  if (threads == 1 || rows_of_panels(rows) < kPanel || rows_of_panels(rows) < kLeastSliceRows * threads) return false;
+  for (int64_t i = 0; i < model.num_layers; i++) {
+    const dt_layer& l = model.layers[i];
+    for (const dt_matrix* m : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down})
+      if (!reads_in_place(matrix_of(*m), rows)) return false;
+  }
+  return true;
+}
+
+// Slice number `index` through all layers. False when there is no memory.
+static bool run_slice(const dt_decoder& model, std::deque<Slice>& slices, int index, float* x) {
+  Alone alone;
+  Slice& slice = slices[index];
+  Run run(model, slice.step, x + size_t(slice.first) * model.hidden, workspace, &slice, index > 0 ? &slices[index - 1] : nullptr);
+  if (run.is_ready())
+    for (int i = 0; i < model.num_layers; i++) run.layer(i);
+  else
+    slice.layers_written.store(model.num_layers, std::memory_order_release);  // nobody waits for what does not come
+  return run.is_ready();
+}
 
 }  // namespace
 
 
-// Runs every layer on x [T, hidden] float32, in place; with ends_only, rows but those of last tokens are left as they were before the
-// last layer. Returns 0, or 1 when there is no memory.
+// Runs every layer on x [T, hidden] float32, in place; with ends_only, only the rows of last tokens are what they are without. Returns
+// 0, or 1 when there is no memory.
 DT_API int dt_decoder_forward(const dt_decoder* model, const dt_step* step, float* x) {
+  if (takes_slices(*model, int(step->num_tokens))) {
+    const std::vector<int> ends = slice_ends(Costs(*model, *step), num_threads());
+    if (!ends.empty()) {
+      std::deque<Slice> slices;
+      for (size_t i = 0; i < ends.size(); i++) slices.emplace_back(*model, *step, i > 0 ? ends[i - 1] : 0, ends[i]);
+      std::atomic<bool> has_memory{true};
+      parallel(int(slices.size()), [&](int index, int) {
+        if (!run_slice(*model, slices, index, x)) has_memory.store(false);
+      });
+      return has_memory.load() ? 0 : 1;
+    }
+  }
   Run run(*model, *step, x, workspace);
   if (!run.is_ready()) return 1;
   for (int i = 0; i < model->num_layers; i++) run.layer(i);

@@ -292,6 +292,10 @@ bool takes_pairs(const Matrix& m, int num_tokens) {
   return m.cols % 2 == 0 && m.stride % 2 == 0 && reinterpret_cast<uintptr_t>(m.weight) % 4 == 0;
 }
 
+bool reads_in_place(const Matrix& m, int num_tokens) {
+  return !amx::kIsBuilt && num_tokens > kFewRows && (m.format == Format::kFloat32 || takes_pairs(m, num_tokens));
+}
+
 bool packs_norms(int num_tokens) { return !amx::kIsBuilt || num_tokens <= kFewRows; }
 
 // Rows of at most W tokens as columns: features begin .. end - 1 of token i go to out[feature * width + i], or in pairs. factors: what

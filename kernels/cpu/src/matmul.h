@@ -51,6 +51,13 @@ static inline int tokens_in_panels(int num_tokens) {
   return num_tokens > W && rest <= kMostRest ? num_tokens - rest : num_tokens;
 }
 
+// How many rows of full panels products of so many tokens take as long as: vectors that are filled up count whole, a row of the rest
+// somewhat more than one (measured).
+static inline double rows_of_panels(int num_tokens) {
+  const int in_panels = tokens_in_panels(num_tokens);
+  return (in_panels + W - 1) / W * W + 1.3 * (num_tokens - in_panels);
+}
+
 // Packed or plain activations, ready for products. Views into a workspace.
 struct Activations {
   int num_tokens, size;
@@ -126,6 +133,10 @@ Activations pack(const float* rows, size_t stride, int num_tokens, int size, flo
 
 // Whether so many rows can be normed while they are packed.
 bool packs_norms(int num_tokens);
+
+// Whether each thread may as well multiply rows of its own by all these weights as all rows by weights of its own: they are read where
+// they lie, and nothing else is done to them, and the matrix unit is not what computes.
+bool reads_in_place(const Matrix& m, int num_tokens);
 
 // Outputs that one thread takes at a time when weights stream by. What it asks for beyond its end is lost, and for its beginning
 // it waits: so not too few, and not so many that a thread is left without.

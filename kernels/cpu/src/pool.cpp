@@ -38,14 +38,6 @@ struct alignas(64) Share {
   }
 };
 
-static inline void pause_briefly() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
 struct Pool {
   std::vector<Share> shares;
   uint64_t region = 0;
@@ -111,12 +103,7 @@ struct Pool {
       wake.notify_all();
     }
     take_chunks(0);
-    for (int spins = 0; completed.load(std::memory_order_acquire) < count; spins++) {
-      if (spins < kSpins)
-        pause_briefly();
-      else
-        std::this_thread::yield();
-    }
+    wait_until([&] { return completed.load(std::memory_order_acquire) >= count; });
   }
 
   ~Pool() {
@@ -132,6 +119,7 @@ struct Pool {
 std::mutex region_mutex;  // one region at a time; a second caller (another engine of the process) waits
 Pool* pool = nullptr;
 int wanted = 1, made = 0;
+thread_local bool is_alone = false;
 
 // Threads do not survive a fork: the child makes its own pool, and leaves what the parent's was made of alone.
 void forget_after_fork() {
@@ -147,15 +135,19 @@ void set_threads(int count) {
   wanted = count < 1 ? 1 : count > kMaxThreads ? kMaxThreads : count;
 }
 
-int num_threads() { return wanted; }
+int num_threads() { return is_alone ? 1 : wanted; }
+
+Alone::Alone() { is_alone = true; }
+Alone::~Alone() { is_alone = false; }
 
 void run_chunks(int count, Body body, void* context) {
   if (count <= 0) return;
-  std::lock_guard<std::mutex> lock(region_mutex);
-  if (wanted == 1) {
+  auto run_here = [&] {
     for (int i = 0; i < count; i++) body(context, i, 0);
-    return;
-  }
+  };
+  if (is_alone) return run_here();
+  std::lock_guard<std::mutex> lock(region_mutex);
+  if (wanted == 1) return run_here();
   if (made != wanted) {
     static bool is_registered = false;
     if (!is_registered) {

@@ -5,18 +5,45 @@
 // when its chunks are done, not when its workers are: a thread that the system has put aside holds up nobody unless it is in the
 // middle of a chunk.
 #pragma once
+#include <thread>
 #include <type_traits>
 
 namespace dt {
 
 using Body = void (*)(void* context, int chunk, int thread);
 
-// Runs body for chunks 0 .. count - 1 on all threads and returns when all are done. Not to be called from within a body.
+// Runs body for chunks 0 .. count - 1 on all threads and returns when all are done. Within a body, only while an Alone lives.
 void run_chunks(int count, Body body, void* context);
 
 // Threads that take part, the caller included. A pool that exists is made anew when the number changes.
 void set_threads(int count);
 int num_threads();
+
+// While it lives, its thread runs regions by itself and num_threads() is 1: in a body that is a whole piece of work.
+struct Alone {
+  Alone();
+  ~Alone();
+};
+
+static inline void pause_briefly() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Spins for a moment, since what is waited for mostly comes within microseconds, then lets other threads run in between.
+template <class F>
+static inline void wait_until(F&& is_done) {
+  constexpr int kSpins = 2000;
+  for (int spins = 0; !is_done(); spins++) {
+    if (spins < kSpins)
+      pause_briefly();
+    else
+      std::this_thread::yield();
+  }
+}
 
 constexpr int kMaxThreads = 256;
 
