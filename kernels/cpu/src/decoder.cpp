@@ -1,7 +1,6 @@
 // All layers of a decoder for one step: the coarse operation that leaves Python out of everything between embedding and last norm.
 //
 // The residual stream is float32 whatever the weights are kept in. The caller owns every tensor that a descriptor points to.
-#include <sys/mman.h>
 #include <cstdlib>
 #include <vector>
 
@@ -23,24 +22,17 @@ using namespace dt;
 
 namespace {
 
-constexpr size_t kLargePage = 2 << 20;
-
 struct Workspace {
   float* data = nullptr;
   size_t size = 0;
   Plan plan;
   Ahead ahead;
   ~Workspace() { free(data); }
-  // Large pages, where there is enough to fill one: activations are read from one end to the other for every few weights.
   void reserve(size_t count) {
     if (count <= size) return;
     free(data);
-    const size_t page = count * 4 < kLargePage ? 64 : kLargePage, bytes = (count * 4 + page - 1) / page * page;
-    data = static_cast<float*>(aligned_alloc(page, bytes));
-#if defined(MADV_HUGEPAGE)
-    if (data && page == kLargePage) madvise(data, bytes, MADV_HUGEPAGE);  // refused: then the pages are small
-#endif
-    size = data ? bytes / 4 : 0;
+    data = static_cast<float*>(aligned_alloc(64, (count * 4 + 63) / 64 * 64));
+    size = data ? count : 0;
   }
 };
 
