@@ -33,7 +33,8 @@ struct dt_decoder {
 };
 
 // tables, slots: one for each group; cos, sin: one for each rope, [T, rotary]; keys, values and their scales: one for each layer.
-// ends_only: of what comes out, only the row of each sequence's last token is read.
+// ends_only: of what comes out, only the row of each sequence's last token is read. No sequence reads keys that
+// another one writes in the same step.
 struct dt_step {
   int64_t num_sequences, num_tokens, ends_only;
   const int32_t *query_starts, *kv_lengths;

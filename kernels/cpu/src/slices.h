@@ -1,6 +1,6 @@
 // A step's rows cut into slices, each of which one thread takes through all layers.
 //
-// Threads that share the outputs of each product wait for each other some ten times a layer, and read activations that another core
+// Threads that share the outputs of each product wait for each other nine times a layer, and read activations that another core
 // has written. One that has rows of its own does neither; but it reads all weights, which the last cache then gives to every thread.
 // So each must have rows enough to compute with a weight for longer than it takes to come.
 #pragma once
