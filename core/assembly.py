@@ -19,7 +19,7 @@ from drivetrain.contracts.frontend import Frontend
 from drivetrain.contracts.kernels import BuildsAhead, KernelProvider
 from drivetrain.contracts.kinds import KINDS
 from drivetrain.contracts.loader import Checkpoint, Loader
-from drivetrain.contracts.model import BuildContext, CausalLM, Model, ModelSpec
+from drivetrain.contracts.model import BuildContext, CausalLM, FindsMostLikely, Model, ModelSpec
 from drivetrain.contracts.platform import CapturesPieces, PlacesWeights, Platform, SupportsGraphs
 from drivetrain.contracts.plugin import Plugin, ProbeContext, Purpose
 from drivetrain.contracts.precision import Precision
@@ -518,6 +518,8 @@ def build_model(
     bind_packed(model, binder.bind, dtype)
     _place_weights(parts, model)
     binder.fusion = _fuse(parts, model, binder)
+    if parts.settings.engine.screen_output and isinstance(model, FindsMostLikely):
+        model.prepare_most_likely()
     return model, binder
 
 

@@ -79,6 +79,12 @@ class EngineSettings(BaseModel):
         description="prepare the next step while one runs; auto: on devices that queue their work, not on a CPU",
     )
 
+    screen_output: bool = Field(
+        default=True,
+        description="find most likely tokens by the output layer in int8, and compute in full only scores that may be "
+        "the best, where kernels can; the tokens are the same, and a byte a weight of that layer is kept beside it",
+    )
+
     graphs: Literal["auto", "on", "off"] = Field(
         default="auto",
         description="replay captured steps; auto: where the platform and the attention backend can",

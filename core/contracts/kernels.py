@@ -317,6 +317,25 @@ class KernelProvider(Plugin):
         """
 
 
+LargestOutput = Callable[["torch.Tensor"], tuple["torch.Tensor", "torch.Tensor"]]
+"""Rows x [N, I] -> each row's largest output, [N], and the first output that has it, int64 [N]."""
+
+
+@runtime_checkable
+class FindsLargest(Protocol):
+    """Optional, of a callable of ``linear``: the largest output of each row in less time than all of them take. It is
+    what greedy decoding wants of an output layer."""
+
+    def largest_of(self, weight_OI: torch.Tensor) -> LargestOutput | None:
+        """What finds, for any rows x [N, I], the largest outputs of ``x @ weight.T``: those that the callable itself
+        gives, but for rounding in its sums; of outputs that are equal once they are rounded to the dtype of x, the
+        first. NaN counts as the largest.
+
+        May keep what is made of the weight. Values that are written to it later, by torch's own in-place functions, are
+        seen. None where it would be no faster than all outputs.
+        """
+
+
 @runtime_checkable
 class BuildsAhead(Protocol):
     """Compiles what its callables need before the first of them is made: all at once, and with progress."""

@@ -64,6 +64,19 @@ class ScoresTargets(Protocol):
         ``logits``, but for rounding."""
 
 
+@runtime_checkable
+class FindsMostLikely(Protocol):
+    """A built model that finds greedy tokens without all scores."""
+
+    def prepare_most_likely(self) -> None:
+        """Make what :meth:`most_likely` needs beside the weights, which are all there. Called once, for serving; until
+        then and without it there is only ``logits``."""
+
+    def most_likely(self, hidden_NE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The best score of each row [N], in the parameter dtype, and its token, int64 [N], as ``logits`` has them; of
+        equals the first. None where that would be no faster."""
+
+
 @dataclass(frozen=True)
 class BuildContext:
     """What a model needs to be built.

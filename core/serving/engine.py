@@ -37,7 +37,7 @@ from drivetrain.serving.planner import StepPlanner
 from drivetrain.serving.request import Request, RequestState, Untold
 from drivetrain.serving.roster import Roster
 from drivetrain.serving.runner import Copies, ModelRunner
-from drivetrain.serving.sampler import Choice, Sampled, Sampler, SamplingPlan, sequence_seed, token_logprobs
+from drivetrain.serving.sampler import Choice, MostLikely, Sampled, Sampler, SamplingPlan, sequence_seed, token_logprobs
 from drivetrain.serving.text import IncrementalDecoder, TextStream
 from drivetrain.serving.timing import Phase, StepClock
 from drivetrain.serving.types import Chunk, FinishReason, GenerationRequest, PromptInfo, TokenLogprob
@@ -68,12 +68,13 @@ class EngineLimits:
 
 @dataclass(frozen=True, eq=False)
 class Ran:
-    """What a step's run gave: logits [N, V] of the wanted rows, and the tokens if they were chosen right behind it.
+    """What a step's run gave: scores [N, V] of the wanted rows, or the best of each where those are enough, and the
+    tokens if they were chosen right behind it.
 
     seconds: begin and end of the run by ``time.perf_counter``.
     """
 
-    logits_NV: torch.Tensor
+    scores: torch.Tensor | MostLikely
     choice: Choice | None
     seconds: tuple[float, float]
 
@@ -378,11 +379,12 @@ class Engine:
                 assert chosen is not None
                 places, sources = inputs.unknown.unbind()
                 inputs.ids_T.index_copy_(0, places, chosen.token_S.index_select(0, sources))
-            logits_NV = self.runner.forward(inputs)
+            is_best_enough = sampling.wants_best_only and not inputs.prompt_rows
+            scores = self.runner.choose(inputs) if is_best_enough else self.runner.forward(inputs)
             ended = time.perf_counter()
             is_chosen_here = self._overlaps and sampling.requests and sampling.is_on_device
-            choice = self._sampler.choose(logits_NV, sampling) if is_chosen_here else None
-            return Ran(logits_NV, choice, (began, ended))
+            choice = self._sampler.choose(scores, sampling) if is_chosen_here else None
+            return Ran(scores, choice, (began, ended))
 
     def _collect(self, flight: Flight) -> list[Chunk]:
         """Wait for a step, read its tokens, and advance its requests."""
@@ -394,7 +396,8 @@ class Engine:
                 sampled = self._sample(flight.sampling, ran)
                 if self.probation is not None and not all(sampled.is_sound):
                     raise FloatingPointError("the model's scores are not finite")
-                self._score_prompts(flight.inputs, ran.logits_NV)
+                if not isinstance(ran.scores, MostLikely):
+                    self._score_prompts(flight.inputs, ran.scores)
         except Exception as error:  # a plugin's code; its requests end with the error, others go on
             if self.probation is None:
                 return self._fail_step(flight, error)
@@ -411,7 +414,8 @@ class Engine:
     def _sample(self, plan: SamplingPlan, ran: Ran) -> Sampled:
         if not plan.requests:
             return Sampled([], [], [])
-        choice = ran.choice or self._sampler.choose(ran.logits_NV[: len(plan.requests)], plan)
+        scores = ran.scores if isinstance(ran.scores, MostLikely) else ran.scores[: len(plan.requests)]
+        choice = ran.choice or self._sampler.choose(scores, plan)
         return self._sampler.read(choice, plan)
 
     def _take_back(self, flight: Flight) -> None:

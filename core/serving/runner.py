@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from drivetrain.contracts.attention import AttentionBackend, AttentionBatch, AttentionSpec, KVCache
-from drivetrain.contracts.model import CausalLM
+from drivetrain.contracts.model import CausalLM, FindsMostLikely
 from drivetrain.contracts.source import Progress
 from drivetrain.errors import GraphCaptureError
 from drivetrain.serving.blocks import KVManager
@@ -32,6 +32,7 @@ from drivetrain.serving.packing import Scheduled, StepBuffers, StepInputs, bytes
 from drivetrain.serving.pieces import CapturePieces, StepPieces
 from drivetrain.serving.prompt_graphs import PromptGraphs, can_capture_prompts
 from drivetrain.serving.request import Request
+from drivetrain.serving.sampler import MostLikely
 
 _log = logging.getLogger("drivetrain")
 
@@ -64,6 +65,7 @@ class ModelRunner:
         spec: the model's attention with the format in which keys and values are kept; by default the model's own.
         """
         self.model = model
+        self._finder = model if isinstance(model, FindsMostLikely) else None
         self.attention = attention
         self.device = device
         self.spec = spec or model.spec.attention
@@ -97,6 +99,7 @@ class ModelRunner:
         """
         kept = self.model is model and self.attention is attention and self.cache is cache
         self.model, self.attention, self.cache = model, attention, cache
+        self._finder = model if isinstance(model, FindsMostLikely) else None
         self.spec = spec or self.spec
         if self._graph_limits is not None and not kept:
             self._plan_graphs(kv, self._graph_limits.max_tokens, self._graph_limits.max_running)
@@ -152,10 +155,23 @@ class ModelRunner:
                 return self._graphs.run(inputs)
             except GraphCaptureError as error:
                 self._do_without_graphs(error)
+        return self.model.logits(self._wanted(inputs))
+
+    def choose(self, inputs: StepInputs) -> torch.Tensor | MostLikely:
+        """Compute the step for its most likely tokens: the scores as :meth:`forward` gives them, or the best ones alone
+        where that is less work."""
+        if self._finder is None or self._graphs is not None:
+            return self.forward(inputs)
+        hidden_NE = self._wanted(inputs)
+        found = self._finder.most_likely(hidden_NE)
+        return self.model.logits(hidden_NE) if found is None else MostLikely(*found)
+
+    def _wanted(self, inputs: StepInputs) -> torch.Tensor:
+        """The states behind the tokens whose logits are wanted, [N, E]."""
         hidden_TE = self._hidden(inputs)
         if inputs.attention.ends_only and inputs.rows_N.shape[0] == hidden_TE.shape[0]:
-            return self.model.logits(hidden_TE)  # a decode of one token for each sequence: all rows, in their order
-        return self.model.logits(hidden_TE.index_select(0, inputs.rows_N))
+            return hidden_TE  # a decode of one token for each sequence: all rows, in their order
+        return hidden_TE.index_select(0, inputs.rows_N)
 
     def _hidden(self, inputs: StepInputs) -> torch.Tensor:
         """The states behind all tokens of a step, [T, E]."""

@@ -75,16 +75,30 @@ class SamplingPlan:
         """Whether tokens can be chosen, and the next step computed from them, without the host's seeing them."""
         return not self.is_adjusted and not self.wants_logprobs
 
+    @property
+    def wants_best_only(self) -> bool:
+        """Whether of all scores the best one of each row is enough."""
+        return bool(self.requests) and not self.drawn and self.is_on_device
+
+
+@dataclass(frozen=True)
+class MostLikely:
+    """Each row's best score and its token, int64, found without the other scores (``FindsMostLikely``)."""
+
+    best_S: torch.Tensor
+    token_S: torch.Tensor
+
 
 @dataclass(frozen=True)
 class Choice:
     """Tokens that are chosen, on the device and on their way to the host.
 
-    scores_SV: the model's own scores, float32 where anything but the best one is wanted of them.
+    scores_SV: the model's own scores, float32 where anything but the best one is wanted of them; None where only that
+               one was computed.
     best:      each row's best score; not finite where the model gave no number.
     """
 
-    scores_SV: torch.Tensor
+    scores_SV: torch.Tensor | None
     token_S: torch.Tensor
     tokens: HostCopy
     best: HostCopy
@@ -142,8 +156,11 @@ class Sampler:
             wants_logprobs=any(request.params.logprobs is not None for request in requests),
         )
 
-    def choose(self, logits_SV: torch.Tensor, plan: SamplingPlan) -> Choice:
-        """One token a request, on the device. ``logits_SV`` are the model's own scores and are not changed."""
+    def choose(self, logits_SV: torch.Tensor | MostLikely, plan: SamplingPlan) -> Choice:
+        """One token a request, on the device. ``logits_SV`` are the model's own scores and are not changed; the best
+        ones alone do where the plan ``wants_best_only``."""
+        if isinstance(logits_SV, MostLikely):
+            return Choice(None, logits_SV.token_S, HostCopy(logits_SV.token_S), HostCopy(logits_SV.best_S))
         is_best_enough = not plan.drawn and plan.is_on_device and self._device.type != "cpu"
         scores_SV = logits_SV if is_best_enough else logits_SV.float()
         best_S, token_S = most_likely(scores_SV)
@@ -271,10 +288,11 @@ class Sampler:
     # --- log-probabilities -----------------------------------------------------------------------------------------
 
     def _logprobs(
-        self, scores_SV: torch.Tensor, tokens: Sequence[int], plan: SamplingPlan
+        self, scores_SV: torch.Tensor | None, tokens: Sequence[int], plan: SamplingPlan
     ) -> list[TokenLogprob | None]:
         result: list[TokenLogprob | None] = [None] * len(tokens)
         if plan.wants_logprobs:
+            assert scores_SV is not None
             wanted = [row for row, request in enumerate(plan.requests) if request.params.logprobs is not None]
             counts = [plan.requests[row].params.logprobs or 0 for row in wanted]
             found = token_logprobs(scores_SV[wanted], [tokens[row] for row in wanted], max(counts))

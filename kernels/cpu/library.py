@@ -80,6 +80,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "dt_rope_write": (_INT, _POINTER),
     "dt_linear": (_INT, _POINTER, _INT, _POINTER, _INT, _POINTER),
     "dt_gated_linear": (_INT, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER),
+    "dt_has_screen": (_INT,),
+    "dt_largest": (_INT, _POINTER, _INT, *[_POINTER] * 5),
     "dt_sample": (None, _POINTER, _INT, _INT, *[_POINTER] * 6),
     "dt_token_losses": (_INT, _POINTER, _POINTER, _INT, _LONG, _FLOAT, _INT, _POINTER, _POINTER),
     "dt_logit_gradients": (_INT, *[_POINTER] * 4, _INT, _LONG, _FLOAT, _INT),

@@ -22,6 +22,10 @@ from drivetrain.operators import Operator, define, visible
 Kernel = Callable[..., Any]
 
 
+_DOES_NOT_TELL = 2
+"""Status of ``dt_largest``."""
+
+
 class MatrixFields(ctypes.Structure):
     """``dt_matrix`` of ``src/decoder.cpp``."""
 
@@ -147,6 +151,24 @@ class Rows:
             rows = x.numel() // x.shape[-1]
             check(self._library.dt_linear(x.data_ptr(), rows, place, self._format, out.data_ptr()))
         return out
+
+    def largest(
+        self, x_NI: Tensor, weight: MatrixFields, codes: MatrixFields, radii_O: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """Each row's largest product with the weight, and the first of these; None where a row does not tell.
+
+        codes: the weight in int8; radii_O: float32, how far outputs by them are off at most, for an x of length 1.
+        """
+        x_NI = self._dense(x_NI, (None, weight.cols))
+        best_N, index_N = torch.empty(len(x_NI)), torch.empty(len(x_NI), dtype=torch.int64)
+        if len(x_NI):
+            places = (ctypes.addressof(weight), ctypes.addressof(codes), radii_O.data_ptr())
+            found = (best_N.data_ptr(), index_N.data_ptr())
+            status = self._library.dt_largest(x_NI.data_ptr(), len(x_NI), *places, *found)
+            if status == _DOES_NOT_TELL:
+                return None
+            check(status)
+        return best_N.to(self._dtype), index_N
 
     def gated_linear(self, x: Tensor, gate_OI: Tensor, up_OI: Tensor, activation: int) -> Tensor:
         x = self._dense(x)
@@ -343,7 +365,12 @@ def make_linear(spec: KernelSpec, library: ctypes.CDLL) -> Kernel:
     def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         return rows.linear(x, weight_OI, bias_O)
 
-    return visible(linear, Operator(operator))
+    bound = visible(linear, Operator(operator))
+    if library.dt_has_screen():
+        from drivetrain.kernels.cpu.largest import largest_of
+
+        bound.largest_of = lambda weight_OI: largest_of(rows, weight_OI)  # type: ignore[attr-defined]
+    return bound
 
 
 def make_gated_linear(spec: KernelSpec, library: ctypes.CDLL) -> Kernel:

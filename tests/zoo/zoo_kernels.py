@@ -211,6 +211,42 @@ class ReadsAlignedOnly(_OneReplaced):
         return linear
 
 
+class TrustsRoundedWeights(_OneReplaced):
+    """Finds the largest output by weights in int8, and leaves it at that."""
+
+    operation = "linear"
+
+    def replace(self, spec: KernelSpec, made: Callable[..., Any]) -> Callable[..., Any]:
+        def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            return made(x, weight, bias)
+
+        def largest_of(weight: torch.Tensor) -> Callable[..., Any]:
+            def largest(x: torch.Tensor) -> Any:
+                scales = weight.abs().amax(dim=1, keepdim=True) / 127
+                index = made(x, (weight / scales).round() * scales, None).argmax(dim=-1)
+                return made(x, weight, None).gather(1, index[:, None])[:, 0], index
+
+            return largest
+
+        linear.largest_of = largest_of
+        return linear
+
+
+class KeepsOldWeights(TrustsRoundedWeights):
+    """Finds the largest output of a weight as it was."""
+
+    def replace(self, spec: KernelSpec, made: Callable[..., Any]) -> Callable[..., Any]:
+        def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            return made(x, weight, bias)
+
+        def largest_of(weight: torch.Tensor) -> Callable[..., Any]:
+            kept = weight.clone()
+            return lambda x: made(x, kept, None).max(dim=-1)
+
+        linear.largest_of = largest_of
+        return linear
+
+
 class _Visible(_OneReplaced):
     """Shows one operation to torch, by an operator that a fault is built into."""
 
@@ -329,6 +365,8 @@ ZOO: dict[type[Plugin], str] = {
     WritesBesideTheSlot: "test_parity",
     HighNibbleFirst: "test_parity",
     TopPBeforeTopK: "test_parity",
+    TrustsRoundedWeights: "test_largest_outputs",
+    KeepsOldWeights: "test_largest_outputs",
     ForgetsMaskedTargets: "test_gradients",
     SharesItsConstants: "test_a_made_callable_needs_no_provider",
     ReadsBytes: "test_another_dtype_is_an_error_or_right",

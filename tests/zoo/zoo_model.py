@@ -218,6 +218,18 @@ class QuantizesBeforeLoading(DecoderModel):
         return built
 
 
+class FindsTheLeastLikely(DecoderModel):
+    """Says that it finds greedy tokens without all scores, and takes the wrong end."""
+
+    def build(self, checkpoint: Checkpoint, context: BuildContext) -> CausalLM:
+        module: Any = super().build(checkpoint, context)
+        is_prepared = []
+        module.prepare_most_likely = lambda: is_prepared.append(True)
+        module.most_likely = lambda hidden_NE: module.logits(hidden_NE).min(dim=-1) if is_prepared else None
+        built: CausalLM = module
+        return built
+
+
 class KeepsItsFirstKernels(DecoderModel):
     """Binds each kernel once a process, and gives it to every module that it builds later."""
 
@@ -243,6 +255,7 @@ ZOO: dict[type[Plugin], str] = {
     BuiltInTrainMode: "test_build_gives_what_was_asked_for",
     MiscountsParameters: "test_describe_fits_what_is_built",
     DescribesByMaking: "test_describe_allocates_little",
+    FindsTheLeastLikely: "test_most_likely_tokens_are_those_of_the_scores",
     KeepsItsFirstKernels: "test_kernels_are_swapped_under_it",
     QuantizesBeforeLoading: "test_the_quantizer_sees_each_layer_once_with_its_weights",
 }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import pytest
 import torch
 
-from drivetrain.contracts.kernels import OPERATIONS, KernelProvider, KernelSpec
+from drivetrain.contracts.kernels import OPERATIONS, FindsLargest, KernelProvider, KernelSpec, LargestOutput
 from drivetrain.contracts.plugin import Probe
 from drivetrain.errors import DrivetrainError
 from drivetrain.operators import Operator
@@ -376,6 +377,32 @@ class KernelsSuite(Suite):
                 for eager, traced in zip(*gradients, strict=True):
                     torch.testing.assert_close(traced, eager, msg=about(f"gradients of {case} {dtype} when compiled"))
 
+    # --- what a callable of ``linear`` may do beside -----------------------------------------------------------------
+
+    def test_largest_outputs(self) -> None:
+        """A callable of ``linear`` that is a FindsLargest finds the largest of its own outputs, where others are near,
+        equal or no numbers, and sees what is written to the weight later."""
+        self.require_operation("linear")
+        provider, found = self.provider(), 0
+        for device in self.device_types():
+            for dtype in self.dtypes:
+                for rows, inner, outer in _LARGEST_OF:
+                    spec = KernelSpec("linear", device, dtype, {"I": inner, "O": outer})
+                    kernel = provider.make(spec) if provider.supports(spec).ok else None
+                    if not isinstance(kernel, FindsLargest):
+                        continue
+                    x, weight = _close_outputs(rows, inner, outer, getattr(torch, dtype), device)
+                    largest_of = kernel.largest_of(weight)
+                    if largest_of is None:
+                        continue
+                    found += 1
+                    with torch.inference_mode():
+                        _expect_largest(f"{rows} rows {dtype}", kernel, largest_of, x, weight)
+                        weight.copy_(weight.flip(0))
+                        _expect_largest(f"{rows} rows {dtype}, flipped", kernel, largest_of, x, weight)
+        if not found:
+            pytest.skip("not claimed: the largest outputs of linear")
+
     def test_dtypes_of_the_grid_have_a_tolerance(self) -> None:
         """Every dtype that is tried has a published tolerance in every operation it is tried on."""
         for operation in sorted(self.provider().operations() & ORACLES.keys()):
@@ -393,6 +420,49 @@ class KernelsSuite(Suite):
         for case, kernel in made:
             arguments = case.inputs(torch.float32, "cpu")
             self.compare(case, "float32", arguments, _tensors(kernel(*arguments)))
+
+
+_LARGEST_OF = ((0, 64, 1024), (1, 96, 1500), (3, 33, 1024), (7, 576, 4096), (17, 64, 2048), (70, 200, 1100))
+"""Rows, inputs and outputs."""
+
+
+def _close_outputs(
+    rows: int, inner: int, outer: int, dtype: torch.dtype, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and a weight whose outputs are hard to tell from each other. The last rows are one with a single large
+    number, one of zeros, and one with NaN; there is always a plain one."""
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, inner, generator=generator)
+    weight = torch.randn(outer, inner, generator=generator)
+    for row in range(rows):
+        own = 3 * x[row] / x[row].norm() * inner**0.5 + torch.randn(inner, generator=generator)
+        near = own + 3e-3 * torch.randn(2, inner, generator=generator)  # by less than int8 tells, and twice the same
+        places = [row, row + outer // 3, row + outer // 2, outer - 1 - row]
+        weight[places] = torch.stack((own, near[0], near[1], near[1]))
+    if rows > 3:
+        x[-3, inner // 2] = 1000.0
+        x[-2], x[-1, 0] = 0.0, float("nan")
+    return x.to(device, dtype), weight.to(device, dtype)
+
+
+def _expect_largest(
+    what: str, kernel: Callable[..., torch.Tensor], largest_of: LargestOutput, x: torch.Tensor, weight: torch.Tensor
+) -> None:
+    outputs = kernel(x, weight, None)
+    best, index = largest_of(x)
+    assert (best.shape, index.shape, index.dtype) == (outputs.shape[:1], outputs.shape[:1], torch.int64), what
+    assert best.dtype == outputs.dtype, f"{what}: the largest are {best.dtype}"
+    relative, absolute = OPERATIONS["linear"].tolerance[str(x.dtype).removeprefix("torch.")]
+    for row, (of_row, value, place) in enumerate(zip(outputs.tolist(), best.tolist(), index.tolist(), strict=True)):
+        if any(map(math.isnan, of_row)):
+            assert math.isnan(of_row[place] + value), f"{what}: row {row} has NaN, and gave {value}"
+            continue
+        most = max(of_row)
+        room = absolute + relative * abs(most)
+        assert of_row[place] >= most - room, f"{what}: row {row} gave an output of {of_row[place]}, one is {most}"
+        assert abs(value - most) <= room, f"{what}: row {row} gave {value}, and the largest is {most}"
+        first = int((weight == weight[place]).all(dim=1).nonzero()[0])
+        assert place == first, f"{what}: row {row} gave output {place}, and {first} before it is the same"
 
 
 def _expect_allowed(what: str, found: torch.Tensor, allowed: torch.Tensor) -> None:

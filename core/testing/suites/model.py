@@ -22,7 +22,7 @@ from drivetrain.binding import KernelBinder
 from drivetrain.contracts.attention import AttentionBackend
 from drivetrain.contracts.kernels import KernelProvider, KernelSpec
 from drivetrain.contracts.loader import Checkpoint, Loader
-from drivetrain.contracts.model import BuildContext, CausalLM, Model, ModelSpec
+from drivetrain.contracts.model import BuildContext, CausalLM, FindsMostLikely, Model, ModelSpec
 from drivetrain.contracts.plugin import Plugin, ProbeContext
 from drivetrain.contracts.quantizer import Quantizer
 from drivetrain.contracts.source import Progress, silent
@@ -358,6 +358,26 @@ class ModelSuite(DeviceSuite):
             pytest.skip("not claimed: the author gives no reference_logits for this checkpoint")
         (found,) = self.whole(self.built(checkpoint, dtype), ids)
         self.assert_close(found, wanted, dtype)
+
+    def test_most_likely_tokens_are_those_of_the_scores(self, checkpoint: Checkpoint) -> None:
+        """A module that is a FindsMostLikely gives the best score of each row and its token."""
+        module: Any = self.built(checkpoint)
+        is_finder = isinstance(module, FindsMostLikely)
+        if not is_finder:
+            pytest.skip("not claimed: most likely tokens without all scores")
+        ids_T = torch.tensor(self.tokens(checkpoint, 20), device=self.place().device)
+        with torch.inference_mode():
+            step = PlainStep(module.spec.attention, [len(ids_T)])
+            hidden_TE = module(ids_T, torch.arange(len(ids_T), device=ids_T.device), step)
+            assert module.most_likely(hidden_TE) is None, "nothing has prepared it"
+            module.prepare_most_likely()
+            found = module.most_likely(hidden_TE)
+            if found is None:
+                pytest.skip("not claimed: most likely tokens without all scores, with these kernels and of these sizes")
+            best_T, token_T = found
+            logits_TV = module.logits(hidden_TE)
+        assert token_T.tolist() == logits_TV.argmax(dim=-1).tolist()
+        self.assert_close(best_T, logits_TV.amax(dim=-1))
 
     @pytest.mark.parametrize("split", SPLITS, ids=lambda split: "+".join(map(str, split)))
     def test_a_prompt_may_be_cut_anywhere(self, checkpoint: Checkpoint, split: tuple[int, ...]) -> None:

@@ -63,7 +63,7 @@ static Form form_of(const dt_matrix& m, int tokens) {
   const int most = is_rounded ? kMostRounded : is_wide ? kMostWholeBytes : kMostWhole;
   if (kHasSteps && tokens <= most && takes_steps(matrix_of(m))) return Form::kSteps;
   if (!is_rounded) return is_tiled || is_dotted ? Form::kDigits : Form::kPlain;
-  if (m.rounding == int(Rounding::kRows)) return is_tiled ? Form::kTiles : Form::kRows;
+  if (m.rounding == int(Rounding::kRows)) return is_tiled && tokens > kMostByRows ? Form::kTiles : Form::kRows;
   if (m.rounding == int(Rounding::kNibbles)) return streams(matrix_of(m)) && tokens <= kMostRounded ? Form::kNibbles : Form::kRoundedFloats;
   if (m.rounding == int(Rounding::kBlocks)) return tokens <= kMostRounded ? Form::kBlocks : Form::kRoundedFloats;
   return Form::kFloat8;

@@ -9,6 +9,7 @@
 #include <cstddef>
 
 #include "ahead.h"
+#include "screen.h"
 #include "simd.h"
 
 namespace dt {
@@ -81,15 +82,17 @@ struct Norm {
   float eps = 0, offset = 0;
 };
 
-// What becomes of the sums. All pointers are rows of `stride` elements.
+// What becomes of the sums. All pointers are rows of `stride` elements. kScreen: nothing but what `screen` keeps.
 struct Sink {
-  enum Mode { kStore, kStoreBf16, kAdd } mode;
+  enum Mode { kStore, kStoreBf16, kAdd, kScreen } mode;
   void* out;
   size_t stride;
   float scale = 1.0f;  // kAdd: out += scale * sum
+  const Screen* screen = nullptr;
 
   // Asks for the places that sums will be put to: other threads may have them.
   inline void fetch(int token, int tokens, int o, int count) const {
+    if (mode == kScreen) return;
     const size_t bytes = mode == kStoreBf16 ? 2 : 4;
     for (int t = 0; t < tokens; t++) {
       const char* at = static_cast<const char*>(out) + (size_t(token + t) * stride + o) * bytes;
@@ -102,6 +105,8 @@ struct Sink {
       store(static_cast<float*>(out) + at, value);
     } else if (mode == kStoreBf16) {
       store(static_cast<bf16*>(out) + at, value);
+    } else if (mode == kScreen) {
+      screen->take(token, o, value);
     } else {
       float* p = static_cast<float*>(out) + at;
       store(p, load(p) + scale * value);
@@ -113,6 +118,8 @@ struct Sink {
       static_cast<float*>(out)[at] = value;
     else if (mode == kStoreBf16)
       static_cast<bf16*>(out)[at] = to_bf16(value);
+    else if (mode == kScreen)
+      screen->take(token, o, value);
     else
       static_cast<float*>(out)[at] += scale * value;
   }

@@ -1,16 +1,19 @@
-// Products of int8 weights with many tokens on the matrix unit (AMX): a tile of weights is 16 rows of 64 bytes, read where they lie.
+// Products of int8 weights with many tokens, 16 rows of 64 bytes at a time, read where they lie: on the matrix unit (AMX), or with VNNI by
+// four weights of an output, which are broadcast, times the same inputs of 16 tokens.
 //
 // Activations are int8 (linear_w8a8), or, where they keep their 24 bits, three digits of 256 with a sign:
 //   x = (65536 a + 256 b + c) * step,  step = max(|x|) / 8355000 of the row (a little less than three digits of 127)
-// so that every number is within half of 2^-23 of the row's largest, and all products and sums are exact.
+// so that every number is within half of 2^-23 of the row's largest, and all products and sums are exact. Two digits keep 16 bits alike.
 #include "rounded_tiles.h"
 
-#if defined(__AMX_INT8__)
+#if defined(__AMX_INT8__) || defined(__AVX512VNNI__)
 
 #include "chunk.h"
 #include "formats.h"
 #include "pool.h"
+#if defined(__AMX_INT8__)
 #include "unit.h"
+#endif
 
 namespace dt {
 namespace {
@@ -23,17 +26,23 @@ constexpr int kWidth = 16;    // tokens in a tile
 constexpr int kTile = 1024;   // bytes
 constexpr int kColumns = 3;   // tiles of activations that a tile of weights is multiplied with at once
 
+#if defined(__AMX_INT8__)
+constexpr bool kIsMoved = false;
+using Unit = Holds;
+
+static void starts_of(const int8_t*, size_t, int, int32_t*) {}
+
 // Tiles: sums 0 to 2, weights 3, activations 4 to 6.
 
-// Sums of 16 outputs and N tiles of tokens: out[N][16 outputs][16 tokens].
+// Sums of 16 outputs and N tiles of tokens: out[N][16 outputs][16 tokens]. start: what sums of an output begin with.
 template <int N>
-static void multiply(const int8_t* w, size_t row_bytes, size_t step_bytes, const int8_t* fetch, size_t fetch_bytes, const int8_t* x,
+static void multiply(const int8_t* w, size_t row_bytes, const int32_t*, const int8_t* fetch, size_t fetch_bytes, const int8_t* x,
                      size_t x_step, size_t x_column, int steps, int32_t* out) {
   asm volatile("tilezero %tmm0");
   if constexpr (N > 1) asm volatile("tilezero %tmm1");
   if constexpr (N > 2) asm volatile("tilezero %tmm2");
   for (int s = 0; s < steps; s++) {
-    load_tile<3>(w + s * step_bytes, row_bytes);
+    load_tile<3>(w + s * kDeep, row_bytes);
     load_tile<4>(x + s * x_step, kDeep);
     asm volatile("tdpbssd %tmm4, %tmm3, %tmm0");
     if constexpr (N > 1) {
@@ -51,6 +60,61 @@ static void multiply(const int8_t* w, size_t row_bytes, size_t step_bytes, const
   if constexpr (N > 1) asm volatile("tilestored %%tmm1, (%0,%1,1)" ::"r"(out + 256), "r"(size_t(kDeep)) : "memory");
   if constexpr (N > 2) asm volatile("tilestored %%tmm2, (%0,%1,1)" ::"r"(out + 512), "r"(size_t(kDeep)) : "memory");
 }
+#else
+// VNNI multiplies unsigned bytes by signed ones: digits are moved up by 128, and 128 times the sum of an output's weights is taken off.
+constexpr bool kIsMoved = true;
+struct Unit {
+  ~Unit() {}  // so that one that is only declared is no unused variable
+};
+
+static void starts_of(const int8_t* w, size_t row_bytes, int steps, int32_t* start) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  for (int r = 0; r < kRows; r++) {
+    __m512i sums = _mm512_setzero_si512();
+    for (int s = 0; s < steps; s++) sums = _mm512_dpbusd_epi32(sums, ones, _mm512_loadu_si512(w + r * row_bytes + s * kDeep));
+    start[r] = -128 * _mm512_reduce_add_epi32(sums);
+  }
+}
+
+constexpr int kHalf = 8;  // outputs whose sums, inputs and a weight fit the registers
+
+template <int N>
+static void multiply(const int8_t* w, size_t row_bytes, const int32_t* start, const int8_t* fetch, size_t fetch_bytes, const int8_t* x,
+                     size_t x_step, size_t x_column, int steps, int32_t* out) {
+  for (int first = 0; first < kRows; first += kHalf) {
+    __m512i sums[kHalf][N];
+#pragma GCC unroll 8
+    for (int r = 0; r < kHalf; r++)
+#pragma GCC unroll 3
+      for (int n = 0; n < N; n++) sums[r][n] = _mm512_set1_epi32(start[first + r]);
+    const int8_t* rows[3];  // each of three rows, as in tile.h
+    for (int i = 0; i < 3; i++) rows[i] = w + (first + 3 * i) * row_bytes;
+    for (int s = 0; s < steps; s++) {
+      const int8_t* in = x + s * x_step;
+#pragma GCC unroll 4
+      for (int four = 0; four < kDeep / 4; four++) {
+        __m512i inputs[N];
+#pragma GCC unroll 3
+        for (int n = 0; n < N; n++) inputs[n] = _mm512_load_si512(in + n * x_column + 64 * four);
+#pragma GCC unroll 8
+        for (int r = 0; r < kHalf; r++) {
+          int32_t weights;
+          memcpy(&weights, rows[r / 3] + r % 3 * row_bytes + 4 * four, sizeof weights);
+#pragma GCC unroll 3
+          for (int n = 0; n < N; n++) sums[r][n] = _mm512_dpbusd_epi32(sums[r][n], inputs[n], _mm512_set1_epi32(weights));
+        }
+      }
+      for (const int8_t*& row : rows) row += kDeep;
+      if (fetch)
+        for (int r = 0; r < kHalf; r++) _mm_prefetch(fetch + (first + r) * fetch_bytes + s * kDeep, _MM_HINT_T1);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kHalf; r++)
+#pragma GCC unroll 3
+      for (int n = 0; n < N; n++) _mm512_store_si512(out + n * 256 + (first + r) * kWidth, sums[r][n]);
+  }
+}
+#endif
 
 static inline int steps_of(int size) { return (size + kDeep - 1) / kDeep; }
 static inline int panels_of(int tokens) { return (tokens + kWidth - 1) / kWidth; }
@@ -66,7 +130,9 @@ static void put_panel(const Tiled& x, const Matrix& m, const Sink& sink, int fir
       memcpy(&whole, sums + digit * 256 + o * kWidth, sizeof whole);
       return __builtin_convertvector(whole, vf);
     };
-    vf value = x.digits == 1 ? sum(0) : sum(0) * 65536.0f + (sum(1) * 256.0f + sum(2));
+    vf value = sum(x.digits - 1);
+    float unit = 256;
+    for (int digit = x.digits - 2; digit >= 0; digit--, unit *= 256) value = sum(digit) * unit + value;
     rows[o] = o < count ? value * steps * scale_at(m.scales, m.scale_format, first + o) + (m.bias ? m.bias[first + o] : 0.0f) : vf{};
   }
   transpose(rows);
@@ -84,7 +150,7 @@ static void some_outputs(const Tiled& x, const Matrix& m, const Sink& sink, int 
   const int steps = steps_of(m.cols), panels = panels_of(x.num_tokens);
   const int8_t* w = static_cast<const int8_t*>(m.weight) + size_t(first) * m.stride;
   const int8_t* fetch = has_next ? w + size_t(kRows) * m.stride : nullptr;
-  size_t row_bytes = m.stride, step_bytes = kDeep;
+  size_t row_bytes = m.stride;
   if (count < kRows || m.cols % kDeep != 0) {  // what fills no tile
     int8_t* copy = reinterpret_cast<int8_t*>(copied.reserve(size_t(steps) * kTile / 4));
     memset(copy, 0, size_t(steps) * kTile);
@@ -93,19 +159,21 @@ static void some_outputs(const Tiled& x, const Matrix& m, const Sink& sink, int 
     row_bytes = size_t(steps) * kDeep;
   }
   const size_t x_step = size_t(x.digits) * kTile, panel_bytes = steps * x_step;
+  int32_t start[kRows];
+  starts_of(w, row_bytes, steps, start);
   alignas(64) int32_t sums[kColumns * 256];
-  if (x.digits == kColumns) {
-    for (int p = 0; p < panels; p++) {
-      multiply<3>(w, row_bytes, step_bytes, p == 0 ? fetch : nullptr, m.stride, x.tiles + p * panel_bytes, x_step, kTile, steps, sums);
-      put_panel(x, m, sink, first, count, p, sums);
-    }
-    return;
-  }
-  for (int p = 0; p < panels; p += kColumns) {
-    const int columns = panels - p < kColumns ? panels - p : kColumns;
+  // The tiles of columns are of one panel's digits, or of panels with one digit each.
+  const int at_once = x.digits == 1 ? kColumns : 1;
+  const size_t column_bytes = x.digits == 1 ? panel_bytes : kTile;
+  for (int p = 0; p < panels; p += at_once) {
+    const int columns = x.digits > 1 ? x.digits : panels - p < kColumns ? panels - p : kColumns;
     auto run = columns == 1 ? multiply<1> : columns == 2 ? multiply<2> : multiply<3>;
-    run(w, row_bytes, step_bytes, p == 0 ? fetch : nullptr, m.stride, x.tiles + p * panel_bytes, x_step, panel_bytes, steps, sums);
-    for (int c = 0; c < columns; c++) put_panel(x, m, sink, first, count, p + c, sums + c * 256);
+    run(w, row_bytes, start, p == 0 ? fetch : nullptr, m.stride, x.tiles + p * panel_bytes, x_step, column_bytes, steps, sums);
+    if (x.digits > 1) {
+      put_panel(x, m, sink, first, count, p, sums);
+    } else {
+      for (int c = 0; c < columns; c++) put_panel(x, m, sink, first, count, p + c, sums + c * 256);
+    }
   }
 }
 
@@ -130,17 +198,11 @@ static inline void digits_of(const float* row, int k, int size, vf scale, int di
     const __mmask16 mask = left >= W ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
     vf x = (vf)_mm512_maskz_loadu_ps(mask, row + k + i * W);
     vi q = (vi)_mm512_cvtps_epi32((__m512)(x / scale));
-    if (digits == 1) {
-      parts[0][i] = _mm512_cvtepi32_epi8((__m512i)q);
-      continue;
+    for (int d = digits - 1; d >= 0; d--) {
+      vi digit = d > 0 ? ((q + 128) & 255) - 128 : q;
+      q = (q - digit) >> 8;
+      parts[d][i] = _mm512_cvtepi32_epi8((__m512i)(kIsMoved ? digit + 128 : digit));
     }
-    vi low = ((q + 128) & 255) - 128;
-    q = (q - low) >> 8;
-    vi middle = ((q + 128) & 255) - 128;
-    q = (q - middle) >> 8;
-    parts[0][i] = _mm512_cvtepi32_epi8((__m512i)q);
-    parts[1][i] = _mm512_cvtepi32_epi8((__m512i)middle);
-    parts[2][i] = _mm512_cvtepi32_epi8((__m512i)low);
   }
   for (int d = 0; d < digits; d++) {
     __m512i all = _mm512_castsi128_si512(parts[d][0]);
@@ -161,7 +223,7 @@ Tiled tile_rows(const float* rows, size_t stride, int num_tokens, int size, int 
   const size_t panel_bytes = size_t(steps) * digits * kTile;
   int8_t* tiles = reinterpret_cast<int8_t*>(space);
   float* scales = space + panels * panel_bytes / 4;
-  const float most = digits == 1 ? 127.0f : 8355000.0f;
+  const float most = digits == 1 ? 127.0f : digits == 2 ? 32600.0f : 8355000.0f;
   parallel(panels, [&](int panel, int) {
     const float* in = rows + size_t(panel) * kWidth * stride;
     const int tokens = num_tokens - panel * kWidth < kWidth ? num_tokens - panel * kWidth : kWidth;
@@ -197,7 +259,7 @@ void matmul(const Tiled& x, const Matrix* matrices, const Sink* sinks, int count
     for (int chunks; chunk >= (chunks = (matrices[which].rows + size - 1) / size); which++) chunk -= chunks;
     const Matrix& m = matrices[which];
     int begin = chunk * size, end = begin + size < m.rows ? begin + size : m.rows;
-    Holds unit;
+    Unit unit;
     for (int first = begin; first < end; first += kRows)
       some_outputs(x, m, sinks[which], first, end - first < kRows ? end - first : kRows, first + 2 * kRows <= end);
   });

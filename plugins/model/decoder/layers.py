@@ -14,7 +14,14 @@ import torch
 from torch import nn
 
 from drivetrain.contracts.attention import AttentionStep, TakesWritten
-from drivetrain.contracts.kernels import Angles, DecoderLayerParts, KernelSpec, Projection
+from drivetrain.contracts.kernels import (
+    Angles,
+    DecoderLayerParts,
+    FindsLargest,
+    KernelSpec,
+    LargestOutput,
+    Projection,
+)
 from drivetrain.fusion import Fuser, is_plain_linear
 from drivetrain.plugins.model.decoder.config import DecoderConfig
 
@@ -50,6 +57,10 @@ class Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self._linear(x, self.weight, self.bias)
         return out
+
+    def find_largest(self) -> LargestOutput | None:
+        """What finds the largest outputs of rows, bias left out; None where the kernel has nothing for it."""
+        return self._linear.largest_of(self.weight) if isinstance(self._linear, FindsLargest) else None
 
 
 class RMSNorm(nn.Module):

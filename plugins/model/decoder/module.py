@@ -12,8 +12,10 @@ from torch import nn
 from torch.nn import functional
 
 from drivetrain.contracts.attention import AttentionStep
+from drivetrain.contracts.kernels import LargestOutput
 from drivetrain.contracts.model import ModelSpec
 from drivetrain.contracts.packed import PackedWeight
+from drivetrain.fusion import is_plain_linear
 from drivetrain.packed import PackedEmbedding
 from drivetrain.plugins.model.decoder.config import DecoderConfig
 from drivetrain.plugins.model.decoder.layers import LAYERS, Kernels, Linear, RMSNorm
@@ -96,6 +98,7 @@ class DecoderForCausalLM(nn.Module):
         if spec is not None:
             self.spec = spec
         self._token_losses: Callable[..., torch.Tensor] | None = None
+        self._find_most_likely: LargestOutput | None = None
 
     def bind_losses(self, config: DecoderConfig, kernels: Kernels) -> None:
         """Bind what only training needs."""
@@ -115,6 +118,17 @@ class DecoderForCausalLM(nn.Module):
         if self.logits_soft_cap is not None:
             scores_NV = torch.tanh(scores_NV / self.logits_soft_cap) * self.logits_soft_cap
         return scores_NV
+
+    def prepare_most_likely(self) -> None:
+        """Have the kernel of the output layer get ready to find the largest of its outputs, where it can."""
+        changes_scores = self.logits_divisor != 1.0 or self.logits_soft_cap is not None  # and makes some of them equal
+        head = self.lm_head
+        if isinstance(head, Linear) and is_plain_linear(head) and head.bias is None and not changes_scores:
+            self._find_most_likely = head.find_largest()
+
+    def most_likely(self, hidden_NE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The best score of each row [N] and its token [N]; None where kernels know nothing better than all scores."""
+        return None if self._find_most_likely is None else self._find_most_likely(hidden_NE)
 
     def token_losses(self, hidden_TE: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
         """Cross entropy of each row's target, float32 [T]; 0 where the target is -100."""
