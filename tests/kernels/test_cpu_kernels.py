@@ -7,6 +7,8 @@ import ctypes
 import dataclasses
 import functools
 import random
+import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -343,6 +345,40 @@ class _Doubled(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.inner(x) * 2
         return out
+
+
+def test_small_products_do_not_wait_for_another_threads_large_ones() -> None:
+    """They are of new parts, say, that are tried beside the ones that serve."""
+    kernel = provider().make(KernelSpec("linear", "cpu", "float32"))
+    large, small = (torch.randn(2048, 1024), torch.randn(1024, 1024)), (torch.randn(8, 64), torch.randn(300, 64))
+    wanted = small[0] @ small[1].T
+    ended = 0
+    is_over = threading.Event()
+
+    def keep_busy() -> None:
+        nonlocal ended
+        while not is_over.is_set():
+            kernel(*large, None)
+            ended += 1
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    open_library()  # its pool has as many
+    try:
+        with torch.inference_mode(), ThreadPoolExecutor(1) as pool:
+            busy = pool.submit(torch.inference_mode()(keep_busy))
+            while ended == 0 and not busy.done():
+                time.sleep(0.001)
+            before = ended
+            for _ in range(300):
+                torch.testing.assert_close(kernel(*small, None), wanted, rtol=1e-5, atol=1e-4)
+            during = ended - before
+            is_over.set()
+            busy.result()
+    finally:
+        torch.set_num_threads(threads)
+        open_library()
+    assert during < 100, f"{during} large products ended while 300 small ones were computed"
 
 
 def test_a_layer_that_is_no_plain_linear_is_called(checkpoints: dict[str, FolderCheckpoint]) -> None:

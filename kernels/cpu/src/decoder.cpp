@@ -479,9 +479,10 @@ DT_API int dt_decoder_forward(const dt_decoder* model, const dt_step* step, floa
       std::deque<Slice> slices;
       for (size_t i = 0; i < ends.size(); i++) slices.emplace_back(*model, *step, i > 0 ? ends[i - 1] : 0, ends[i]);
       std::atomic<bool> has_memory{true};
-      parallel(int(slices.size()), [&](int index, int) {
+      auto run = [&](int index, int) {
         if (!run_slice(*model, slices, index, x)) has_memory.store(false);
-      });
+      };
+      parallel(int(slices.size()), run, true);
       return has_memory.load() ? 0 : 1;
     }
   }

@@ -116,9 +116,10 @@ struct Pool {
   }
 };
 
-std::mutex region_mutex;  // one region at a time; a second caller (another engine of the process) waits
+std::mutex region_mutex;  // of one region at a time
 Pool* pool = nullptr;
-int wanted = 1, made = 0;
+std::atomic<int> wanted{1};
+int made = 0;
 thread_local bool is_alone = false;
 
 // Threads do not survive a fork: the child makes its own pool, and leaves what the parent's was made of alone.
@@ -135,18 +136,22 @@ void set_threads(int count) {
   wanted = count < 1 ? 1 : count > kMaxThreads ? kMaxThreads : count;
 }
 
-int num_threads() { return is_alone ? 1 : wanted; }
+int num_threads() { return is_alone ? 1 : wanted.load(std::memory_order_relaxed); }
 
 Alone::Alone() { is_alone = true; }
 Alone::~Alone() { is_alone = false; }
 
-void run_chunks(int count, Body body, void* context) {
+void run_chunks(int count, Body body, void* context, bool waits) {
   if (count <= 0) return;
   auto run_here = [&] {
     for (int i = 0; i < count; i++) body(context, i, 0);
   };
   if (is_alone) return run_here();
-  std::lock_guard<std::mutex> lock(region_mutex);
+  std::unique_lock<std::mutex> lock(region_mutex, std::defer_lock);
+  if (waits)
+    lock.lock();
+  else if (!lock.try_lock())
+    return run_here();
   if (wanted == 1) return run_here();
   if (made != wanted) {
     static bool is_registered = false;

@@ -13,7 +13,10 @@ namespace dt {
 using Body = void (*)(void* context, int chunk, int thread);
 
 // Runs body for chunks 0 .. count - 1 on all threads and returns when all are done. Within a body, only while an Alone lives.
-void run_chunks(int count, Body body, void* context);
+// While they work for another caller (a second engine, new parts that are tried beside the old ones), the caller runs all chunks by
+// itself: a whole step in one region takes up to a quarter of a second, and many small ones would wait for it each time. Who waits
+// has such a region itself.
+void run_chunks(int count, Body body, void* context, bool waits);
 
 // Threads that take part, the caller included. A pool that exists is made anew when the number changes.
 void set_threads(int count);
@@ -48,7 +51,7 @@ static inline void wait_until(F&& is_done) {
 constexpr int kMaxThreads = 256;
 
 template <class F>
-static inline void parallel(int count, F&& body) {
+static inline void parallel(int count, F&& body, bool waits = false) {
   using Function = typename std::remove_reference<F>::type;
   if (count == 1) {
     body(0, 0);
@@ -56,7 +59,7 @@ static inline void parallel(int count, F&& body) {
   }
   run_chunks(
       count, [](void* context, int chunk, int thread) { (*static_cast<Function*>(context))(chunk, thread); },
-      const_cast<void*>(static_cast<const void*>(&body)));
+      const_cast<void*>(static_cast<const void*>(&body)), waits);
 }
 
 }  // namespace dt
