@@ -17,7 +17,7 @@ _ROUNDED_AT_ONCE = 4096
 """Rows of a weight that are turned into int8 together: what that takes beside the result stays small."""
 
 
-class LargestOutput:
+class ScreenedLargest:
     """Each row's largest output of a product, and which it is, without most outputs: ``FindsLargest`` of the contract.
 
     Outputs are computed from the weight in int8 first, which tells each within a known distance; those that may be the
@@ -72,9 +72,9 @@ class LargestOutput:
         return self._rows.linear(x_NI, self._weight_OI, None).max(dim=-1)
 
 
-def largest_of(rows: Rows, weight_OI: Tensor) -> LargestOutput | None:
+def largest_of(rows: Rows, weight_OI: Tensor) -> ScreenedLargest | None:
     """What finds the largest outputs of a weight; None where it would be no faster than all outputs, or could not see
     that the weight has changed."""
     if len(weight_OI) < _LEAST_OUTPUTS or not weight_OI.is_contiguous() or weight_OI.is_inference():
         return None
-    return LargestOutput(rows, weight_OI)
+    return ScreenedLargest(rows, weight_OI)

@@ -15,7 +15,7 @@ from drivetrain.contracts.kernels import FindsLargest, KernelSpec
 from drivetrain.errors import ConfigError
 from drivetrain.hardware import read_processor
 from drivetrain.kernels.cpu import CpuKernels
-from drivetrain.kernels.cpu.largest import LargestOutput
+from drivetrain.kernels.cpu.largest import ScreenedLargest
 from drivetrain.kernels.cpu.library import open_library, runnable_variants
 from drivetrain.kernels.cpu.operations import Rows
 
@@ -207,7 +207,7 @@ def test_all_threads_find_the_same(threads: int) -> None:
 @needs_it
 def test_few_outputs_are_computed_all() -> None:
     assert linear(torch.float32).largest_of(numbers(1023, 64)) is None
-    assert isinstance(linear(torch.float32).largest_of(numbers(1024, 64)), LargestOutput)
+    assert isinstance(linear(torch.float32).largest_of(numbers(1024, 64)), ScreenedLargest)
 
 
 @needs_it

@@ -19,7 +19,7 @@ struct Candidate {
 
 // What products screen their sums by, in place of storing them (Sink::kScreen).
 struct Screen {
-  // More than twice as many as were found where tokens follow at random, which are more than where they make a text.
+  // No more were found in 11,757 rows of random prompts, whose outputs are nearer to each other than those of a text.
   static constexpr int kRoom = 2048;
 
   struct alignas(64) Token {
