@@ -6,6 +6,9 @@
 
 namespace dt {
 
+// Floats that parts of a workspace take, so that what lies behind them begins with a line of the cache.
+static inline size_t rounded(size_t count) { return (count + 15) / 16 * 16; }
+
 // Memory of one thread that grows to what is asked for. Aligned to 64 bytes.
 struct Scratch {
   float* data = nullptr;

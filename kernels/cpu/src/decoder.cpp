@@ -7,6 +7,7 @@
 #include "ahead.h"
 #include "attention.h"
 #include "attention_plan.h"
+#include "chunk.h"
 #include "decoder.h"
 #include "elementwise.h"
 #include "formats.h"
@@ -38,8 +39,6 @@ struct Workspace {
 
 // Any number of Python's threads may call at once, each with memory of its own: it grows to what the largest call needs.
 static thread_local Workspace workspace;
-
-static size_t rounded(size_t count) { return (count + 15) / 16 * 16; }
 
 static Matrix matrix_of(const dt_matrix& m) {
   const bool is_packed = m.format >= int(Format::kInt8);

@@ -74,8 +74,6 @@ static bool choose(const Screen::Token& token, const T* weight, const float* x, 
   return index >= 0 && std::isfinite(best);
 }
 
-static size_t rounded(size_t count) { return (count + 15) / 16 * 16; }
-
 }  // namespace
 
 // Whether dt_largest works in this build.
