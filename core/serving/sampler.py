@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from drivetrain.serving.adjusting import ScoreAdjuster, is_adjusted
 from drivetrain.serving.request import Request
 from drivetrain.serving.transfer import HostCopy, on_device
 from drivetrain.serving.types import SamplingParams, TokenLogprob
@@ -25,8 +26,9 @@ _WIDTHS = (64, 256, 1024)
 """Best tokens that a row with top-k is drawn from: sorting out 64 first takes a tenth of filtering a vocabulary."""
 _PARTS = 64
 """Parts of a vocabulary that a GPU looks for the best token in, or as many as divide it."""
-_SCORED_BYTES = 64 * 2**20
-"""Bytes of float32 scores that are turned into log-probabilities at a time."""
+_SCORED_BYTES = {"cpu": 2 * 2**20}
+_SCORED_BYTES_ELSEWHERE = 64 * 2**20
+"""Bytes of float32 scores that are turned into log-probabilities at a time: on a CPU what its caches hold."""
 _LEAST_TEMPERATURE = 1e-30
 """Anything less is no normal float32, and draws the most likely token just the same."""
 
@@ -118,7 +120,7 @@ def sequence_seed(seed: int, index: int) -> int:
 
 
 class Sampler:
-    """Chooses tokens. Keeps, for sequences with penalties, how often each token has appeared.
+    """Chooses tokens.
 
     kernel: the logical operation ``sample`` of a kernel provider; None draws with torch's operations.
     """
@@ -129,16 +131,16 @@ class Sampler:
         self.kernel = kernel
         self._vocab_size = vocab_size
         self._device = device
-        self._counts: dict[str, _TokenCounts] = {}
+        self._adjuster = ScoreAdjuster(device)
         self._settings_of: tuple[list[Request], tuple[torch.Tensor, ...]] | None = None
 
     def forget(self, request: Request) -> None:
         """Drop what is kept of a finished sequence."""
-        self._counts.pop(request.name, None)
+        self._adjuster.forget(request)
 
     @property
     def num_tracked(self) -> int:
-        return len(self._counts)
+        return self._adjuster.num_tracked
 
     def plan(self, requests: Sequence[Request]) -> SamplingPlan:
         """What the host knows before the scores are there. Changes nothing."""
@@ -152,7 +154,7 @@ class Sampler:
                 uniform(requests[row].seed, requests[row].num_output_tokens + requests[row].num_expected)
                 for row in drawn
             ],
-            is_adjusted=any(_is_adjusted(request) for request in requests),
+            is_adjusted=any(is_adjusted(request) for request in requests),
             wants_logprobs=any(request.params.logprobs is not None for request in requests),
         )
 
@@ -164,17 +166,13 @@ class Sampler:
         is_best_enough = not plan.drawn and plan.is_on_device and self._device.type != "cpu"
         scores_SV = logits_SV if is_best_enough else logits_SV.float()
         best_S, token_S = most_likely(scores_SV)
-        adjusted_SV = scores_SV
         if plan.is_adjusted:
-            adjusted_SV = self._adjust(scores_SV, plan.requests)
-            token_S = most_likely(adjusted_SV)[1]
-        if plan.drawn:
-            requests = [plan.requests[row] for row in plan.drawn]
-            if len(requests) == len(plan.requests):
-                token_S = self._draw(adjusted_SV, requests, plan.draws)
-            else:
-                rows = self._integers(plan.drawn)
-                token_S = token_S.index_copy(0, rows, self._draw(adjusted_SV[rows], requests, plan.draws))
+            with self._adjuster.adjusted(scores_SV, plan.requests):
+                if len(plan.drawn) < len(plan.requests):
+                    token_S = most_likely(scores_SV)[1]
+                token_S = self._drawn(scores_SV, token_S, plan)
+        else:
+            token_S = self._drawn(scores_SV, token_S, plan)
         return Choice(scores_SV, token_S, HostCopy(token_S), HostCopy(best_S))
 
     def read(self, choice: Choice, plan: SamplingPlan) -> Sampled:
@@ -190,41 +188,17 @@ class Sampler:
         plan = self.plan(requests)
         return self.read(self.choose(logits_SV, plan), plan)
 
-    # --- scores ----------------------------------------------------------------------------------------------------
-
-    def _adjust(self, scores_SV: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
-        """Penalties, bias and forbidden tokens, on a copy."""
-        scores_SV = scores_SV.clone()
-        for row, request in enumerate(requests):
-            params = request.params
-            if params.has_penalty:
-                self._penalize(scores_SV[row], request)
-            if params.logit_bias:
-                tokens = torch.tensor(list(params.logit_bias), device=self._device)
-                scores_SV[row, tokens] += torch.tensor(list(params.logit_bias.values()), device=self._device)
-            if request.num_output_tokens < params.min_tokens:
-                ends = () if params.ignore_eos else request.end_tokens
-                # Configurations name end tokens that the model has no scores for.
-                forbidden = [token for token in (*ends, *params.stop_token_ids) if token < scores_SV.shape[-1]]
-                scores_SV[row, forbidden] = -math.inf
-        return scores_SV
-
-    def _penalize(self, scores_V: torch.Tensor, request: Request) -> None:
-        params = request.params
-        counts = self._counts.get(request.name)
-        if counts is None:
-            counts = self._counts[request.name] = _TokenCounts(self._vocab_size, self._device)
-        counts.catch_up(request)
-        if params.repetition_penalty != 1:
-            seen_V = counts.in_prompt_V | (counts.in_output_V > 0)
-            penalized_V = torch.where(
-                scores_V > 0, scores_V / params.repetition_penalty, scores_V * params.repetition_penalty
-            )
-            scores_V.copy_(torch.where(seen_V, penalized_V, scores_V))
-        scores_V -= params.frequency_penalty * counts.in_output_V
-        scores_V -= params.presence_penalty * (counts.in_output_V > 0)
-
     # --- draws -----------------------------------------------------------------------------------------------------
+
+    def _drawn(self, scores_SV: torch.Tensor, token_S: torch.Tensor, plan: SamplingPlan) -> torch.Tensor:
+        """``token_S`` with the tokens of rows that are drawn in place of theirs."""
+        if not plan.drawn:
+            return token_S
+        requests = [plan.requests[row] for row in plan.drawn]
+        if len(requests) == len(plan.requests):
+            return self._draw(scores_SV, requests, plan.draws)
+        rows = self._integers(plan.drawn)
+        return token_S.index_copy(0, rows, self._draw(scores_SV[rows], requests, plan.draws))
 
     def _draw(self, scores_SV: torch.Tensor, requests: Sequence[Request], draws: Sequence[float]) -> torch.Tensor:
         """Draw from each row's distribution, rows with a small top-k from their best tokens only."""
@@ -295,32 +269,11 @@ class Sampler:
             assert scores_SV is not None
             wanted = [row for row, request in enumerate(plan.requests) if request.params.logprobs is not None]
             counts = [plan.requests[row].params.logprobs or 0 for row in wanted]
-            found = token_logprobs(scores_SV[wanted], [tokens[row] for row in wanted], max(counts))
+            wanted_SV = scores_SV if len(wanted) == len(tokens) else scores_SV[wanted]
+            found = token_logprobs(wanted_SV, [tokens[row] for row in wanted], max(counts))
             for row, count, entry in zip(wanted, counts, found, strict=True):
                 result[row] = TokenLogprob(entry.token_id, entry.logprob, entry.rank, entry.top[:count])
         return result
-
-
-class _TokenCounts:
-    """Which tokens a sequence's prompt has, and how often each is in its output. Grows with the sequence."""
-
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self.in_prompt_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        self.in_output_V = torch.zeros(vocab_size, dtype=torch.int32, device=device)
-        self._num_counted = 0
-
-    def catch_up(self, request: Request) -> None:
-        if self._num_counted == 0:
-            self.in_prompt_V[request.tokens[: request.num_prompt_tokens]] = True
-            self._num_counted = request.num_prompt_tokens
-        for token in request.tokens[self._num_counted :]:
-            self.in_output_V[token] += 1
-        self._num_counted = len(request.tokens)
-
-
-def _is_adjusted(request: Request) -> bool:
-    params = request.params
-    return params.has_penalty or bool(params.logit_bias) or request.num_output_tokens < params.min_tokens
 
 
 def most_likely(scores_SV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -422,7 +375,8 @@ def token_logprobs(scores_NV: torch.Tensor, tokens: Sequence[int], count: int) -
 
     Some rows at a time: the tokens of a whole prompt may be asked for, and a row of float32 is large.
     """
-    num_rows = max(1, _SCORED_BYTES // (4 * scores_NV.shape[-1]))
+    most_bytes = _SCORED_BYTES.get(scores_NV.device.type, _SCORED_BYTES_ELSEWHERE)
+    num_rows = max(1, most_bytes // (4 * scores_NV.shape[-1]))
     return [
         entry
         for first in range(0, len(tokens), num_rows)

@@ -57,7 +57,8 @@ def tensor_bytes(root: object) -> int:
 
 
 class Allocations(TorchDispatchMode):
-    """Within this context, remembers the largest result of a torch operation that was not on the meta device."""
+    """Within this context, remembers the largest result of a torch operation that lies neither in memory of what it
+    was given nor on the meta device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,8 +68,11 @@ class Allocations(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta"]
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        known = {leaf.untyped_storage().data_ptr() for leaf in given if leaf.device.type != "meta"}
+        for leaf in made:
+            if leaf.untyped_storage().data_ptr() not in known:
                 self.largest_bytes = max(self.largest_bytes, leaf.nbytes)
         return result
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import math
 import random
 import threading
 import time
@@ -39,6 +40,7 @@ from drivetrain.kernels.reference.pointwise import rope_write
 from drivetrain.plugins.attention.paged_cpu import PagedCpuAttention
 from drivetrain.plugins.attention.sdpa import SdpaAttention
 from drivetrain.plugins.model.decoder import DecoderModel
+from drivetrain.testing.kernel_oracle import ORACLES
 from support.paging import Pages, whole_batch
 from support.tiny_models import VOCAB_SIZE, FolderCheckpoint, save_tiny, tiny_configs
 
@@ -531,6 +533,37 @@ def test_products_of_every_number_of_rows(variant: str, rows: int) -> None:
             wanted = (x.double() @ weight.double().T + bias.double()).to(dtype)
             found = provider(variant).make(spec)(x, weight, bias)
             torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance * 10)
+
+
+def _sharpness(kind: str, rows: int, vocab: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(vocab)
+    normal = torch.randn(rows, vocab, generator=generator)
+    return {
+        "sharp": normal * 6,
+        "as of a text": normal * 2.5,
+        "flat": normal * 0.1,
+        "equal": torch.zeros(rows, vocab),
+        "few values": (normal * 2).round(),
+        "most are forbidden": torch.where(torch.arange(vocab) % 50 == 1, normal * 2, -math.inf),
+        "huge": normal * 1e30,
+    }[kind]
+
+
+@pytest.mark.parametrize("variant", HERE)
+@pytest.mark.parametrize("vocab", [3, 70, 900])
+@pytest.mark.parametrize("kind", ["sharp", "as of a text", "flat", "equal", "few values", "most are forbidden", "huge"])
+def test_a_nucleus_is_drawn_from_as_a_sorted_vocabulary(variant: str, vocab: int, kind: str) -> None:
+    """The token at a draw is where the cumulative sum over the kept tokens passes it, to the published tolerance."""
+    top_p = torch.tensor([0.0, 1e-6, 0.1, 0.5, 0.9, 0.95, 0.999, 0.9999999] * 2)
+    rows = len(top_p)
+    generator = torch.Generator().manual_seed(1)
+    scores, draws = _sharpness(kind, rows, vocab), torch.rand(rows, dtype=torch.float64, generator=generator)
+    min_p = torch.tensor([0.0, 0.3]).repeat_interleave(rows // 2)
+    heat = torch.full((rows,), 0.8)
+    sample = provider(variant).make(KernelSpec("sample", "cpu", "float32", {"V": vocab}))
+    found = sample(scores, heat, torch.zeros(rows, dtype=torch.int64), top_p, min_p, draws)
+    wanted = ORACLES["sample"]({}, scores, heat, torch.zeros(rows, dtype=torch.int64), top_p, min_p, draws)
+    assert wanted.gather(1, found[:, None]).all()
 
 
 @pytest.mark.parametrize("variant", HERE)

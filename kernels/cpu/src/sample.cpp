@@ -10,12 +10,14 @@ using namespace dt;
 
 namespace {
 
-constexpr int kBlock = 64;        // scores whose largest stands for them
-constexpr int kBuckets = 4096;    // of distances from the best score, when a nucleus is looked for
+constexpr int kBlock = 64;  // scores whose largest stands for them
+constexpr int kSteps = 8;   // bounds that are tried at a time when a nucleus is looked for
+constexpr int kRounds = 3;  // of that; each leaves a ninth of what lies between the best token and the first bound
+constexpr float kMostReach = 80.0f;  // e^-80 times any vocabulary is nothing beside the best token
 constexpr float kLeastTemperature = 1e-30f;
 
 struct Candidate {
-  float score;  // distance from the best score over the temperature, at most 0
+  float score;  // distance from the best score over the temperature, at most 0; or the weight, which goes with it
   int token;
 };
 
@@ -37,18 +39,13 @@ class Row {
     best_score_ = scores[best];
     if (!std::isfinite(best_score_)) return best;
     factor_ = 1.0f / std::max(temperature, kLeastTemperature);
-    bool is_cut = false;
     if (top_k > 0 && top_k < size) {
       keep_top_k(int(top_k));
-      is_cut = true;
+      if (top_p < 1) keep_top_p(top_p);
+      return draw_of_candidates(min_p > 0 ? std::log(min_p) : -INFINITY, draw, best);
     }
-    if (top_p < 1) {
-      if (!is_cut) gather_nucleus(top_p);
-      keep_top_p(top_p);
-      is_cut = true;
-    }
-    float floor = min_p > 0 ? std::log(min_p) : -INFINITY;
-    return is_cut ? draw_of_candidates(floor, draw, best) : draw_of_all(floor, draw, best);
+    if (top_p < 1) return draw_of_nucleus(top_p, min_p, draw, best);
+    return draw_of_all(min_p > 0 ? std::log(min_p) : -INFINITY, draw, best);
   }
 
  private:
@@ -105,46 +102,141 @@ class Row {
                       candidates_.end());
   }
 
-  // Tokens among which the nucleus lies: all whose score is above the bucket in which the sum of probabilities reaches p.
-  void gather_nucleus(float top_p) {
-    constexpr float kReach = 64.0f;  // e^-64 times any vocabulary is nothing beside the best token
-    buckets_.assign(kBuckets, 0.0);
-    double total = 0.0;
-    for (int i = 0; i < size_; i++) {
-      float score = scaled(scores_[i]);
-      if (!(score > -kReach)) continue;
-      double p = std::exp(score);
-      total += p;
-      buckets_[std::min(kBuckets - 1, int(-score * (kBuckets / kReach)))] += p;
-    }
-    total_ = total;
-    double sum = 0.0, wanted = double(top_p) * total;
-    int bucket = 0;
-    while (bucket < kBuckets - 1 && sum + buckets_[bucket] < wanted) sum += buckets_[bucket++];
-    // One bucket more, for what rounding has put on the other side.
-    float edge = -(float(bucket) + 2.0f) * (kReach / kBuckets);
-    candidates_.clear();
-    for (int i = 0; i < size_; i++) {
-      float score = scaled(scores_[i]);
-      if (score >= edge) candidates_.push_back({score, i});
-    }
-    has_total_ = true;
-  }
-
   // The most likely candidates up to the one that brings their sum to p; the best stays whatever p is.
   void keep_top_p(float top_p) {
     std::sort(candidates_.begin(), candidates_.end(), before);
-    double total = 0.0;
-    if (has_total_)
-      total = total_;
-    else
-      for (const Candidate& c : candidates_) total += weight(c.score);
-    has_total_ = false;
-    double sum = 0.0;
+    double total = 0.0, sum = 0.0;
+    for (const Candidate& c : candidates_) total += weight(c.score);
     size_t kept = 0;
     while (kept < candidates_.size() && (kept == 0 || sum < double(top_p) * total)) sum += weight(candidates_[kept++].score);
     candidates_.resize(kept);
     std::sort(candidates_.begin(), candidates_.end(), [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
+  }
+
+  // A draw among the most likely tokens up to the one that brings their sum to p, without sorting those that are surely in it: of a
+  // flat distribution they are thousands.
+  int draw_of_nucleus(float top_p, float min_p, double draw, int best) {
+    const double total = weigh_all(), wanted = double(top_p) * total;
+    float least, most;  // of weights: tokens of at least `least` reach p, those of at least `most` don't
+    bracket(wanted, total, top_p, least, most);
+    candidates_.clear();
+    double sum = 0.0;
+    each_block(least, [&](int begin) {
+      vf above = {}, top = {};
+      for (int i = begin; i < begin + kBlock; i += W) {
+        const vf p = load(weights_.data() + i);
+        above += select(p >= splat(most), p, vf{});
+        top = vmax(select(p >= splat(most), vf{}, p), top);
+      }
+      sum += dt::sum(above);
+      if (largest(top) < least) return;
+      for (int i = begin; i < begin + kBlock; i++)
+        if (weights_[i] >= least && weights_[i] < most) candidates_.push_back({weights_[i], i});
+    });
+    std::sort(candidates_.begin(), candidates_.end(), before);
+    Candidate last = candidates_.empty() ? Candidate{most, size_} : candidates_.back();
+    for (const Candidate& c : candidates_) {
+      sum += c.score;
+      if (sum < wanted) continue;
+      last = c;
+      break;
+    }
+    if (last.score < min_p) last = {min_p, size_};  // the best one weighs 1
+    return draw_of_weights(last, draw, best);
+  }
+
+  // Weights of all tokens, the best one's 1, with zeros up to whole blocks. Returns their sum.
+  double weigh_all() {
+    const int blocks = int(peaks_.size());
+    weights_.resize(size_t(blocks) * kBlock);
+    double total = 0.0;
+    for (int b = 0; b < blocks; b++) {
+      int i = b * kBlock;
+      vf sum_W = {};
+      for (; i < (b + 1) * kBlock && i + W <= size_; i += W) {
+        const vf score = (load(scores_ + i) - best_score_) * factor_;
+        const vf p = select(score <= splat(0.0f), vexp(score), vf{});  // NaN weighs nothing
+        store(weights_.data() + i, p);
+        sum_W += p;
+      }
+      double sum = dt::sum(sum_W);
+      for (; i < (b + 1) * kBlock; i++) {
+        const float score = i < size_ ? scaled(scores_[i]) : -INFINITY;
+        weights_[i] = score <= 0 ? std::exp(score) : 0.0f;
+        sum += weights_[i];
+      }
+      total += sum;
+    }
+    return total;
+  }
+
+  // Between which weights the nucleus ends.
+  void bracket(double wanted, double total, float top_p, float& least, float& most) const {
+    // All tokens below the first bound together have less than what lies outside of the nucleus.
+    const double outside = (1.0 - double(top_p)) * total / size_;
+    float near = 0.0f, far = outside > 0 ? std::min(kMostReach, std::max(1.0f, float(-std::log(outside)))) : kMostReach;
+    most = INFINITY;
+    least = std::exp(-far);
+    for (int round = 0; round < kRounds; round++) {
+      float distances[kSteps], bounds[kSteps];
+      vf sums[kSteps] = {};
+      for (int s = 0; s < kSteps; s++) {
+        distances[s] = near + (far - near) * float(s + 1) / float(kSteps + 1);
+        bounds[s] = std::exp(-distances[s]);
+      }
+      each_block(bounds[kSteps - 1], [&](int begin) {
+        for (int i = begin; i < begin + kBlock; i += W) {
+          const vf p = load(weights_.data() + i);
+          for (int s = 0; s < kSteps; s++) sums[s] += select(p >= splat(bounds[s]), p, vf{});
+        }
+      });
+      for (int s = 0; s < kSteps; s++) {
+        if (dt::sum(sums[s]) >= wanted) {
+          far = distances[s];
+          least = bounds[s];
+          break;
+        }
+        near = distances[s];
+        most = bounds[s];
+      }
+    }
+  }
+
+  // Blocks of which some token weighs at least so much.
+  template <class F>
+  void each_block(float least, F&& body) const {
+    // A little less: a weight is rounded.
+    const float nearest = least > 0 ? std::log(least) - 1e-3f : -INFINITY;
+    for (size_t b = 0; b < peaks_.size(); b++)
+      if (scaled(peaks_[b]) >= nearest) body(int(b) * kBlock);
+  }
+
+  // Among the tokens that weigh more than the last one, or as much and stand before it.
+  int draw_of_weights(const Candidate& last, double draw, int best) {
+    vi lanes;
+    for (int i = 0; i < W; i++) lanes[i] = i;
+    sums_.assign(peaks_.size(), 0.0);
+    double total = 0.0;
+    each_block(last.score, [&](int begin) {
+      vf sum_W = {};
+      for (int i = begin; i < begin + kBlock; i += W) {
+        const vf p = load(weights_.data() + i);
+        const vi is_kept = (p > splat(last.score)) | ((p == splat(last.score)) & (lanes + i <= last.token));
+        sum_W += select(is_kept, p, vf{});
+      }
+      total += sums_[begin / kBlock] = dt::sum(sum_W);
+    });
+    const double point = draw * total;
+    double sum = 0.0;
+    int b = 0, found = best;
+    while (b < int(sums_.size()) - 1 && sum + sums_[b] <= point) sum += sums_[b++];
+    for (int i = b * kBlock; i < (b + 1) * kBlock; i++) {
+      if (!before({weights_[i], i}, {last.score, last.token + 1})) continue;
+      sum += weights_[i];
+      found = i;
+      if (sum > point) break;
+    }
+    return found;
   }
 
   int draw_of_candidates(float floor, double draw, int best) const {
@@ -199,10 +291,8 @@ class Row {
   const float* scores_ = nullptr;
   int size_ = 0;
   float best_score_ = 0, factor_ = 1;
-  double total_ = 0;
-  bool has_total_ = false;
-  std::vector<float> peaks_, order_;
-  std::vector<double> buckets_, sums_;
+  std::vector<float> peaks_, order_, weights_;
+  std::vector<double> sums_;
   std::vector<Candidate> candidates_;
 };
 

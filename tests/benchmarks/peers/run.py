@@ -76,7 +76,9 @@ class Group:
         return max((value for value in found if value is not None), default=None)
 
     def agreement(self, entry: Entry) -> Agreement | None:
-        """Against our first entry of the group; None without outputs of both, or for ours itself."""
+        """Against our first entry of the group; None without outputs of both, for ours itself, and for drawn tokens."""
+        if self.workload.sampling:
+            return None  # each engine draws with numbers of its own
         ours = next((other for other in self.entries if other.contestant.is_ours and other.samples), None)
         if ours is None or entry.contestant.is_ours or not entry.samples:
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from drivetrain.bench.workloads import WorkItem, make_workload
@@ -42,6 +42,7 @@ class Workload:
     max_model_len: tokens of the longest request, rounded up.
     prefix_cache:  whether each engine has its own on. Elsewhere it is off, since repeats would find their own prompts.
     is_alone:      one stream at a time, timed by its tokens; else all requests at once, timed as a whole.
+    sampling:      how tokens are drawn; empty for the most likely ones, which are compared between engines.
     """
 
     name: str
@@ -52,11 +53,13 @@ class Workload:
     max_model_len: int
     prefix_cache: bool = False
     is_alone: bool = False
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
     def items(self, vocab_size: int, repeat: int) -> list[WorkItem]:
         """The requests of one repeat: the same in each, but for a shared prefix, which must be new to the cache."""
-        if self.name in ("mixed", "shared-prefix"):
-            return make_workload(self.name, None, vocab_size, repeat if self.prefix_cache else 0)
+        if OUTPUT in self.rates:
+            kind = "shared-prefix" if self.prefix_cache else "mixed"
+            return make_workload(kind, None, vocab_size, repeat if self.prefix_cache else 0)
         return [WorkItem(prompt, OUTPUT_TOKENS) for prompt in _prompts(self.slots, vocab_size)]
 
     def warm_up(self, peer: PeerLike, vocab_size: int) -> None:
@@ -73,7 +76,7 @@ class Workload:
             return _measure_alone(peer, items[0])
         if DECODE in self.rates:
             return _measure_phases(peer, items)
-        return _measure_whole(peer, items)
+        return _measure_whole(peer, items, self.sampling)
 
     def least_seconds(
         self, rate: str, geometry: Geometry, items: Sequence[WorkItem], weights: Weights, ceilings: Ceilings
@@ -115,6 +118,24 @@ WORKLOADS: Mapping[str, Workload] = {
             rows=("float32",),
             slots=16,
             max_model_len=512,
+        ),
+        Workload(
+            "drawn",
+            "the requests of mixed, tokens drawn at temperature 0.8 from 0.95 of the probability (top-p)",
+            rates=(OUTPUT, TOTAL),
+            rows=("float32",),
+            slots=16,
+            max_model_len=512,
+            sampling={"temperature": 0.8, "top_p": 0.95},
+        ),
+        Workload(
+            "penalized",
+            "the requests of mixed, as in drawn, with a repetition penalty of 1.1 on prompt and output",
+            rates=(OUTPUT, TOTAL),
+            rows=("float32",),
+            slots=16,
+            max_model_len=512,
+            sampling={"temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.1},
         ),
         Workload(
             "shared-prefix",
@@ -160,8 +181,9 @@ def _measure_phases(peer: PeerLike, items: Sequence[WorkItem]) -> Sample:
     return Sample({PROMPT: tokens_of(PROMPT, items) / first, DECODE: tokens_of(DECODE, items) / later}, outputs)
 
 
-def _measure_whole(peer: PeerLike, items: Sequence[WorkItem]) -> Sample:
-    answer = peer.ask("batch", prompts=[item.prompt for item in items], max_tokens=[item.max_tokens for item in items])
+def _measure_whole(peer: PeerLike, items: Sequence[WorkItem], sampling: Mapping[str, float]) -> Sample:
+    prompts, lengths = [item.prompt for item in items], [item.max_tokens for item in items]
+    answer = peer.ask("batch", prompts=prompts, max_tokens=lengths, sampling=dict(sampling))
     outputs = _checked(answer["outputs"], items)
     return Sample({rate: tokens_of(rate, items) / answer["seconds"] for rate in (OUTPUT, TOTAL)}, outputs)
 

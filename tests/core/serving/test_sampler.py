@@ -19,8 +19,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from drivetrain.serving.adjusting import ScoreAdjuster
 from drivetrain.serving.request import Request
 from drivetrain.serving.sampler import (
+    _SCORED_BYTES,
     Sampler,
     _keep_top_p,
     _most_likely_in_parts,
@@ -145,7 +147,12 @@ def test_a_tiny_temperature_draws_the_most_likely_token(temperature: float) -> N
 
 
 def adjusted(scores: torch.Tensor, row: Request) -> torch.Tensor:
-    return Sampler(V, CPU)._adjust(scores, [row])[0]
+    return adjusted_by(ScoreAdjuster(CPU), scores, row)
+
+
+def adjusted_by(adjuster: ScoreAdjuster, scores: torch.Tensor, row: Request) -> torch.Tensor:
+    with adjuster.adjusted(scores, [row]):
+        return scores[0].clone()
 
 
 def test_repetition_penalty_is_transformers_own_and_counts_the_prompt() -> None:
@@ -169,12 +176,43 @@ def test_counts_follow_the_output_step_by_step() -> None:
     row = request(frequency_penalty=1.0, repetition_penalty=1.1, temperature=0.0)
     for step in range(12):
         scores = logits(1, seed=step)
-        stepwise = sampler._adjust(scores, [row])[0]
+        stepwise = adjusted_by(sampler._adjuster, scores, row)
         torch.testing.assert_close(stepwise, adjusted(scores, row))
         row.tokens += sampler.sample(scores, [row]).token_ids
     assert sampler.num_tracked == 1
     sampler.forget(row)
     assert sampler.num_tracked == 0
+
+
+def test_rows_are_adjusted_together_as_alone_with_a_token_under_every_setting() -> None:
+    """Token 9 is in the output, has a bias, and is forbidden in one row, as it ends the sequence."""
+    scores = logits(5, seed=4)
+    rows = [
+        request("a", prompt=[4, 9], output=[9, 9], repetition_penalty=1.3, frequency_penalty=0.5, logit_bias={9: 2.0}),
+        request("b"),
+        request("c", prompt=[8, 9], output=[17], presence_penalty=1.5),
+        request(
+            "d", output=[9], repetition_penalty=0.7, logit_bias={9: 3.0, 5: -1.0}, min_tokens=3, stop_token_ids=[9]
+        ),
+        request("e", prompt=list(range(200)), output=list(range(200, 290)), repetition_penalty=1.2),
+    ]
+    with ScoreAdjuster(CPU).adjusted(together := scores.clone(), rows):
+        found = together.clone()
+    assert torch.equal(together, scores)
+    for row, alone in enumerate(rows):
+        assert torch.equal(found[row], adjusted(scores[row : row + 1], alone))
+    penalized = scores[0, 9] / 1.3 if scores[0, 9] > 0 else scores[0, 9] * 1.3
+    assert found[0, 9] == pytest.approx(float(penalized) - 1.0 + 2.0)
+    assert found[3, 9] == -math.inf
+    assert torch.equal(found[1], scores[1])
+
+
+def test_adjusting_touches_few_scores_of_a_large_vocabulary() -> None:
+    scores = torch.randn(2, 100_000)
+    rows = [request(output=[7, 9], repetition_penalty=1.3, logit_bias={5: 1.0}, min_tokens=4) for _ in range(2)]
+    with Allocations() as made, ScoreAdjuster(CPU).adjusted(scores, rows):
+        pass
+    assert 0 < made.largest_bytes < 1000
 
 
 def test_logit_bias_is_added_and_can_force_or_forbid() -> None:
@@ -359,7 +397,7 @@ def test_logprobs_and_ranks_are_those_of_the_model(seed: int, count: int) -> Non
 def test_logprobs_of_many_rows_take_memory_for_some(monkeypatch: pytest.MonkeyPatch) -> None:
     scores, tokens = logits(5).bfloat16(), [3, 1, 4, 1, 5]
     whole = token_logprobs(scores, tokens, 2)
-    monkeypatch.setattr("drivetrain.serving.sampler._SCORED_BYTES", 2 * 4 * V + 1)
+    monkeypatch.setitem(_SCORED_BYTES, "cpu", 2 * 4 * V + 1)
     with Allocations() as made:
         assert token_logprobs(scores, tokens, 2) == whole
     assert made.largest_bytes == 2 * 4 * V

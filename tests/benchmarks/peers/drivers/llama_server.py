@@ -15,6 +15,8 @@ from typing import Any
 from wire import end_with_parent, serve
 
 _START_SECONDS = 120.0
+_ALL = 2**31 - 1
+_GREEDY = {"temperature": 0, "samplers": ["top_k"], "top_k": 1}
 _FLAGS_WITHOUT_A_PAGE = ("--no-webui", "--offline")
 
 
@@ -51,7 +53,7 @@ class LlamaServer:
         return {"versions": {"llama-server": version[1] if version else "unknown", "source": source}}
 
     def one(self, *, prompt: list[int], max_tokens: int) -> dict[str, Any]:
-        answer = self._complete(prompt, max_tokens)
+        answer = self._complete(prompt, max_tokens, _GREEDY)
         timings = answer["timings"]  # the server's own, so that HTTP is not counted against it
         return {
             "token_ids": answer["tokens"],
@@ -59,10 +61,13 @@ class LlamaServer:
             "decode_seconds": timings["predicted_ms"] / 1e3,
         }
 
-    def batch(self, *, prompts: list[list[int]], max_tokens: list[int]) -> dict[str, Any]:
+    def batch(
+        self, *, prompts: list[list[int]], max_tokens: list[int], sampling: dict[str, float] | None = None
+    ) -> dict[str, Any]:
+        settings = _drawn(sampling) if sampling else _GREEDY
         with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
             started = time.perf_counter()
-            answers = list(pool.map(self._complete, prompts, max_tokens))
+            answers = list(pool.map(lambda *item: self._complete(*item, settings), prompts, max_tokens))
             seconds = time.perf_counter() - started
         return {"outputs": [answer["tokens"] for answer in answers], "seconds": seconds}
 
@@ -71,14 +76,12 @@ class LlamaServer:
         self.server.wait(timeout=30)
         return {}
 
-    def _complete(self, prompt: list[int], max_tokens: int) -> dict[str, Any]:
+    def _complete(self, prompt: list[int], max_tokens: int, settings: dict[str, Any]) -> dict[str, Any]:
         body = {
             "prompt": prompt,
             "n_predict": max_tokens,
             "ignore_eos": True,
-            "temperature": 0,
-            "samplers": ["top_k"],
-            "top_k": 1,
+            **settings,
             "cache_prompt": self.prefix_cache,
             "return_tokens": True,
         }
@@ -110,6 +113,14 @@ class LlamaServer:
                 last = error  # not listening yet, or not answering yet
             time.sleep(0.1)
         raise TimeoutError(f"llama-server was not ready within {_START_SECONDS:.0f} seconds: {last}")
+
+
+def _drawn(sampling: dict[str, float]) -> dict[str, Any]:
+    """Settings under the server's own names; a penalty looks at the whole context, as the other engines' does."""
+    own = {name: value for name, value in sampling.items() if name != "repetition_penalty"}
+    penalty = sampling.get("repetition_penalty", 1.0)
+    samplers = ["penalties", "temperature", "top_p"]
+    return {**own, "repeat_penalty": penalty, "repeat_last_n": _ALL, "samplers": samplers}
 
 
 def _free_port() -> int:

@@ -38,31 +38,33 @@ class Transformers:
 
     def one(self, *, prompt: list[int], max_tokens: int) -> dict[str, Any]:
         started = time.perf_counter()
-        self._generate(prompt, 1)
+        self._generate(prompt, 1, do_sample=False)
         prompt_seconds = time.perf_counter() - started
         clock = _Clock()
-        token_ids = self._generate(prompt, max_tokens, clock)
+        token_ids = self._generate(prompt, max_tokens, streamer=clock, do_sample=False)
         decode_seconds = clock.moments[-1] - clock.moments[0]
         return {"token_ids": token_ids, "prompt_seconds": prompt_seconds, "decode_seconds": decode_seconds}
 
-    def batch(self, *, prompts: list[list[int]], max_tokens: list[int]) -> dict[str, Any]:
+    def batch(
+        self, *, prompts: list[list[int]], max_tokens: list[int], sampling: dict[str, float] | None = None
+    ) -> dict[str, Any]:
+        settings = {"do_sample": True, "top_k": 0, **sampling} if sampling else {"do_sample": False}
         started = time.perf_counter()
-        outputs = [self._generate(prompt, count) for prompt, count in zip(prompts, max_tokens, strict=True)]
+        outputs = [self._generate(prompt, count, **settings) for prompt, count in zip(prompts, max_tokens, strict=True)]
         return {"outputs": outputs, "seconds": time.perf_counter() - started}
 
     def close(self) -> dict[str, Any]:
         return {}
 
     @torch.inference_mode()
-    def _generate(self, prompt: list[int], max_tokens: int, streamer: BaseStreamer | None = None) -> list[int]:
+    def _generate(self, prompt: list[int], max_tokens: int, **settings: Any) -> list[int]:
         ids = torch.tensor([prompt])
         made = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_tokens,
-            do_sample=False,
             pad_token_id=0,
-            streamer=streamer,
+            **settings,
         )
         return made[0, len(prompt) :].tolist()
 

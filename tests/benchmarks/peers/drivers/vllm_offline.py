@@ -36,8 +36,10 @@ class Vllm:
                 moments.append(time.perf_counter())
         return {"token_ids": token_ids, "prompt_seconds": prompt_seconds, "decode_seconds": moments[-1] - moments[0]}
 
-    def batch(self, *, prompts: list[list[int]], max_tokens: list[int]) -> dict[str, Any]:
-        params = [_greedy(count) for count in max_tokens]
+    def batch(
+        self, *, prompts: list[list[int]], max_tokens: list[int], sampling: dict[str, float] | None = None
+    ) -> dict[str, Any]:
+        params = [_params(count, sampling) for count in max_tokens]
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         started = time.perf_counter()
         results = self.llm.generate(inputs, params, use_tqdm=False)
@@ -49,7 +51,11 @@ class Vllm:
 
 
 def _greedy(max_tokens: int) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+    return _params(max_tokens, None)
+
+
+def _params(max_tokens: int, sampling: dict[str, float] | None) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, ignore_eos=True, **(sampling or {"temperature": 0}))
 
 
 if __name__ == "__main__":
