@@ -83,11 +83,23 @@ def test_products_of_every_number_of_rows(variant: str, operation: str, number: 
 
 
 @pytest.mark.parametrize("variant", HERE)
+@pytest.mark.parametrize(("operation", "number"), [use for use in USES if use[0].endswith("_a8")])
+def test_many_rounded_rows_by_weights_in_groups(variant: str, operation: str, number: int) -> None:
+    """One panel of tokens to four, the last of one token or full; chunks of outputs that end anywhere, and that are
+    cut short because rows are long; more scales in a row than are made ready at a time."""
+    for rows in (13, 16, 19, 25, 32, 48, 49, 65):
+        compare(use(operation, number, rows, 256, 50), variant)
+    compare(use(operation, number, 21, 2304, 7), variant)
+    compare(use(operation, number, 20, 8192, 35, bias=False), variant)
+    compare(use(operation, number, 40, 512, 51), variant, "bfloat16")
+
+
+@pytest.mark.parametrize("variant", HERE)
 @pytest.mark.parametrize("operation", ["linear_int4", "linear_int4_a8", "linear_int3"])
 @pytest.mark.parametrize("group", [8, 24, 32, 64, 96, 128, 384, 3456])
 def test_groups_of_any_size(variant: str, operation: str, group: int) -> None:
     """Those that are no whole vectors, and those that begin in the middle of what is made ready at a time."""
-    for rows in (1, 3, 7):
+    for rows in (1, 3, 7, 26):
         compare(use(operation, 0, rows, 3456, 9, group), variant)
 
 
@@ -104,7 +116,8 @@ def test_inputs_that_fill_no_vector(variant: str, operation: str) -> None:
 def test_rows_that_end_within_a_step(variant: str, operation: str, number: int) -> None:
     """One to three atoms of four, alone and behind whole steps and runs of steps."""
     for inner in (32, 64, 96, 128, 160, 576, 736):
-        compare(use(operation, number, 3, inner, 5), variant)
+        for rows in (3, 25):
+            compare(use(operation, number, rows, inner, 5), variant)
 
 
 @pytest.mark.parametrize("variant", HERE)
@@ -204,8 +217,8 @@ def test_every_float8_number_is_read_exactly(variant: str) -> None:
     + [(name, number) for name in ("linear_gguf", "linear_gguf_a8") for number in (3, 8, 12)],
 )
 def test_not_a_number_stays_one_and_in_its_row(operation: str, number: int) -> None:
-    case = use(operation, number, 6, 256 if number else 96, 20)
-    for rows in (3, 6):
+    case = use(operation, number, 30, 256 if number else 96, 20)
+    for rows in (3, 6, 30):
         x, *weights = case.inputs(torch.float32, "cpu")
         assert x is not None
         x = x[:rows].clone()

@@ -11,6 +11,7 @@
 #include "decoder.h"
 #include "elementwise.h"
 #include "formats.h"
+#include "group_tiles.h"
 #include "matmul.h"
 #include "packed.h"
 #include "pool.h"
@@ -49,18 +50,24 @@ static Matrix matrix_of(const dt_matrix& m) {
 // --- products of rows, whatever is done to the activations first ---------------------------------------------------------
 
 // What is done to activations: rounding as the operation says, or nothing but another form, in which int8 weights are read faster.
-enum class Form { kPlain, kRows, kBlocks, kFloat8, kTiles, kDigits, kNibbles, kRoundedFloats, kSteps };
+enum class Form { kPlain, kRows, kBlocks, kFloat8, kTiles, kDigits, kNibbles, kRoundedFloats, kSteps, kGroupTiles };
 
-// Tokens up to which packed weights are multiplied in integers: with activations that are rounded by blocks, and with all their bits,
-// of up to 6 bits and of 8. With more, widening weights once is faster (measured).
-constexpr int kMostRounded = 24, kMostWhole = 12, kMostWholeBytes = 8;
+// Tokens up to which packed weights are multiplied in integers a row at a time: with activations that are rounded by blocks, of Q6_K and
+// of others, and with all their bits, of up to 6 bits and of 8. With more, tiles in integers are faster, where there are any, or widening
+// weights once (measured).
+constexpr int kMostRounded = kHasGroupTiles ? 12 : 24, kMostRoundedSixes = kHasGroupTiles ? 18 : 24;
+constexpr int kMostWhole = 12, kMostWholeBytes = 8;
 
 static Form form_of(const dt_matrix& m, int tokens) {
   const bool is_tiled = kHasIntTiles && m.format == int(Format::kInt8) && tokens > kFewRows;
   const bool is_dotted = kHasDots && m.format == int(Format::kInt8) && tokens <= kFewRows;
   const bool is_rounded = m.rounding != int(Rounding::kNone), is_wide = m.format == int(Format::kBlocks) + kQ8_0;
-  const int most = is_rounded ? kMostRounded : is_wide ? kMostWholeBytes : kMostWhole;
+  const int most_rounded = m.format == int(Format::kBlocks) + kQ6_K ? kMostRoundedSixes : kMostRounded;
+  const int most = is_rounded ? most_rounded : is_wide ? kMostWholeBytes : kMostWhole;
   if (kHasSteps && tokens <= most && takes_steps(matrix_of(m))) return Form::kSteps;
+  const bool is_by_blocks = m.rounding == int(Rounding::kNibbles) || m.rounding == int(Rounding::kBlocks);
+  if constexpr (kHasGroupTiles)
+    if (is_by_blocks && takes_group_tiles(matrix_of(m))) return Form::kGroupTiles;
   if (!is_rounded) return is_tiled || is_dotted ? Form::kDigits : Form::kPlain;
   if (m.rounding == int(Rounding::kRows)) return is_tiled && tokens > kMostByRows ? Form::kTiles : Form::kRows;
   if (m.rounding == int(Rounding::kNibbles)) return streams(matrix_of(m)) && tokens <= kMostRounded ? Form::kNibbles : Form::kRoundedFloats;
@@ -73,8 +80,10 @@ static bool is_plain(const dt_matrix& m, int tokens) { return form_of(m, tokens)
 static size_t product_floats(int tokens, int size, bool all_plain) {
   size_t plain = rounded(packed_floats(tokens, size)), other = rounded(rounded_floats(tokens, size));
   if (all_plain) return plain;
-  if (kHasSteps && tokens <= kMostRounded) other = rounded(other > step_floats(tokens, size) ? other : step_floats(tokens, size));
+  if (kHasSteps && tokens <= kMostRoundedSixes) other = rounded(other > step_floats(tokens, size) ? other : step_floats(tokens, size));
   if constexpr (kHasIntTiles) other = rounded(other > tiled_floats(tokens, size) ? other : tiled_floats(tokens, size));
+  if constexpr (kHasGroupTiles)
+    other = rounded(other > group_tiled_floats(tokens, size) ? other : group_tiled_floats(tokens, size));
   return plain + rounded(size_t(tokens) * size) + other;
 }
 
@@ -105,6 +114,9 @@ static void multiply(const float* rows, size_t stride, int tokens, const dt_matr
     } else if (form == Form::kSteps) {
       const int digits = first.rounding == int(Rounding::kNone) ? 3 : 1;
       matmul(step_rows(rows, stride, tokens, size, digits, alike[0].format, space), alike, sinks + begin, number);
+    } else if (form == Form::kGroupTiles) {
+      if constexpr (kHasGroupTiles)
+        matmul(group_tile_rows(rows, stride, tokens, size, space), alike, sinks + begin, number);
     } else if (form == Form::kTiles || form == Form::kDigits) {
       if constexpr (kHasIntTiles)
         matmul(tile_rows(rows, stride, tokens, size, form == Form::kTiles ? 1 : 3, space), alike, sinks + begin, number);

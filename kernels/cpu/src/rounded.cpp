@@ -541,6 +541,13 @@ static int32_t total_of(const int8_t* ints, int size) {
 
 }  // namespace
 
+float round_block(const float* x, int8_t* ints, int32_t& total) {
+  const float scale = largest_of(x, kAtom) / 127.0f;
+  ints_of(x, kAtom, scale, ints);
+  total = total_of(ints, kAtom);
+  return scale;
+}
+
 static int padded(int size) { return (size + 127) / 128 * 128; }
 static size_t whole_steps(size_t blocks) { return (blocks + 15) / 16 * 16; }  // of vectors, and of kAtoms
 static size_t blocks_of(int size) { return (size + kAtom - 1) / kAtom; }

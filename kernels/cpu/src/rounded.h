@@ -33,6 +33,9 @@ constexpr bool kHasDots = false;
 // Up to kFewRows rows as three digits of 256 with a sign, for products with int8 weights: as in rounded_tiles.cpp. Where kHasDots.
 Rounded digit_rows(const float* rows, size_t stride, int num_tokens, int size, float* space);
 
+// 32 inputs in int8: their scale. total: the sum of the ints.
+float round_block(const float* x, int8_t* ints, int32_t& total);
+
 // Rows rounded to float8_e4m3fn and back, in place. scale: 0 for one of each row.
 void round_to_float8(float* rows, int num_tokens, int size, float scale);
 
