@@ -220,7 +220,27 @@ static inline v32u values(const uint8_t* row, int atom) {
   }
 }
 
-// Scales and minima of Q4_K and Q5_K: six bits each, eight of both in twelve bytes.
+// Scales and minima of Q4_K and Q5_K, of eight atoms: six bits each, in the twelve bytes behind the two numbers that multiply them. The
+// first four of both are the lower bits of bytes 4 to 11; the others have four bits in bytes 12 to 15, and two at the top of those.
+#if defined(__AVX512F__)
+static inline vf super_scales(const uint8_t* block) {
+  constexpr char kNone = -1;
+  const __m128i head = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block));
+  const __m128i low_at = _mm_setr_epi8(4, 5, 6, 7, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m128i high_at = _mm_setr_epi8(kNone, kNone, kNone, kNone, 4, 5, 6, 7, kNone, kNone, kNone, kNone, 8, 9, 10, 11);
+  const vi down = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4}, bits = {63, 63, 63, 63, 15, 15, 15, 15, 63, 63, 63, 63, 15, 15, 15, 15};
+  const __m512i low = _mm512_srlv_epi32(_mm512_cvtepu8_epi32(_mm_shuffle_epi8(head, low_at)), (__m512i)down);
+  const __m512i high = _mm512_srli_epi32(_mm512_cvtepu8_epi32(_mm_shuffle_epi8(head, high_at)), 2);
+  const __m512i codes = _mm512_or_si512(_mm512_and_si512(low, (__m512i)bits), _mm512_and_si512(high, _mm512_set1_epi32(0x30)));
+  const __m512i which = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  return (vf)_mm512_cvtepi32_ps(codes) * (vf)_mm512_permutexvar_ps(which, _mm512_castps128_ps512(_mm_cvtph_ps(head)));
+}
+static inline void k_scales(const uint8_t* block, float* scales, float* mins) {
+  const vf both = super_scales(block);
+  _mm256_storeu_ps(scales, _mm512_castps512_ps256((__m512)both));
+  _mm256_storeu_ps(mins, _mm512_extractf32x8_ps((__m512)-both, 1));
+}
+#else
 static inline void k_scales(const uint8_t* block, float* scales, float* mins) {
   float d = half_at(block), least = half_at(block + 2);
   const uint8_t* p = block + 4;
@@ -231,6 +251,7 @@ static inline void k_scales(const uint8_t* block, float* scales, float* mins) {
     mins[j + 4] = -(least * float((p[j + 8] >> 4) | (p[j + 4] >> 6) << 4));
   }
 }
+#endif
 
 // Scale and minimum of each atom, first .. first + count - 1: weight = value * scale + min. Of Q6_K for each half of an atom.
 template <int T>

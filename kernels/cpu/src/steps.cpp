@@ -64,13 +64,15 @@ constexpr int centre_of(int format) {
   }
 }
 constexpr bool has_supers(int format) { return format >= int(Format::kBlocks) + kQ4_K; }
+// Of these all scales and minima of a block are a vector, and are multiplied with those of its inputs at a time.
+constexpr bool has_mins_of_supers(int format) { return has_supers(format) && centre_of(format) == 0; }
 
 // Codes of Q8_0 are so large that sums of all three digits may need more than 32 bits: two sums then, of the upper two and the last.
 constexpr bool has_two_sums(int format, int digits) { return digits == 3 && format == int(Format::kBlocks) + kQ8_0; }
 
 // Where things are in a record, in bytes. Of joint sums a record is four steps, so that W atoms' scales are multiplied at a time:
 //   int8 [4, digits, 128], float [16] scales, float [16] what an atom's inputs sum up to, int32 [4, 16] offsets if any.
-// Else it is one step, and sums come behind the last record:
+// Else it is one step; where a block has minima, its scales and sums come behind the last record, and not in it:
 //   int8 [digits, 128], float [2, 16] scales, each as often as it has sums, int32 [2 or 4, 16] offsets if any.
 struct Layout {
   size_t step, scales, sums, offsets, size;
@@ -79,14 +81,15 @@ struct Layout {
     scales = joint ? kRun * step : step;
     sums = scales + kBlock;
     offsets = scales + 2 * kBlock;
+    if (has_mins_of_supers(format)) scales = sums = offsets = step;
     size = offsets + (!moves ? 0 : joint ? kRun : has_two_sums(format, digits) ? 4 : 2) * kBlock;
   }
 };
 
 constexpr int steps_of(int size) { return (size + kStep - 1) / kStep; }
 constexpr int records_of(int format, int size) { return is_joint(order_of(format)) ? (steps_of(size) + kRun - 1) / kRun : steps_of(size); }
-// Floats behind the last record: of blocks of 256 inputs, eight zeros and eight sums.
-constexpr int sums_behind(int format, int size) { return has_supers(format) ? size / 256 * W : 0; }
+// Floats behind the last record: of blocks of 256 inputs, eight scales and eight sums.
+constexpr int numbers_behind(int format, int size) { return has_mins_of_supers(format) ? size / 256 * W : 0; }
 
 // --- sums of a step ------------------------------------------------------------------------------------------------------
 
@@ -114,13 +117,14 @@ static inline void add_joint(vf& sum, __m512i first, __m512i second, vf scale, c
   if constexpr (centre_of(kFormat) != 0) sums = _mm512_add_epi32(sums, load_bytes64(record + layout.offsets + i * kBlock));
   sum += floats(sums) * scale;
 }
-// The same of vector number kHalf of a step.
+// The same of vector number kHalf of a step. scale: that of the inputs in it already if has_mins_of_supers.
 template <int kFormat, int D, int kHalf>
 static inline void add_half(vf& sum, __m512i weights, vf scale, const char* record) {
   constexpr Layout layout(kFormat, D);
   const char* x = record + kHalf * kBlock;
   const char* offsets = record + layout.offsets + kHalf * (has_two_sums(kFormat, D) ? 2 : 1) * kBlock;
-  const vf by = scale * load(reinterpret_cast<const float*>(record + layout.scales + kHalf * kBlock));
+  vf by = scale;
+  if constexpr (!has_mins_of_supers(kFormat)) by *= load(reinterpret_cast<const float*>(record + layout.scales + kHalf * kBlock));
   if constexpr (has_two_sums(kFormat, D)) {
     __m512i upper = dot(load_bytes64(offsets), weights, x), last = dot(load_bytes64(offsets + kBlock), weights, x + 2 * kStep);
     upper = dot(_mm512_slli_epi32(upper, 8), weights, x + kStep);
@@ -135,9 +139,13 @@ static inline void add_half(vf& sum, __m512i weights, vf scale, const char* reco
 // --- a row of weights ----------------------------------------------------------------------------------------------------
 
 // Into the first cache, and so less far than rows of larger numbers ask for: what is asked for into the second has to be waited for
-// once more, which there is no time for between so few instructions (measured).
-constexpr int kAhead = 2304;
-static inline void ask_for(const uint8_t* here) { __builtin_prefetch(here + kAhead, 0, 3); }
+// once more, which there is no time for between so few instructions (measured). On Zen 5, as there, 4 KiB and the first cache alone.
+#if defined(DT_FETCH_FIRST)
+constexpr int kAhead = kFewAhead, kNearness = kFewNearness;
+#else
+constexpr int kAhead = 2304, kNearness = 3;
+#endif
+static inline void ask_for(const uint8_t* here) { __builtin_prefetch(here + kAhead, 0, kNearness); }
 
 // The 8 words of codes of each of four blocks.
 static inline __m512i code_words(int word, int each) {
@@ -303,19 +311,6 @@ struct ByteRow {
   }
 };
 
-// Scales and minima of Q4_K and Q5_K, of eight atoms: six bits each, in twelve bytes.
-static inline vf super_scales(const uint8_t* block) {
-  uint32_t word[3];
-  memcpy(word, block + 4, 12);
-  const uint64_t scales = uint64_t((word[2] & 0x0f0f0f0fu) | (word[0] >> 6 & 0x03030303u) << 4) << 32 | (word[0] & 0x3f3f3f3fu);
-  const uint64_t mins = uint64_t((word[2] >> 4 & 0x0f0f0f0fu) | (word[1] >> 6 & 0x03030303u) << 4) << 32 | (word[1] & 0x3f3f3f3fu);
-  int32_t both;
-  memcpy(&both, block, 4);
-  const __m512i which = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-  const __m512 by = _mm512_permutexvar_ps(which, _mm512_castps128_ps512(_mm_cvtph_ps(_mm_cvtsi32_si128(both))));
-  return floats(_mm512_cvtepu8_epi32(_mm_set_epi64x(int64_t(mins), int64_t(scales)))) * (vf)by;
-}
-
 // Scales of Q6_K, of sixteen inputs each.
 static inline vf half_scales(const uint8_t* block) {
   const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 192));
@@ -362,39 +357,43 @@ struct SuperRow {
   }
 
   template <int S>
-  void step(const uint8_t* block, vf scales, const char* const (&records)[M], vf (&sums)[M]) const {
+  void step(const uint8_t* block, const vf (&scales)[M], const char* const (&records)[M], vf (&sums)[M], vf (&others)[M]) const {
     __m512i first, second;
     read<S>(block, first, second);
-    const vf one = spread(from[S][0], scales), other = spread(from[S][1], scales);
 #pragma GCC unroll 4
     for (int t = 0; t < M; t++) {
-      add_half<kFormat, D, 0>(sums[t], first, one, records[t] + S * kRecord);
-      add_half<kFormat, D, 1>(sums[t], second, other, records[t] + S * kRecord);
+      add_half<kFormat, D, 0>(sums[t], first, spread(from[S][0], scales[t]), records[t] + S * kRecord);
+      add_half<kFormat, D, 1>(others[t], second, spread(from[S][1], scales[t]), records[t] + S * kRecord);
     }
   }
 
   void run(const Matrix& m, int o, const Steps& x, const char* const (&tokens)[M], vf (&out)[M]) const {
     const uint8_t* block = static_cast<const uint8_t*>(m.weight) + size_t(o) * m.stride;
-    vf sums[M] = {};
+    vf sums[M] = {}, others[M] = {};
     const char* records[M];
 #pragma GCC unroll 4
     for (int t = 0; t < M; t++) records[t] = tokens[t];
     for (int b = 0; b < x.steps / 2; b++, block += block_bytes(T)) {
       ask_for(block);
-      const vf scales = T == kQ6_K ? half_scales(block) : super_scales(block);
-      step<0>(block, scales, records, sums);
-      ask_for(block + kBlock);
-      step<1>(block, scales, records, sums);
-      ask_for(block + 2 * kBlock);
+      vf scales[M];
 #pragma GCC unroll 4
       for (int t = 0; t < M; t++) {
-        if constexpr (T != kQ6_K)  // scales meet zeros
-          sums[t] += scales * load(reinterpret_cast<const float*>(tokens[t] + x.steps * kRecord) + 16 * b);
-        records[t] += 2 * kRecord;
+        if constexpr (has_mins_of_supers(kFormat)) {
+          scales[t] = super_scales(block) * load(reinterpret_cast<const float*>(tokens[t] + x.steps * kRecord) + W * b);
+          sums[t] = (vf)_mm512_mask_add_ps((__m512)sums[t], 0xff00, (__m512)sums[t], (__m512)scales[t]);
+        } else {
+          scales[t] = half_scales(block);
+        }
       }
+      step<0>(block, scales, records, sums, others);
+      ask_for(block + kBlock);
+      step<1>(block, scales, records, sums, others);
+      ask_for(block + 2 * kBlock);
+#pragma GCC unroll 4
+      for (int t = 0; t < M; t++) records[t] += 2 * kRecord;
     }
 #pragma GCC unroll 4
-    for (int t = 0; t < M; t++) out[t] = sums[t];
+    for (int t = 0; t < M; t++) out[t] = sums[t] + others[t];
   }
 };
 
@@ -612,7 +611,7 @@ static void put_row(const float* row, int size, int format, char* out) {
   const bool joint = is_joint(order);
   const int atoms = size / kAtom, steps = steps_of(size), records = records_of(format, size);
   float* behind = reinterpret_cast<float*>(out + records * layout.size);
-  memset(behind, 0, size_t(sums_behind(format, size)) * 4);
+  memset(behind, 0, size_t(numbers_behind(format, size)) * 4);
   for (int s = 0; s < (joint ? records * kRun : steps); s++) {
     const int place = joint ? s % kRun : 0;
     char* record = out + (joint ? s / kRun : s) * layout.size;
@@ -623,7 +622,10 @@ static void put_row(const float* row, int size, int format, char* out) {
       int32_t total;
       scales[i] = round_atom<D>(row + (s * kStepAtoms + i) * kAtom, ints + i * kAtom, total);
       sums[i] = scales[i] * float(total);
-      if (has_supers(format)) behind[s / 2 * W + W / 2 + s % 2 * kStepAtoms + i] = -sums[i];  // minima are taken off there
+      if (!has_mins_of_supers(format)) continue;
+      float* at = behind + s / 2 * W + s % 2 * kStepAtoms + i;
+      at[0] = scales[i];
+      at[W / 2] = -sums[i];  // minima are taken off there
     }
     for (int d = 0; d < D; d++) put_in_order(order, ints + d * kStep, to + d * kStep);
     if (centre_of(format) != 0) put_offsets(format, D, to, record + layout.offsets + place * kBlock);
@@ -631,7 +633,7 @@ static void put_row(const float* row, int size, int format, char* out) {
     if (joint) {
       memcpy(spread + place * kStepAtoms, scales, sizeof scales);
       memcpy(record + layout.sums + place * sizeof sums, sums, sizeof sums);
-    } else {
+    } else if (!has_mins_of_supers(format)) {
       for (int i = 0; i < 2 * W; i++) spread[i] = scales[order == Order::kInOrder ? i / 8 : i % W / 8 * 2 + i / W];
     }
   }
@@ -648,7 +650,7 @@ size_t step_floats(int num_tokens, int size) {
 
 Steps step_rows(const float* rows, size_t stride, int num_tokens, int size, int digits, Format format, float* space) {
   const size_t records = records_of(int(format), size) * Layout(int(format), digits).size;
-  Steps out{num_tokens, digits, steps_of(size), format, records + size_t(sums_behind(int(format), size)) * 4, reinterpret_cast<const char*>(space)};
+  Steps out{num_tokens, digits, steps_of(size), format, records + size_t(numbers_behind(int(format), size)) * 4, reinterpret_cast<const char*>(space)};
   parallel(num_tokens, [&](int t, int) {
     (digits == 1 ? put_row<1> : put_row<3>)(rows + size_t(t) * stride, size, int(format), reinterpret_cast<char*>(space) + t * out.token_bytes);
   });
