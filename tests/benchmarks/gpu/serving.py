@@ -64,9 +64,6 @@ MOST_OF_MIXED = 256 + 128
 FIRST_TOKENS = 11
 """Prompts whose first token is waited for, after as many that are not timed."""
 
-WAVES = 3
-"""How often as many requests come as run at a time."""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -88,6 +85,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answer", type=int, default=128, help="tokens of each answer of even length")
     parser.add_argument("--workloads", default="even,mixed", help="of many requests")
     parser.add_argument("--running", default="64,256", help="numbers of requests that run at a time")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=768,
+        help="of a run, whatever number runs at a time: so many that its start and its end matter little",
+    )
     parser.add_argument(
         "--batched-tokens",
         default="8192,1024,256",
@@ -198,7 +201,7 @@ def _rates(folder: Path, options: argparse.Namespace, running: int, tokens: int)
     with opened(folder, running, tokens, length) as llm:
         for workload in _names(options.workloads):
             run_throughput(llm, requests(workload, running, options, seed=1))  # what is compiled on first use
-            figures = run_throughput(llm, requests(workload, WAVES * running, options, seed=2))
+            figures = run_throughput(llm, requests(workload, options.requests, options, seed=2))
             rate, per_token = float(figures["output_tokens_per_second"]), figures["time_per_token_seconds"]["p50"]
             told = ("output_tokens_per_second", "seconds", "steps", "step_phase_seconds", "peak_memory_bytes")
             what = f"{workload}, {running} running, steps of up to {tokens} tokens"
@@ -320,8 +323,8 @@ def section(options: argparse.Namespace, bandwidth: float) -> list[str]:
         "",
         f"An 8B Llama with made-up weights, {options.layers} layers, greedy. Even: prompts of {options.prompt} tokens,",
         f"answers of {options.answer}; mixed: prompts of 32 to 256, answers of 32 to 128. Output tokens a second of",
-        f"whole runs with {WAVES} times as many requests as run at a time, all there at once. The floor is the time in",
-        "which a copy moves the weights that a step reads.",
+        f"whole runs of {options.requests} requests, all there at once; the peer's is of one full batch. The floor is",
+        "the time in which a copy moves the weights that a step reads.",
         "",
         "| measured | tok/s | details | share | asked |",
         "|---|---|---|---|---|",

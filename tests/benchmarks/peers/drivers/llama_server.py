@@ -15,7 +15,6 @@ from typing import Any
 from wire import end_with_parent, serve
 
 _START_SECONDS = 120.0
-_ALL = 2**31 - 1
 _GREEDY = {"temperature": 0, "samplers": ["top_k"], "top_k": 1}
 _FLAGS_WITHOUT_A_PAGE = ("--no-webui", "--offline")
 
@@ -36,6 +35,7 @@ class LlamaServer:
     ) -> dict[str, Any]:
         self.prefix_cache = prefix_cache
         self.slots = slots
+        self.max_model_len = max_model_len
         self.port = _free_port()
         program = str(Path(binaries, "llama-server"))
         command = [
@@ -64,7 +64,7 @@ class LlamaServer:
     def batch(
         self, *, prompts: list[list[int]], max_tokens: list[int], sampling: dict[str, float] | None = None
     ) -> dict[str, Any]:
-        settings = _drawn(sampling) if sampling else _GREEDY
+        settings = self._drawn(sampling) if sampling else _GREEDY
         with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
             started = time.perf_counter()
             answers = list(pool.map(lambda *item: self._complete(*item, settings), prompts, max_tokens))
@@ -90,6 +90,12 @@ class LlamaServer:
             raise RuntimeError(f"llama-server answered {status}: {text[:300]}")
         return dict(json.loads(text))
 
+    def _drawn(self, sampling: dict[str, float]) -> dict[str, Any]:
+        """Settings under the server's own names; a penalty looks at the whole context, as the other engines' does."""
+        own = {name: value for name, value in sampling.items() if name != "repetition_penalty"}
+        penalty = {"repeat_penalty": sampling.get("repetition_penalty", 1.0), "repeat_last_n": self.max_model_len}
+        return {**own, **penalty, "samplers": ["penalties", "temperature", "top_p"]}
+
     def _ask(self, method: str, path: str, body: str | None = None) -> tuple[int, str]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port)
         try:
@@ -113,14 +119,6 @@ class LlamaServer:
                 last = error  # not listening yet, or not answering yet
             time.sleep(0.1)
         raise TimeoutError(f"llama-server was not ready within {_START_SECONDS:.0f} seconds: {last}")
-
-
-def _drawn(sampling: dict[str, float]) -> dict[str, Any]:
-    """Settings under the server's own names; a penalty looks at the whole context, as the other engines' does."""
-    own = {name: value for name, value in sampling.items() if name != "repetition_penalty"}
-    penalty = sampling.get("repetition_penalty", 1.0)
-    samplers = ["penalties", "temperature", "top_p"]
-    return {**own, "repeat_penalty": penalty, "repeat_last_n": _ALL, "samplers": samplers}
 
 
 def _free_port() -> int:
