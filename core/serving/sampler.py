@@ -26,9 +26,8 @@ _WIDTHS = (64, 256, 1024)
 """Best tokens that a row with top-k is drawn from: sorting out 64 first takes a tenth of filtering a vocabulary."""
 _PARTS = 64
 """Parts of a vocabulary that a GPU looks for the best token in, or as many as divide it."""
-_SCORED_BYTES = {"cpu": 2 * 2**20}
-_SCORED_BYTES_ELSEWHERE = 64 * 2**20
-"""Bytes of float32 scores that are turned into log-probabilities at a time: on a CPU what its caches hold."""
+_SCORED_BYTES = 64 * 2**20
+"""Bytes of float32 scores that are turned into log-probabilities at a time."""
 _LEAST_TEMPERATURE = 1e-30
 """Anything less is no normal float32, and draws the most likely token just the same."""
 
@@ -375,8 +374,7 @@ def token_logprobs(scores_NV: torch.Tensor, tokens: Sequence[int], count: int) -
 
     Some rows at a time: the tokens of a whole prompt may be asked for, and a row of float32 is large.
     """
-    most_bytes = _SCORED_BYTES.get(scores_NV.device.type, _SCORED_BYTES_ELSEWHERE)
-    num_rows = max(1, most_bytes // (4 * scores_NV.shape[-1]))
+    num_rows = max(1, _SCORED_BYTES // (4 * scores_NV.shape[-1]))
     return [
         entry
         for first in range(0, len(tokens), num_rows)

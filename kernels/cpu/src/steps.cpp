@@ -375,14 +375,14 @@ struct SuperRow {
     for (int t = 0; t < M; t++) records[t] = tokens[t];
     for (int b = 0; b < x.steps / 2; b++, block += block_bytes(T)) {
       ask_for(block);
+      const vf of_block = T == kQ6_K ? half_scales(block) : super_scales(block);
       vf scales[M];
 #pragma GCC unroll 4
       for (int t = 0; t < M; t++) {
+        scales[t] = of_block;
         if constexpr (has_mins_of_supers(kFormat)) {
-          scales[t] = super_scales(block) * load(reinterpret_cast<const float*>(tokens[t] + x.steps * kRecord) + W * b);
+          scales[t] *= load(reinterpret_cast<const float*>(tokens[t] + x.steps * kRecord) + W * b);
           sums[t] = (vf)_mm512_mask_add_ps((__m512)sums[t], 0xff00, (__m512)sums[t], (__m512)scales[t]);
-        } else {
-          scales[t] = half_scales(block);
         }
       }
       step<0>(block, scales, records, sums, others);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from drivetrain.bench.workloads import WorkItem, make_workload
@@ -91,6 +91,16 @@ class Workload:
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 128
 
+_MIXED = Workload(
+    "mixed",
+    "64 requests at once, prompts of 32 to 256 tokens, outputs of 32 to 128",
+    rates=(OUTPUT, TOTAL),
+    rows=("float32",),
+    slots=16,
+    max_model_len=512,
+)
+_DRAWN: Mapping[str, float] = {"temperature": 0.8, "top_p": 0.95}
+
 WORKLOADS: Mapping[str, Workload] = {
     workload.name: workload
     for workload in (
@@ -111,31 +121,18 @@ WORKLOADS: Mapping[str, Workload] = {
             slots=16,
             max_model_len=512,
         ),
-        Workload(
-            "mixed",
-            "64 requests at once, prompts of 32 to 256 tokens, outputs of 32 to 128",
-            rates=(OUTPUT, TOTAL),
-            rows=("float32",),
-            slots=16,
-            max_model_len=512,
+        _MIXED,
+        replace(
+            _MIXED,
+            name="drawn",
+            title="the requests of mixed, tokens drawn at temperature 0.8 from 0.95 of the probability (top-p)",
+            sampling=_DRAWN,
         ),
-        Workload(
-            "drawn",
-            "the requests of mixed, tokens drawn at temperature 0.8 from 0.95 of the probability (top-p)",
-            rates=(OUTPUT, TOTAL),
-            rows=("float32",),
-            slots=16,
-            max_model_len=512,
-            sampling={"temperature": 0.8, "top_p": 0.95},
-        ),
-        Workload(
-            "penalized",
-            "the requests of mixed, as in drawn, with a repetition penalty of 1.1 on prompt and output",
-            rates=(OUTPUT, TOTAL),
-            rows=("float32",),
-            slots=16,
-            max_model_len=512,
-            sampling={"temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.1},
+        replace(
+            _MIXED,
+            name="penalized",
+            title="the requests of mixed, as in drawn, with a repetition penalty of 1.1 on prompt and output",
+            sampling={**_DRAWN, "repetition_penalty": 1.1},
         ),
         Workload(
             "shared-prefix",

@@ -22,7 +22,6 @@ from transformers import (
 from drivetrain.serving.adjusting import ScoreAdjuster
 from drivetrain.serving.request import Request
 from drivetrain.serving.sampler import (
-    _SCORED_BYTES,
     Sampler,
     _keep_top_p,
     _most_likely_in_parts,
@@ -397,7 +396,7 @@ def test_logprobs_and_ranks_are_those_of_the_model(seed: int, count: int) -> Non
 def test_logprobs_of_many_rows_take_memory_for_some(monkeypatch: pytest.MonkeyPatch) -> None:
     scores, tokens = logits(5).bfloat16(), [3, 1, 4, 1, 5]
     whole = token_logprobs(scores, tokens, 2)
-    monkeypatch.setitem(_SCORED_BYTES, "cpu", 2 * 4 * V + 1)
+    monkeypatch.setattr("drivetrain.serving.sampler._SCORED_BYTES", 2 * 4 * V + 1)
     with Allocations() as made:
         assert token_logprobs(scores, tokens, 2) == whole
     assert made.largest_bytes == 2 * 4 * V
