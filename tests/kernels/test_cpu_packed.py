@@ -146,6 +146,9 @@ def test_the_largest_codes_and_activations_do_not_overflow(variant: str, number:
     wanted = x.double() @ DECODERS["linear_gguf"](blocks, torch.float64, case.params).T
     found = provider(variant).make(case.spec("cpu", "float32"))(x, blocks, None)
     torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=1e-6 * float(wanted.abs().max()))
+    rounded = replace(case, operation="linear_gguf_a8").spec("cpu", "float32")
+    found = provider(variant).make(rounded)(x.repeat(20, 1), blocks, None)
+    torch.testing.assert_close(found.double(), wanted.repeat(20, 1), rtol=5e-6, atol=1e-6 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

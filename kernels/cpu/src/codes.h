@@ -5,7 +5,7 @@
 #pragma once
 #include <cmath>
 
-#include "simd.h"
+#include "nearest.h"
 
 namespace dt {
 
@@ -72,35 +72,10 @@ static inline float get(const fp8* p) {
   return number * 0x1p112f;
 }
 
-// The largest absolute value of a row. Compared as integers, in which a NaN is larger than any number.
-static inline float largest_of(const float* row, int size) {
-  vi best = {};
-  int i = 0;
-  for (; i + W <= size; i += W) {
-    vi bits = (vi)load(row + i) & 0x7fffffff;
-    vi more = bits > best;
-    best = (more & bits) | (~more & best);
-  }
-  int32_t found = 0;
-  for (int lane = 0; lane < W; lane++) found = best[lane] > found ? best[lane] : found;
-  for (; i < size; i++) {
-    int32_t bits;
-    memcpy(&bits, row + i, 4);
-    bits &= 0x7fffffff;
-    found = bits > found ? bits : found;
-  }
-  float value;
-  memcpy(&value, &found, 4);
-  return value;
-}
-
 template <class T>
 constexpr float kLargestCode = 127.0f;
 template <>
 constexpr float kLargestCode<fp8> = 448.0f;
-
-// Adding it rounds to the nearest integer, ties to even, and leaves that in the lowest bits.
-constexpr float kRounder = 12582912.0f;
 
 static inline int8_t code_of(float x, const int8_t*) {
   float sum = x + kRounder;

@@ -55,11 +55,11 @@ enum class Form { kPlain, kRows, kBlocks, kFloat8, kTiles, kDigits, kNibbles, kR
 // Tokens up to which packed weights are multiplied in integers a row at a time: with activations that are rounded by blocks, of Q6_K and
 // of others, and with all their bits, of up to 6 bits and of 8. With more, tiles in integers are faster, where there are any, or widening
 // weights once (measured).
-constexpr int kMostRounded = kHasGroupTiles ? 12 : 24, kMostRoundedSixes = kHasGroupTiles ? 18 : 24;
+constexpr int kMostRounded = !kHasGroupTiles ? 24 : kHasSteps ? 12 : 4, kMostRoundedSixes = !kHasGroupTiles ? 24 : kHasSteps ? 18 : 4;
 constexpr int kMostWhole = 12, kMostWholeBytes = 8;
 
 static Form form_of(const dt_matrix& m, int tokens) {
-  const bool is_tiled = kHasIntTiles && m.format == int(Format::kInt8) && tokens > kFewRows;
+  const bool is_many = m.format == int(Format::kInt8) && tokens > kFewRows;
   const bool is_dotted = kHasDots && m.format == int(Format::kInt8) && tokens <= kFewRows;
   const bool is_rounded = m.rounding != int(Rounding::kNone), is_wide = m.format == int(Format::kBlocks) + kQ8_0;
   const int most_rounded = m.format == int(Format::kBlocks) + kQ6_K ? kMostRoundedSixes : kMostRounded;
@@ -67,9 +67,9 @@ static Form form_of(const dt_matrix& m, int tokens) {
   if (kHasSteps && tokens <= most && takes_steps(matrix_of(m))) return Form::kSteps;
   const bool is_by_blocks = m.rounding == int(Rounding::kNibbles) || m.rounding == int(Rounding::kBlocks);
   if constexpr (kHasGroupTiles)
-    if (is_by_blocks && takes_group_tiles(matrix_of(m))) return Form::kGroupTiles;
-  if (!is_rounded) return is_tiled || is_dotted ? Form::kDigits : Form::kPlain;
-  if (m.rounding == int(Rounding::kRows)) return is_tiled && tokens > kMostByRows ? Form::kTiles : Form::kRows;
+    if (is_by_blocks && tokens > most && takes_group_tiles(matrix_of(m))) return Form::kGroupTiles;
+  if (!is_rounded) return (kHasWholeTiles && is_many) || is_dotted ? Form::kDigits : Form::kPlain;
+  if (m.rounding == int(Rounding::kRows)) return kHasIntTiles && is_many && tokens > kMostByRows ? Form::kTiles : Form::kRows;
   if (m.rounding == int(Rounding::kNibbles)) return streams(matrix_of(m)) && tokens <= kMostRounded ? Form::kNibbles : Form::kRoundedFloats;
   if (m.rounding == int(Rounding::kBlocks)) return tokens <= kMostRounded ? Form::kBlocks : Form::kRoundedFloats;
   return Form::kFloat8;
@@ -100,6 +100,8 @@ static void multiply(const float* rows, size_t stride, int tokens, const dt_matr
     const Form form = form_of(first, tokens);
     auto is_alike = [&](const dt_matrix& m) {
       if (form == Form::kSteps && (m.format != first.format || m.rounding != first.rounding)) return false;
+      if constexpr (kHasGroupTiles)
+        if (form == Form::kGroupTiles && takes_words(Format(m.format)) != takes_words(Format(first.format))) return false;
       return form_of(m, tokens) == form && (!m.x_scale || *m.x_scale == *first.x_scale);
     };
     for (end = begin; end < count && end - begin < kMostAlike && is_alike(*matrices[end]); end++)
@@ -116,7 +118,7 @@ static void multiply(const float* rows, size_t stride, int tokens, const dt_matr
       matmul(step_rows(rows, stride, tokens, size, digits, alike[0].format, space), alike, sinks + begin, number);
     } else if (form == Form::kGroupTiles) {
       if constexpr (kHasGroupTiles)
-        matmul(group_tile_rows(rows, stride, tokens, size, space), alike, sinks + begin, number);
+        matmul(group_tile_rows(rows, stride, tokens, size, alike[0].format, space), alike, sinks + begin, number);
     } else if (form == Form::kTiles || form == Form::kDigits) {
       if constexpr (kHasIntTiles)
         matmul(tile_rows(rows, stride, tokens, size, form == Form::kTiles ? 1 : 3, space), alike, sinks + begin, number);

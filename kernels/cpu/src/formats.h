@@ -240,6 +240,20 @@ static inline void k_scales(const uint8_t* block, float* scales, float* mins) {
   _mm256_storeu_ps(scales, _mm512_castps512_ps256((__m512)both));
   _mm256_storeu_ps(mins, _mm512_extractf32x8_ps((__m512)-both, 1));
 }
+#elif defined(__AVX2__)
+static inline void k_scales(const uint8_t* block, float* scales, float* mins) {
+  constexpr char kNone = -1;
+  const __m128i head = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block));
+  const __m128i low = _mm_shuffle_epi8(head, _mm_setr_epi8(4, 5, 6, 7, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15));
+  const __m128i high = _mm_shuffle_epi8(head, _mm_setr_epi8(kNone, kNone, kNone, kNone, 4, 5, 6, 7, kNone, kNone, kNone, kNone, 8, 9, 10, 11));
+  const __m128i down = _mm_blend_epi16(low, _mm_srli_epi16(low, 4), 0xc0);  // of bytes 12 to 15 the upper four bits
+  const __m128i bits = _mm_setr_epi32(0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f);
+  const __m128i top = _mm_and_si128(_mm_srli_epi16(high, 2), _mm_set1_epi8(0x30));
+  const __m128i codes = _mm_or_si128(_mm_and_si128(down, bits), top);
+  const __m128 pair = _mm_cvtph_ps(head);
+  store(scales, (vf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)) * splat(pair[0]));
+  store(mins, (vf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(codes, 8))) * splat(-pair[1]));
+}
 #else
 static inline void k_scales(const uint8_t* block, float* scales, float* mins) {
   float d = half_at(block), least = half_at(block + 2);
@@ -260,10 +274,11 @@ static inline void atom_scales(const uint8_t* row, int first, int count, float* 
     for (int a = 0; a < count; a += 8) {
       const uint8_t* block = row + size_t((first + a) / 8) * block_bytes(T);
       if constexpr (T == kQ6_K) {
-        float d = half_at(block + 208);
-        for (int j = 0; j < 16; j++) {
-          scales[2 * a + j] = d * float(int8_t(block[192 + j]));
-          mins[2 * a + j] = -32.0f * scales[2 * a + j];
+        const vf d = splat(half_at(block + 208));
+        for (int j = 0; j < 16; j += W) {
+          const vf found = d * __builtin_convertvector(load_ints(reinterpret_cast<const int8_t*>(block) + 192 + j), vf);
+          store(scales + 2 * a + j, found);
+          store(mins + 2 * a + j, found * -32.0f);
         }
       } else {
         k_scales(block, scales + a, mins + a);
@@ -283,6 +298,23 @@ static inline void atom_scales(const uint8_t* row, int first, int count, float* 
       if constexpr (T == kQ4_0) store(mins + a, scale * -8.0f);
       if constexpr (T == kQ5_0) store(mins + a, scale * -16.0f);
       if constexpr (T == kQ4_1 || T == kQ5_1) store(mins + a, (vf)_mm512_permutex2var_ps(low, (__m512i)odd, high));
+      if constexpr (T == kQ8_0) store(mins + a, vf{});
+    }
+#endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    for (; a + 8 <= count; a += 8, block += 8 * block_bytes(T)) {  // the same of 8 blocks
+      auto four = [](const uint8_t* at) {
+        int32_t pairs[4];
+        for (int i = 0; i < 4; i++) memcpy(pairs + i, at + i * block_bytes(T), 4);
+        return _mm_setr_epi32(pairs[0], pairs[1], pairs[2], pairs[3]);
+      };
+      const __m128i apart = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+      const __m128i low = _mm_shuffle_epi8(four(block), apart), high = _mm_shuffle_epi8(four(block + 4 * block_bytes(T)), apart);
+      vf scale = (vf)_mm256_cvtph_ps(_mm_unpacklo_epi64(low, high));
+      store(scales + a, scale);
+      if constexpr (T == kQ4_0) store(mins + a, scale * -8.0f);
+      if constexpr (T == kQ5_0) store(mins + a, scale * -16.0f);
+      if constexpr (T == kQ4_1 || T == kQ5_1) store(mins + a, (vf)_mm256_cvtph_ps(_mm_unpackhi_epi64(low, high)));
       if constexpr (T == kQ8_0) store(mins + a, vf{});
     }
 #endif

@@ -12,8 +12,7 @@ namespace {
 
 static_assert(kChunk % kTile1 == 0 && kChunk % kTile2 == 0 && kChunk % W == 0);
 
-constexpr int kFewChunk = 16;            // outputs at a time when weights stream by
-constexpr size_t kFewBytes = 96 << 10;  // of weights that one thread takes at a time
+constexpr size_t kFewBytes = kStreams > 1 ? 192 << 10 : 96 << 10;  // of weights that one thread takes at a time
 constexpr int kFewShares = 4;           // of a product for each thread
 static_assert(kFewChunk <= kChunk);
 
@@ -169,59 +168,105 @@ static inline void dot(const T* __restrict w, const float* __restrict x, int siz
   }
 }
 
-template <int M, class T>
-static void dots_of(const T* w, size_t stride, int count, const float* x, int size, float (*out)[kChunk]) {
-  int r = 0;
-  for (; r + 4 <= count; r += 4) {
-    vf sums[4][M];
-    float rest[4][M];
+// R rows of weights, `apart` numbers from each other, by M rows of x.
+template <int R, int M, class T>
+static inline void dots_after_another(const T* w, size_t apart, const float* x, int size, vf (&sums)[R][M], float (&rest)[R][M]) {
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) dot<M>(w + (r + i) * stride, x, size, sums[i], rest[i]);
+  for (int r = 0; r < R; r++) dot<M>(w + r * apart, x, size, sums[r], rest[r]);
+}
+
+// The same of rows that are read side by side, a line of each in turn; the processor asks for what follows (kStreams).
+template <int R, int M, class T>
+static inline void dots_side_by_side(const T* __restrict w, size_t apart, const float* __restrict x, int size, vf (&sums)[R][M],
+                                     float (&rest)[R][M]) {
+  constexpr int N = kStep<T> / W;
+  constexpr int kLine = 64 / int(sizeof(T));
+  constexpr int kSums = R * M >= 8 ? 1 : 2;  // enough to hide the latency of a multiply-add
+  vf parts[R][M][kSums] = {};
+  auto step = [&](int at, int first) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      vf weight[N];
+      load_step(w + r * apart + at, weight);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int n = 0; n < N; n++) parts[r][m][(first + n) % kSums] += weight[n] * load(x + size_t(m) * size + at + n * W);
+    }
+  };
+  int k = 0;
+  for (; k + kLine <= size; k += kLine) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kLine; i += kStep<T>) step(k + i, i / W);
+  }
+  for (; k + kStep<T> <= size; k += kStep<T>) step(k, 0);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int m = 0; m < M; m++) {
-      sum4(sums[0][m], sums[1][m], sums[2][m], sums[3][m], out[m] + r);
-      for (int i = 0; i < 4; i++) out[m][r + i] += rest[i][m];
+      sums[r][m] = kSums == 1 ? parts[r][m][0] : parts[r][m][0] + parts[r][m][kSums - 1];
+      rest[r][m] = 0.0f;
+      for (int i = k; i < size; i++) rest[r][m] += get(w + r * apart + i) * x[size_t(m) * size + i];
     }
-  }
-  for (; r < count; r++) {
-    vf sums[M];
-    float rest[M];
-    dot<M>(w + r * stride, x, size, sums, rest);
-    for (int m = 0; m < M; m++) out[m][r] = sum(sums[m]) + rest[m];
-  }
+}
+
+template <int M, class T>
+static void dots_of(const T* w, size_t stride, const Turn& turn, const float* x, int size, float (*out)[kChunk]) {
+  each_rows<kFewChunk, kStreams == 1 || M <= 2 ? 4 : 2>(turn, [&](auto number, int o, int apart, int at, int at_apart) {
+    constexpr int R = decltype(number)::value;
+    vf sums[R][M];
+    float rest[R][M];
+    if constexpr (kStreams == 1)
+      dots_after_another<R, M>(w + o * stride, apart * stride, x, size, sums, rest);
+    else
+      dots_side_by_side<R, M>(w + o * stride, apart * stride, x, size, sums, rest);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) {
+      float totals[R];
+      if constexpr (R == 4) {
+        sum4(sums[0][m], sums[1][m], sums[2][m], sums[3][m], totals);
+      } else {
+        for (int r = 0; r < R; r++) totals[r] = sum(sums[r][m]);
+      }
+      for (int r = 0; r < R; r++) out[m][at + r * at_apart] = totals[r] + rest[r][m];
+    }
+  });
 }
 
 template <class T>
-static void few_sums(const Activations& x, const float* rows, const T* w, size_t stride, int count, float (*out)[kChunk]) {
+static void few_sums(const Activations& x, const float* rows, const T* w, size_t stride, const Turn& turn, float (*out)[kChunk]) {
   switch (x.num_tokens) {
-    case 1: return dots_of<1>(w, stride, count, rows, x.size, out);
-    case 2: return dots_of<2>(w, stride, count, rows, x.size, out);
-    case 3: return dots_of<3>(w, stride, count, rows, x.size, out);
-    default: return dots_of<4>(w, stride, count, rows, x.size, out);
+    case 1: return dots_of<1>(w, stride, turn, rows, x.size, out);
+    case 2: return dots_of<2>(w, stride, turn, rows, x.size, out);
+    case 3: return dots_of<3>(w, stride, turn, rows, x.size, out);
+    default: return dots_of<4>(w, stride, turn, rows, x.size, out);
   }
 }
 
-static void few_sums(const Activations& x, const Matrix& m, int first, int count, float (*out)[kChunk]) {
+static void few_sums(const Activations& x, const Matrix& m, const Turn& turn, float (*out)[kChunk]) {
   if (m.is_packed() && streams(m)) {
-    few_packed_sums(x, m, first, count, out);
+    few_packed_sums(x, m, turn, out);
   } else if (m.is_packed()) {
-    size_t stride = 0;
-    const float* rows = rows_of(m, first, count, stride, decoded);
-    few_sums(x, x.rows, rows, stride, count, out);
+    each_run<kFewChunk>(turn, [&](int first, int count, int at) {
+      size_t stride = 0;
+      const float* rows = rows_of(m, first, count, stride, decoded);
+      few_sums(x, x.rows, rows, stride, Turn{0, count, count}, reinterpret_cast<float(*)[kChunk]>(&out[0][at]));
+    });
   } else if (m.format == Format::kFloat32) {
-    few_sums(x, x.rows, static_cast<const float*>(m.weight) + size_t(first) * m.stride, m.stride, count, out);
+    few_sums(x, x.rows, static_cast<const float*>(m.weight), m.stride, turn, out);
   } else {
-    few_sums(x, x.split, static_cast<const bf16*>(m.weight) + size_t(first) * m.stride, m.stride, count, out);
+    few_sums(x, x.split, static_cast<const bf16*>(m.weight), m.stride, turn, out);
   }
 }
 
 static void few_chunk(const Activations& x, const Matrix& m, const Sink& sink, int begin, int end) {
-  for (int first = begin; first < end; first += kFewChunk) {
-    int count = end - first < kFewChunk ? end - first : kFewChunk;
+  each_turn<kFewChunk>(m, begin, end, [&](const Turn& turn) {
     float out[kFewRows][kChunk];
-    few_sums(x, m, first, count, out);
-    for (int t = 0; t < x.num_tokens; t++) put_row(out[t], m, sink, t, first, count);
-  }
+    few_sums(x, m, turn, out);
+    each_run<kFewChunk>(turn, [&](int first, int count, int at) {
+      for (int t = 0; t < x.num_tokens; t++) put_row(out[t] + at, m, sink, t, first, count);
+    });
+  });
 }
 
 // A row of the rest as its products take it.
@@ -449,12 +494,16 @@ static void gated_many(const Activations& x, const Matrix& gate, const Matrix& u
   }
 }
 
-static void gated_few(const Activations& x, const Matrix& gate, const Matrix& up, Activation kind, int first, int count, float* rows) {
-  float gates[kFewRows][kChunk], ups[kFewRows][kChunk];
-  few_sums(x, gate, first, count, gates);
-  few_sums(x, up, first, count, ups);
-  for (int t = 0; t < x.num_tokens; t++)
-    combine(gates[t], ups[t], gate, up, kind, first, count, rows + size_t(t) * gate.rows + first);
+static void gated_few(const Activations& x, const Matrix& gate, const Matrix& up, Activation kind, int begin, int end, float* rows) {
+  each_turn<kFewChunk>(gate, begin, end, [&](const Turn& turn) {
+    float gates[kFewRows][kChunk], ups[kFewRows][kChunk];
+    few_sums(x, gate, turn, gates);
+    few_sums(x, up, turn, ups);
+    each_run<kFewChunk>(turn, [&](int first, int count, int at) {
+      for (int t = 0; t < x.num_tokens; t++)
+        combine(gates[t] + at, ups[t] + at, gate, up, kind, first, count, rows + size_t(t) * gate.rows + first);
+    });
+  });
 }
 
 Activations gated_matmul(const Activations& x, const Matrix& gate, const Matrix& up, Activation kind, float* space, bool in_pairs,
@@ -462,11 +511,12 @@ Activations gated_matmul(const Activations& x, const Matrix& gate, const Matrix&
   bool is_few = x.num_tokens <= kFewRows;
   if constexpr (amx::kIsBuilt)
     if (!is_few) return amx::gated_matmul(x, gate, up, kind, space);
-  int size = is_few ? kFewChunk : kChunk;
+  const Matrix both[] = {gate, up};
+  int size = !is_few ? kChunk : kStreams == 1 ? kFewChunk : few_rows_at_a_time(both, 2);
   parallel((gate.rows + size - 1) / size, [&](int chunk, int thread) {
     int first = chunk * size, count = gate.rows - first < size ? gate.rows - first : size;
     if (is_few)
-      gated_few(x, gate, up, kind, first, count, space);
+      gated_few(x, gate, up, kind, first, first + count, space);
     else
       gated_many(x, gate, up, kind, first, count, space, in_pairs, share_of(ahead, thread));
   });

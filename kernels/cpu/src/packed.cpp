@@ -1,6 +1,7 @@
 #include "packed.h"
 
-#include "formats.h"
+#include "chunk.h"
+#include "groups.h"
 
 namespace dt {
 namespace {
@@ -24,6 +25,9 @@ static inline void pieces(v32u bytes, vi (&out)[kPieces]) {
 #endif
 }
 
+static inline vf low_code(vi bytes) { return __builtin_convertvector(bytes & 15, vf); }
+static inline vf high_code(vi bytes) { return __builtin_convertvector((vi)((vu)bytes >> 4), vf); }
+
 // Weights of four bits with one scale and one minimum. AVX-512 looks them up: the upper bits of an index are ignored.
 struct Nibbles {
 #if defined(__AVX512F__)
@@ -37,10 +41,14 @@ struct Nibbles {
 #else
   vf scale, min;
   Nibbles(float scale, float min) : scale(splat(scale)), min(splat(min)) {}
-  vf low(vi bytes) const { return __builtin_convertvector(bytes & 15, vf) * scale + min; }
-  vf high(vi bytes) const { return __builtin_convertvector((vi)((vu)bytes >> 4), vf) * scale + min; }
+  vf low(vi bytes) const { return low_code(bytes) * scale + min; }
+  vf high(vi bytes) const { return high_code(bytes) * scale + min; }
 #endif
 };
+
+// A weight is its code times a scale, plus a minimum. Where widening a code takes more operations than looking its weight up, sums are of codes,
+// and scales and minima are multiplied once an atom: kSumsCodes.
+constexpr bool kSumsCodes = W == 8;
 
 // Where a row's weights and the scales of its present span are.
 struct Row {
@@ -49,14 +57,23 @@ struct Row {
   const float *scales, *mins;
 };
 
-// --- formats: atoms(row, atom, at, v) gives the weights of an atom, `at` of its span -------------------------------------
+// --- formats: weights(row, atom, at, v) gives the weights of an atom, `at` of its span, and codes(row, atom, v) its codes --
 
 // kFetch: atoms in a line of 64 bytes.
 
 struct Int4 {  // in the order of split activations: W even inputs, W odd ones
   static constexpr int kFetch = 4;
-  static constexpr bool kIsSplit = true;
+  static constexpr bool kIsSplit = true, kHasCodes = true, kHasMins = true;
   static constexpr int kScales = 1;
+  static inline void codes(const Row& row, int atom, vf (&v)[kPieces]) {
+    const uint8_t* bytes = row.values + atom * (kAtom / 2);
+#pragma GCC unroll 8
+    for (int n = 0; n < kPieces; n += 2) {
+      vi both = load_bytes(bytes + n / 2 * W);
+      v[n] = low_code(both);
+      v[n + 1] = high_code(both);
+    }
+  }
   static inline void weights(const Row& row, int atom, int at, vf (&v)[kPieces]) {
     const Nibbles nibbles(row.scales[at], row.mins[at]);
     const uint8_t* bytes = row.values + atom * (kAtom / 2);
@@ -71,7 +88,7 @@ struct Int4 {  // in the order of split activations: W even inputs, W odd ones
 
 struct Int3 {
   static constexpr int kFetch = 8;
-  static constexpr bool kIsSplit = false;
+  static constexpr bool kIsSplit = false, kHasCodes = false, kHasMins = true;
   static constexpr int kScales = 1;
   static inline void weights(const Row& row, int atom, int at, vf (&v)[kPieces]) {
     uint32_t third;
@@ -99,8 +116,35 @@ struct Int3 {
 template <int T>
 struct Blocks {
   static constexpr int kFetch = 64 * block_size(T) / kAtom / block_bytes(T);
-  static constexpr bool kIsSplit = false;
+  static constexpr bool kIsSplit = false, kHasCodes = true, kHasMins = T != kQ8_0;
   static constexpr int kScales = T == kQ6_K ? 2 : 1;  // of an atom
+  static inline void codes(const Row& row, int atom, vf (&v)[kPieces]) {
+    if constexpr (T == kQ4_0 || T == kQ4_1) {
+      const uint8_t* bytes = row.values + size_t(atom) * block_bytes(T) + value_offset(T);
+#pragma GCC unroll 8
+      for (int n = 0; n < kPieces / 2; n++) {
+        vi both = load_bytes(bytes + n * W);
+        v[n] = low_code(both);
+        v[n + kPieces / 2] = high_code(both);
+      }
+    } else if constexpr (T == kQ4_K) {
+      const uint8_t* bytes = row.values + size_t(atom / 8) * block_bytes(T) + 16 + atom % 8 / 2 * 32;
+#pragma GCC unroll 8
+      for (int n = 0; n < kPieces; n++) {
+        vi both = load_bytes(bytes + n * W);
+        v[n] = atom % 2 ? high_code(both) : low_code(both);
+      }
+    } else if constexpr (T == kQ8_0) {
+      const int8_t* bytes = reinterpret_cast<const int8_t*>(row.values + size_t(atom) * block_bytes(T) + 2);
+#pragma GCC unroll 8
+      for (int n = 0; n < kPieces; n++) v[n] = __builtin_convertvector(load_ints(bytes + n * W), vf);
+    } else {
+      vi found[kPieces];
+      pieces(values<T>(row.values, atom), found);
+#pragma GCC unroll 8
+      for (int n = 0; n < kPieces; n++) v[n] = __builtin_convertvector(found[n], vf);
+    }
+  }
   static inline void weights(const Row& row, int atom, int at, vf (&v)[kPieces]) {
     if constexpr (T == kQ4_0 || T == kQ4_1) {
       const Nibbles nibbles(row.scales[at], row.mins[at]);
@@ -137,49 +181,16 @@ struct Blocks {
   }
 };
 
-// Minima of groups first .. first + count - 1, counted over all rows, whose scales are known.
-static inline void mins_at(const Matrix& m, size_t first, int count, const float* scales, float* out) {
-  if (!m.has_zeros) return scales_at(m.mins, m.scale_format, first, count, out);
-  const uint8_t* zeros = static_cast<const uint8_t*>(m.mins) + first;
-  for (int i = 0; i < count; i++) out[i] = -float(zeros[i]) * scales[i];
-}
-
-static inline void span_scales(Int4, const Matrix& m, int o, const uint8_t*, int first, int count, float* scales, float* mins) {
-  const int each = m.group / kAtom, groups = m.cols / m.group;
-  if (each == 1) {
-    scales_at(m.scales, m.scale_format, size_t(o) * groups + first, count, scales);
-    mins_at(m, size_t(o) * groups + first, count, scales, mins);
-    return;
-  }
-  float of_groups[2][kSpan + W];
-  const int begin = first / each, number = (first + count - 1) / each - begin + 1;
-  scales_at(m.scales, m.scale_format, size_t(o) * groups + begin, number, of_groups[0]);
-  mins_at(m, size_t(o) * groups + begin, number, of_groups[0], of_groups[1]);
-  int left = each - first % each, a = 0, g = 0;
-#if defined(__AVX512F__)
-  if ((each == 2 || each == 4) && left == each) {
-    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const __m512i from = (__m512i)(each == 2 ? lane >> 1 : lane >> 2);
-    for (; a + W <= count; a += W, g += W / each) {
-      store(scales + a, (vf)_mm512_permutexvar_ps(from, _mm512_loadu_ps(of_groups[0] + g)));
-      store(mins + a, (vf)_mm512_permutexvar_ps(from, _mm512_loadu_ps(of_groups[1] + g)));
-    }
-  }
-#endif
-  for (; a < count; a++) {
-    scales[a] = of_groups[0][g];
-    mins[a] = of_groups[1][g];
-    if (--left == 0) {
-      left = each;
-      g++;
-    }
-  }
-}
-static inline void span_scales(Int3, const Matrix& m, int o, const uint8_t* row, int first, int count, float* scales, float* mins) {
-  span_scales(Int4(), m, o, row, first, count, scales, mins);
+// Scales and minima of atoms first .. first + count - 1 of an output.
+template <class F>
+static inline void span_scales(F, const Matrix& m, const Groups& groups, int o, const uint8_t*, int first, int count, float* scales,
+                               float* mins) {
+  group_scales(m, groups, m.scales, o, first, count, scales);
+  group_mins(m, groups, o, first, count, scales, mins);
 }
 template <int T>
-static inline void span_scales(Blocks<T>, const Matrix&, int, const uint8_t* row, int first, int count, float* scales, float* mins) {
+static inline void span_scales(Blocks<T>, const Matrix&, const Groups&, int, const uint8_t* row, int first, int count, float* scales,
+                               float* mins) {
   atom_scales<T>(row, first, count, scales, mins);
 }
 
@@ -192,64 +203,121 @@ static inline Row row_of(const Matrix& m, int o) {
 
 // --- few tokens ----------------------------------------------------------------------------------------------------------
 
+// What the inputs that share a minimum sum up to, of each token.
+template <class F>
+static const float* sums_of_inputs(const float* x, int tokens, int size) {
+  static thread_local Scratch scratch;
+  constexpr int kInputs = kAtom / F::kScales;
+  const int count = size / kInputs, stride = (count + W - 1) / W * W;
+  float* out = scratch.reserve(size_t(tokens) * stride);
+  for (int t = 0; t < tokens; t++)
+    for (int i = 0; i < stride; i++) {
+      vf total{};
+      if (i < count)
+        for (int n = 0; n < kInputs; n += W) total += load(x + size_t(t) * size + i * kInputs + n);
+      out[size_t(t) * stride + i] = i < count ? sum(total) : 0.0f;
+    }
+  return out;
+}
+
+// What an atom's codes add to a sum: their products with the inputs, times the scale, or of each half times its own.
+template <class F>
+static inline void add_codes(vf& sum, const vf (&codes)[kPieces], const float* x, const float* scales) {
+  constexpr int kEach = kPieces / F::kScales;
+#pragma GCC unroll 2
+  for (int s = 0; s < F::kScales; s++) {
+    vf part = codes[s * kEach] * load(x + s * kEach * W);
+#pragma GCC unroll 8
+    for (int n = 1; n < kEach; n++) part += codes[s * kEach + n] * load(x + (s * kEach + n) * W);
+    sum += part * splat(scales[s]);
+  }
+}
+
+// Of outputs o, o + apart, ...; their sums go to places at, at + at_apart, ... of a token. input_sums: where codes are summed.
 template <class F, int R, int M>
-static inline void atom_dots(const Matrix& m, int o, const float* x, float (*out)[kChunk], int at) {
-  vf sums[R][M] = {};
+static inline void atom_dots(const Matrix& m, const Groups& groups, int o, int apart, const float* x, const float* input_sums,
+                             float (*out)[kChunk], int at, int at_apart) {
+  constexpr bool kByCodes = kSumsCodes && F::kHasCodes;
+  vf sums[R][M];
   Row rows[R];
-  for (int r = 0; r < R; r++) rows[r] = row_of(m, o + r);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) {
+    rows[r] = row_of(m, o + r * apart);
+#pragma GCC unroll 4
+    for (int t = 0; t < M; t++) sums[r][t] = vf{};
+  }
   const int atoms = m.cols / kAtom;
-  const size_t size = m.cols, atom_bytes = m.stride / atoms;
+  const size_t size = m.cols, atom_bytes = m.stride / atoms, sum_stride = size_t(atoms * F::kScales + W - 1) / W * W;
   // Rows are short: what is asked for is some rows below, so many bytes away that memory has the time.
   const size_t ahead = (kAheadBytes / m.stride + 1) * m.stride;
   for (int first = 0; first < atoms; first += kSpan) {
     alignas(64) float scales[R][kSpan * F::kScales], mins[R][kSpan * F::kScales];
     const int count = atoms - first < kSpan ? atoms - first : kSpan;
+#pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-      span_scales(F(), m, o + r, rows[r].values, first, count, scales[r], mins[r]);
+      span_scales(F(), m, groups, o + r * apart, rows[r].values, first, count, scales[r], mins[r]);
       rows[r].scales = scales[r];
       rows[r].mins = mins[r];
+      if constexpr (kByCodes && F::kHasMins) {
+        const int number = count * F::kScales;
+        for (int i = number; i % W != 0; i++) mins[r][i] = 0;
+#pragma GCC unroll 4
+        for (int t = 0; t < M; t++)
+          for (int i = 0; i < number; i += W) sums[r][t] += load(mins[r] + i) * load(input_sums + t * sum_stride + first * F::kScales + i);
+      }
     }
     for (int a = 0; a < count; a++) {
       const float* at_x = x + size_t(first + a) * kAtom;
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
         vf v[kPieces];
-        F::weights(rows[r], first + a, a, v);
+        if constexpr (kByCodes)
+          F::codes(rows[r], first + a, v);
+        else
+          F::weights(rows[r], first + a, a, v);
         if (a % F::kFetch == 0) __builtin_prefetch(rows[r].values + ahead + (first + a) * atom_bytes, 0, 2);
 #pragma GCC unroll 4
-        for (int t = 0; t < M; t++)
+        for (int t = 0; t < M; t++) {
+          if constexpr (kByCodes) {
+            add_codes<F>(sums[r][t], v, at_x + t * size, scales[r] + a * F::kScales);
+          } else {
 #pragma GCC unroll 8
-          for (int n = 0; n < kPieces; n++) sums[r][t] += v[n] * load(at_x + t * size + n * W);
+            for (int n = 0; n < kPieces; n++) sums[r][t] += v[n] * load(at_x + t * size + n * W);
+          }
+        }
       }
     }
   }
+#pragma GCC unroll 4
   for (int t = 0; t < M; t++) {
     if constexpr (R == 4) {
       float totals[4];
       sum4(sums[0][t], sums[1][t], sums[2][t], sums[3][t], totals);
-      for (int r = 0; r < 4; r++) out[t][at + r] = totals[r];
+      for (int r = 0; r < 4; r++) out[t][at + r * at_apart] = totals[r];
     } else {
-      for (int r = 0; r < R; r++) out[t][at + r] = sum(sums[r][t]);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) out[t][at + r * at_apart] = sum(sums[r][t]);
     }
   }
 }
 
 template <class F, int M>
-static void atom_rows(const Matrix& m, int first, int count, const float* x, float (*out)[kChunk]) {
-  constexpr int R = 4;
-  int r = 0;
-  for (; r + R <= count; r += R) atom_dots<F, R, M>(m, first + r, x, out, r);
-  for (; r < count; r++) atom_dots<F, 1, M>(m, first + r, x, out, r);
+static void atom_rows(const Matrix& m, const Turn& turn, const float* x, float (*out)[kChunk]) {
+  const Groups groups(m);
+  const float* input_sums = kSumsCodes && F::kHasCodes && F::kHasMins ? sums_of_inputs<F>(x, M, m.cols) : nullptr;
+  each_rows<kFewChunk, 4>(turn, [&](auto number, int o, int apart, int at, int at_apart) {
+    atom_dots<F, decltype(number)::value, M>(m, groups, o, apart, x, input_sums, out, at, at_apart);
+  });
 }
 
 template <class F>
-static void atom_sums(const Activations& x, const Matrix& m, int first, int count, float (*out)[kChunk]) {
+static void atom_sums(const Activations& x, const Matrix& m, const Turn& turn, float (*out)[kChunk]) {
   const float* rows = F::kIsSplit ? x.split : x.rows;
   switch (x.num_tokens) {
-    case 1: return atom_rows<F, 1>(m, first, count, rows, out);
-    case 2: return atom_rows<F, 2>(m, first, count, rows, out);
-    case 3: return atom_rows<F, 3>(m, first, count, rows, out);
-    default: return atom_rows<F, 4>(m, first, count, rows, out);
+    case 1: return atom_rows<F, 1>(m, turn, rows, out);
+    case 2: return atom_rows<F, 2>(m, turn, rows, out);
+    case 3: return atom_rows<F, 3>(m, turn, rows, out);
+    default: return atom_rows<F, 4>(m, turn, rows, out);
   }
 }
 
@@ -265,8 +333,9 @@ static inline float weight_of(Float8 w) { return float8_to_float(w.bits) * (1.0f
 template <class T>
 constexpr float kFactor = sizeof(T) == 1 && __is_class(T) ? 256.0f : 1.0f;
 
+// Of R rows, `stride` bytes from each other.
 template <class T, int R, int M>
-static inline void byte_dots(const T* w, size_t stride, const float* x, int size, float (*out)[kChunk], int at) {
+static inline void byte_dots(const T* w, size_t stride, const float* x, int size, float (*out)[kChunk], int at, int at_apart) {
   vf sums[R][M] = {};
   int k = 0;
   auto step = [&](int i) __attribute__((always_inline)) {
@@ -281,8 +350,10 @@ static inline void byte_dots(const T* w, size_t stride, const float* x, int size
     }
   };
   for (; k + 64 <= size; k += 64) {
+    if (kStreams == 1) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) __builtin_prefetch(w + (R + r) * stride + k, 0, 2);
+      for (int r = 0; r < R; r++) __builtin_prefetch(w + (R + r) * stride + k, 0, 2);
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < 64; i += W) step(k + i);
   }
@@ -298,32 +369,34 @@ static inline void byte_dots(const T* w, size_t stride, const float* x, int size
     }
     for (int r = 0; r < R; r++) {
       for (int rest = k; rest < size; rest++) totals[r] += weight_of(w[r * stride + rest]) * x[size_t(t) * size + rest];
-      out[t][at + r] = totals[r];
+      out[t][at + r * at_apart] = totals[r];
     }
   }
 }
 
 template <class T, int M>
-static void byte_rows(const Matrix& m, int first, int count, const float* x, float (*out)[kChunk]) {
+static void byte_rows(const Matrix& m, const Turn& turn, const float* x, float (*out)[kChunk]) {
   constexpr int R = kRegisters == 32 ? (M == 1 ? 8 : 4) : (M <= 2 ? 4 : 2);
-  const T* w = static_cast<const T*>(m.weight) + size_t(first) * m.stride;
-  int r = 0;
-  for (; r + R <= count; r += R) byte_dots<T, R, M>(w + size_t(r) * m.stride, m.stride, x, m.cols, out, r);
-  for (; r < count; r++) byte_dots<T, 1, M>(w + size_t(r) * m.stride, m.stride, x, m.cols, out, r);
+  const T* w = static_cast<const T*>(m.weight);
+  each_rows<kFewChunk, R>(turn, [&](auto number, int o, int apart, int at, int at_apart) {
+    byte_dots<T, decltype(number)::value, M>(w + size_t(o) * m.stride, size_t(apart) * m.stride, x, m.cols, out, at, at_apart);
+  });
 }
 
 template <class T>
-static void byte_sums(const Activations& x, const Matrix& m, int first, int count, float (*out)[kChunk]) {
+static void byte_sums(const Activations& x, const Matrix& m, const Turn& turn, float (*out)[kChunk]) {
   switch (x.num_tokens) {
-    case 1: byte_rows<T, 1>(m, first, count, x.rows, out); break;
-    case 2: byte_rows<T, 2>(m, first, count, x.rows, out); break;
-    case 3: byte_rows<T, 3>(m, first, count, x.rows, out); break;
-    default: byte_rows<T, 4>(m, first, count, x.rows, out);
+    case 1: byte_rows<T, 1>(m, turn, x.rows, out); break;
+    case 2: byte_rows<T, 2>(m, turn, x.rows, out); break;
+    case 3: byte_rows<T, 3>(m, turn, x.rows, out); break;
+    default: byte_rows<T, 4>(m, turn, x.rows, out);
   }
   float scales[kChunk];
-  for (int o = 0; o < count; o++) scales[o] = scale_at(m.scales, m.scale_format, first + o) * kFactor<T>;
+  each_run<kFewChunk>(turn, [&](int first, int count, int at) {
+    for (int o = 0; o < count; o++) scales[at + o] = scale_at(m.scales, m.scale_format, first + o) * kFactor<T>;
+  });
   for (int t = 0; t < x.num_tokens; t++)
-    for (int o = 0; o < count; o++) out[t][o] *= scales[o];
+    for (int o = 0; o < turn.count; o++) out[t][o] *= scales[o];
 }
 
 // --- as float32 rows -----------------------------------------------------------------------------------------------------
@@ -354,11 +427,12 @@ static inline void store_pairs(float* out, vf even, vf odd) {
 template <class F>
 static void decode_atoms(const Matrix& m, int o, float* out) {
   Row row = row_of(m, o);
+  const Groups groups(m);
   const int atoms = m.cols / kAtom;
   for (int first = 0; first < atoms; first += kSpan) {
     alignas(64) float scales[kSpan * F::kScales], mins[kSpan * F::kScales];
     const int count = atoms - first < kSpan ? atoms - first : kSpan;
-    span_scales(F(), m, o, row.values, first, count, scales, mins);
+    span_scales(F(), m, groups, o, row.values, first, count, scales, mins);
     row.scales = scales;
     row.mins = mins;
     for (int a = 0; a < count; a++, out += kAtom) {
@@ -384,8 +458,7 @@ static void decode_plainly(const Matrix& m, int o, float* out) {
                                           : (row.values[k / 4] >> k % 4 * 2 & 3) | (row.high[k / 8] >> k % 8 & 1) << 2;
     size_t at = groups + k / m.group;
     const float scale = scale_at(m.scales, m.scale_format, at);
-    float min;
-    mins_at(m, at, 1, &scale, &min);
+    const float min = m.has_zeros ? -float(static_cast<const uint8_t*>(m.mins)[at]) * scale : scale_at(m.mins, m.scale_format, at);
     out[k] = float(value) * scale + min;
   }
 }
@@ -394,22 +467,22 @@ static void decode_plainly(const Matrix& m, int o, float* out) {
 
 bool streams(const Matrix& m) { return (m.format != Format::kInt4 && m.format != Format::kInt3) || m.group % kAtom == 0; }
 
-void few_packed_sums(const Activations& x, const Matrix& m, int first, int count, float (*out)[kChunk]) {
+void few_packed_sums(const Activations& x, const Matrix& m, const Turn& turn, float (*out)[kChunk]) {
   switch (int(m.format)) {
-    case int(Format::kInt8): return byte_sums<int8_t>(x, m, first, count, out);
-    case int(Format::kFloat8): return byte_sums<Float8>(x, m, first, count, out);
+    case int(Format::kInt8): return byte_sums<int8_t>(x, m, turn, out);
+    case int(Format::kFloat8): return byte_sums<Float8>(x, m, turn, out);
 #if !defined(__AVX512VNNI__)  // where those below are multiplied in steps.cpp
-    case int(Format::kInt4): return atom_sums<Int4>(x, m, first, count, out);
-    case int(Format::kBlocks) + kQ4_0: return atom_sums<Blocks<kQ4_0>>(x, m, first, count, out);
-    case int(Format::kBlocks) + kQ4_1: return atom_sums<Blocks<kQ4_1>>(x, m, first, count, out);
-    case int(Format::kBlocks) + kQ5_0: return atom_sums<Blocks<kQ5_0>>(x, m, first, count, out);
-    case int(Format::kBlocks) + kQ5_1: return atom_sums<Blocks<kQ5_1>>(x, m, first, count, out);
-    case int(Format::kBlocks) + kQ8_0: return atom_sums<Blocks<kQ8_0>>(x, m, first, count, out);
-    case int(Format::kBlocks) + kQ4_K: return atom_sums<Blocks<kQ4_K>>(x, m, first, count, out);
-    case int(Format::kBlocks) + kQ5_K: return atom_sums<Blocks<kQ5_K>>(x, m, first, count, out);
-    case int(Format::kBlocks) + kQ6_K: return atom_sums<Blocks<kQ6_K>>(x, m, first, count, out);
+    case int(Format::kInt4): return atom_sums<Int4>(x, m, turn, out);
+    case int(Format::kBlocks) + kQ4_0: return atom_sums<Blocks<kQ4_0>>(x, m, turn, out);
+    case int(Format::kBlocks) + kQ4_1: return atom_sums<Blocks<kQ4_1>>(x, m, turn, out);
+    case int(Format::kBlocks) + kQ5_0: return atom_sums<Blocks<kQ5_0>>(x, m, turn, out);
+    case int(Format::kBlocks) + kQ5_1: return atom_sums<Blocks<kQ5_1>>(x, m, turn, out);
+    case int(Format::kBlocks) + kQ8_0: return atom_sums<Blocks<kQ8_0>>(x, m, turn, out);
+    case int(Format::kBlocks) + kQ4_K: return atom_sums<Blocks<kQ4_K>>(x, m, turn, out);
+    case int(Format::kBlocks) + kQ5_K: return atom_sums<Blocks<kQ5_K>>(x, m, turn, out);
+    case int(Format::kBlocks) + kQ6_K: return atom_sums<Blocks<kQ6_K>>(x, m, turn, out);
 #endif
-    default: return atom_sums<Int3>(x, m, first, count, out);
+    default: return atom_sums<Int3>(x, m, turn, out);
   }
 }
 

@@ -1,9 +1,10 @@
 #include "rounded.h"
 
-#include <cmath>
 
 #include "groups.h"
+#include "nearest.h"
 #include "pool.h"
+#include "turns.h"
 
 namespace dt {
 namespace {
@@ -17,6 +18,16 @@ static inline v32s load32(const int8_t* p) {
   v32s v;
   memcpy(&v, p, 32);
   return v;
+}
+
+// The first of two numbers four times, then the second.
+static inline v8f twice_four(const float* p) {
+#if defined(__AVX2__)  // GCC 12 puts the vector together in memory, which is read before it is written as a whole
+  const __m256 both = _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(p)));
+  return (v8f)_mm256_permutevar8x32_ps(both, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+#else
+  return v8f{p[0], p[0], p[0], p[0], p[1], p[1], p[1], p[1]};
+#endif
 }
 #endif
 
@@ -74,6 +85,17 @@ static inline int32_t sum8(v8i v) {
 static inline float sum8(v8f v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 #endif
 
+// W / 2 numbers, each twice.
+static inline vf each_twice(const float* p) {
+  vf twice;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  twice = (vf)_mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+#else
+  for (int i = 0; i < W; i++) twice[i] = p[i / 2];
+#endif
+  return twice;
+}
+
 // --- one scale a row -----------------------------------------------------------------------------------------------------
 
 #if defined(__AVX512VNNI__)
@@ -121,23 +143,31 @@ static inline void sum4(Sums a, Sums b, Sums c, Sums d, int32_t* out) {
 #endif
 }
 
-constexpr int kInts = 32;  // outputs at a time
+constexpr int kInts = 32;  // outputs of a turn
 
-// Integer sums of R outputs and M tokens.
+// Integer sums of R outputs, `stride` bytes from each other, and M tokens, to places at, at + at_apart, ... of each token.
 template <int R, int M>
-static inline void row_dots(const int8_t* w, size_t stride, const Rounded& x, int first_token, int (*out)[kInts], int at) {
+static inline void row_dots(const int8_t* w, size_t stride, const Rounded& x, int first_token, int (*out)[kInts], int at, int at_apart) {
   Sums sums[R][M] = {};
   const int8_t* ints = x.ints + size_t(first_token) * x.stride;
   const int k = x.size / kBytes * kBytes;
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++)  // one row after another: see kFewAhead
-    for (int at = 0; at < k; at += kBytes) {
-      const int8_t* here = w + r * stride + at;
-      __builtin_prefetch(here + kFewAhead, 0, kFewNearness);
-      Bytes weights = weights_at(here);
+  auto step = [&](int r, int at) __attribute__((always_inline)) {
+    const int8_t* here = w + r * stride + at;
+    if (kStreams == 1) __builtin_prefetch(here + kFewAhead, 0, kFewNearness);
+    Bytes weights = weights_at(here);
 #pragma GCC unroll 4
-      for (int t = 0; t < M; t++) sums[r][t] = dot_step(sums[r][t], weights, inputs_at(ints + size_t(t) * x.stride + at));
+    for (int t = 0; t < M; t++) sums[r][t] = dot_step(sums[r][t], weights, inputs_at(ints + size_t(t) * x.stride + at));
+  };
+  if (kStreams > 1) {
+    for (int at = 0; at < k; at += kBytes) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) step(r, at);
     }
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)  // one row after another: see kFewAhead
+      for (int at = 0; at < k; at += kBytes) step(r, at);
+  }
 #pragma GCC unroll 4
   for (int t = 0; t < M; t++) {
     int32_t totals[(R + 3) / 4 * 4];
@@ -154,18 +184,24 @@ static inline void row_dots(const int8_t* w, size_t stride, const Rounded& x, in
     for (int r = 0; r < R; r++) {
       totals[r] -= kMoved * x.totals[first_token + t];
       for (int rest = k; rest < x.size; rest++) totals[r] += int(w[r * stride + rest]) * int(ints[size_t(t) * x.stride + rest]);
-      out[t][at + r] = totals[r];
+      out[t][at + r * at_apart] = totals[r];
     }
   }
 }
 
 template <int M>
-static void row_sums(const Matrix& m, int first, int count, const Rounded& x, int first_token, int (*out)[kInts]) {
+static void row_sums(const Matrix& m, const Turn& turn, const Rounded& x, int first_token, int (*out)[kInts]) {
   constexpr int R = kRegisters == 32 ? (M == 1 ? 8 : 4) : (M <= 2 ? 4 : 2);
-  const int8_t* w = static_cast<const int8_t*>(m.weight) + size_t(first) * m.stride;
-  int r = 0;
-  for (; r + R <= count; r += R) row_dots<R, M>(w + size_t(r) * m.stride, m.stride, x, first_token, out, r);
-  for (; r < count; r++) row_dots<1, M>(w + size_t(r) * m.stride, m.stride, x, first_token, out, r);
+  const int8_t* w = static_cast<const int8_t*>(m.weight);
+  each_rows<kInts, R>(turn, [&](auto number, int o, int apart, int at, int at_apart) {
+    row_dots<decltype(number)::value, M>(w + size_t(o) * m.stride, size_t(apart) * m.stride, x, first_token, out, at, at_apart);
+  });
+}
+
+static void scales_of(const Matrix& m, const Turn& turn, float* scales) {
+  each_run<kInts>(turn, [&](int first, int count, int at) {
+    for (int o = 0; o < count; o++) scales[at + o] = scale_at(m.scales, m.scale_format, first + o);
+  });
 }
 
 #if defined(__AVX512VNNI__)
@@ -203,34 +239,34 @@ static inline void digit_dots(const int8_t* w, size_t stride, const Rounded& x, 
     }
 }
 
-static void digit_sums(const Matrix& m, int first, int count, const Rounded& x, int token, int tokens, float (*out)[kInts]) {
+static void digit_sums(const Matrix& m, const Turn& turn, const Rounded& x, int token, int tokens, float (*out)[kInts]) {
   float scales[kInts];
-  for (int o = 0; o < count; o++) scales[o] = scale_at(m.scales, m.scale_format, first + o);
-  const int8_t* w = static_cast<const int8_t*>(m.weight) + size_t(first) * m.stride;
+  scales_of(m, turn, scales);
+  const int8_t* w = static_cast<const int8_t*>(m.weight);
   for (int t = 0; t < tokens; t++) {
-    int r = 0;
-    for (; r + 8 <= count; r += 8) digit_dots<8>(w + size_t(r) * m.stride, m.stride, x, token + t, out[t] + r);
-    for (; r < count; r++) digit_dots<1>(w + size_t(r) * m.stride, m.stride, x, token + t, out[t] + r);
-    for (int o = 0; o < count; o++) out[t][o] *= x.scales[token + t] * scales[o];
+    each_rows<kInts, 8>(turn, [&](auto number, int o, int, int at, int) {
+      digit_dots<decltype(number)::value>(w + size_t(o) * m.stride, m.stride, x, token + t, out[t] + at);
+    });
+    for (int o = 0; o < turn.count; o++) out[t][o] *= x.scales[token + t] * scales[o];
   }
 }
 #else
-static void digit_sums(const Matrix&, int, int, const Rounded&, int, int, float (*)[kInts]) {}  // nobody makes digits: kHasDots
+static void digit_sums(const Matrix&, const Turn&, const Rounded&, int, int, float (*)[kInts]) {}  // nobody makes digits: kHasDots
 #endif
 
-static void row_sums(const Matrix& m, int first, int count, const Rounded& x, int token, int tokens, float (*out)[kInts]) {
-  if (x.digits == 3) return digit_sums(m, first, count, x, token, tokens, out);
+static void row_sums(const Matrix& m, const Turn& turn, const Rounded& x, int token, int tokens, float (*out)[kInts]) {
+  if (x.digits == 3) return digit_sums(m, turn, x, token, tokens, out);
   int sums[4][kInts];
   switch (tokens) {
-    case 1: row_sums<1>(m, first, count, x, token, sums); break;
-    case 2: row_sums<2>(m, first, count, x, token, sums); break;
-    case 3: row_sums<3>(m, first, count, x, token, sums); break;
-    default: row_sums<4>(m, first, count, x, token, sums);
+    case 1: row_sums<1>(m, turn, x, token, sums); break;
+    case 2: row_sums<2>(m, turn, x, token, sums); break;
+    case 3: row_sums<3>(m, turn, x, token, sums); break;
+    default: row_sums<4>(m, turn, x, token, sums);
   }
   float scales[kInts];
-  for (int o = 0; o < count; o++) scales[o] = scale_at(m.scales, m.scale_format, first + o);
+  scales_of(m, turn, scales);
   for (int t = 0; t < tokens; t++)
-    for (int o = 0; o < count; o++) out[t][o] = float(sums[t][o]) * x.scales[token + t] * scales[o];
+    for (int o = 0; o < turn.count; o++) out[t][o] = float(sums[t][o]) * x.scales[token + t] * scales[o];
 }
 
 constexpr int kAtoms = 2 * kBytes / kAtom;  // in a step of two weights a byte: kBytes bytes of weights, which are as many even inputs and as many odd ones
@@ -261,36 +297,61 @@ static inline float total_of(AtomSums v) { return sum8(v); }
 // What an atom adds: its products with the inputs by fours, times the scale of the weights (of Q6_K two) and of the inputs.
 template <int T>
 static inline AtomSums atom_dots(v32u bytes, const int8_t* inputs, const float* scales, float by) {
-  v8f scale;
-  if constexpr (T == kQ6_K) {
-    float one = scales[0], other = scales[1];
-    scale = v8f{one, one, one, one, other, other, other, other};
-  } else {
-    scale = v8f{} + scales[0];
-  }
+  const v8f scale = T == kQ6_K ? twice_four(scales) : v8f{} + scales[0];
   v32s x = load32(inputs);
   v8i dots = T == kQ8_0 ? add_signed_dot(v8i{}, bytes, x) : add_dot(v8i{}, bytes, x);
   return __builtin_convertvector(dots, v8f) * (scale * by);
 }
 #endif
 
+// Of outputs o, o + apart, ...; their sums go to places at, at + at_apart, ... of a token.
 template <int T, int R, int M>
-static inline void block_dots(const Matrix& m, int o, const Rounded& x, int token, float (*out)[kInts], int at) {
+static inline void block_dots(const Matrix& m, int o, int apart, const Rounded& x, int token, float (*out)[kInts], int at, int at_apart) {
   constexpr int kScales = T == kQ6_K ? 2 : 1;
   constexpr int kFetch = 64 * block_size(T) / kAtom / block_bytes(T);  // atoms in a line
   const int atoms = m.cols / kAtom;
   const size_t atom_bytes = m.stride / atoms, ahead = (kAheadBytes / m.stride + 1) * m.stride;
   const uint8_t* rows[R];
-  for (int r = 0; r < R; r++) rows[r] = static_cast<const uint8_t*>(m.weight) + size_t(o + r) * m.stride;
-  AtomSums sums[R][M] = {};
-  vf least[R][M] = {};
+  AtomSums sums[R][M];
+  vf least[R][M];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) {
+    rows[r] = static_cast<const uint8_t*>(m.weight) + size_t(o + r * apart) * m.stride;
+#pragma GCC unroll 4
+    for (int t = 0; t < M; t++) sums[r][t] = AtomSums{}, least[r][t] = vf{};
+  }
   for (int first = 0; first < atoms; first += kSpan) {
-    const int count = atoms - first < kSpan ? atoms - first : kSpan;
+    const int count = atoms - first < kSpan ? atoms - first : kSpan, number = count * kScales;
     alignas(64) float scales[R][kSpan * kScales], mins[R][kSpan * kScales];
+    const float* steps = x.scales + size_t(token) * atoms + first;
+#pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
       atom_scales<T>(rows[r], first, count, scales[r], mins[r]);
       if constexpr (T == kQ8_0)
         for (int a = 0; a < count; a++) mins[r][a] = -float(kMoved) * scales[r][a];
+    }
+    // What the minima add: of each atom the minimum times what its inputs stand for together.
+    if (T != kQ8_0 || kMoved != 0) {
+#pragma GCC unroll 4
+      for (int t = 0; t < M; t++) {
+        const float* inputs = x.sums + size_t(token + t) * 3 * atoms + (kScales == 2 ? 2 * first : 2 * atoms + first);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+          int i = 0;
+          for (; i + W <= number; i += W) least[r][t] += load(mins[r] + i) * load(inputs + i);
+          for (; i < number; i++) least[r][t][0] += mins[r][i] * inputs[i];
+        }
+      }
+    }
+    if constexpr (M == 1) {  // those of the inputs too: once for W atoms, not for each
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        if constexpr (kScales == 2) {  // whole blocks
+          for (int i = 0; i < number; i += W) store(scales[r] + i, load(scales[r] + i) * each_twice(steps + i / 2));
+        } else {
+          for (int i = 0; i < number; i++) scales[r][i] *= steps[i];
+        }
+      }
     }
     for (int a = 0; a < count; a++) {
 #pragma GCC unroll 4
@@ -300,40 +361,42 @@ static inline void block_dots(const Matrix& m, int o, const Rounded& x, int toke
 #pragma GCC unroll 4
         for (int t = 0; t < M; t++)
           sums[r][t] += atom_dots<T>(bytes, x.ints + size_t(token + t) * x.stride + size_t(first + a) * kAtom, scales[r] + a * kScales,
-                                     x.scales[size_t(token + t) * atoms + first + a]);
-      }
-    }
-    // What the minima add: of each atom the minimum times what its inputs stand for together.
-    if (T == kQ8_0 && kMoved == 0) continue;
-    const int number = count * kScales;
-    for (int t = 0; t < M; t++) {
-      const float* inputs = x.sums + size_t(token + t) * 3 * atoms + (kScales == 2 ? 2 * first : 2 * atoms + first);
-      for (int r = 0; r < R; r++) {
-        int i = 0;
-        for (; i + W <= number; i += W) least[r][t] += load(mins[r] + i) * load(inputs + i);
-        for (; i < number; i++) sums[r][t][0] += mins[r][i] * inputs[i];
+                                     M == 1 ? 1.0f : steps[size_t(t) * atoms + a]);
       }
     }
   }
-  for (int t = 0; t < M; t++)
-    for (int r = 0; r < R; r++) out[t][at + r] = total_of(sums[r][t]) + sum(least[r][t]);
+#pragma GCC unroll 4
+  for (int t = 0; t < M; t++) {
+    if constexpr (sizeof(AtomSums) == sizeof(vf)) {
+      auto all = [&](int r) { return (vf)sums[r][t] + least[r][t]; };
+      if constexpr (R == 4) {
+        float totals[4];
+        dt::sum4(all(0), all(1), all(2), all(3), totals);
+        for (int r = 0; r < 4; r++) out[t][at + r * at_apart] = totals[r];
+      } else {
+        for (int r = 0; r < R; r++) out[t][at + r * at_apart] = sum(all(r));
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) out[t][at + r * at_apart] = total_of(sums[r][t]) + sum(least[r][t]);
+    }
+  }
 }
 
 template <int T, int M>
-static void block_rows(const Matrix& m, int first, int count, const Rounded& x, int token, float (*out)[kInts]) {
-  constexpr int R = M <= 2 ? 4 : 2;
-  int r = 0;
-  for (; r + R <= count; r += R) block_dots<T, R, M>(m, first + r, x, token, out, r);
-  for (; r < count; r++) block_dots<T, 1, M>(m, first + r, x, token, out, r);
+static void block_rows(const Matrix& m, const Turn& turn, const Rounded& x, int token, float (*out)[kInts]) {
+  each_rows<kInts, M <= 2 ? 4 : 2>(turn, [&](auto number, int o, int apart, int at, int at_apart) {
+    block_dots<T, decltype(number)::value, M>(m, o, apart, x, token, out, at, at_apart);
+  });
 }
 
 template <int T>
-static void block_sums(const Matrix& m, int first, int count, const Rounded& x, int token, int tokens, float (*out)[kInts]) {
+static void block_sums(const Matrix& m, const Turn& turn, const Rounded& x, int token, int tokens, float (*out)[kInts]) {
   switch (tokens) {
-    case 1: return block_rows<T, 1>(m, first, count, x, token, out);
-    case 2: return block_rows<T, 2>(m, first, count, x, token, out);
-    case 3: return block_rows<T, 3>(m, first, count, x, token, out);
-    default: return block_rows<T, 4>(m, first, count, x, token, out);
+    case 1: return block_rows<T, 1>(m, turn, x, token, out);
+    case 2: return block_rows<T, 2>(m, turn, x, token, out);
+    case 3: return block_rows<T, 3>(m, turn, x, token, out);
+    default: return block_rows<T, 4>(m, turn, x, token, out);
   }
 }
 
@@ -360,24 +423,30 @@ static inline Sums nibble_dots(Bytes w, const int8_t* x) {
   v8i sums = add_dot(v8i{}, (v32u)w & 15, load32(x));
   return add_dot(sums, shifted((v32u)w, 4, 15), load32(x + kBytes));
 }
-static inline Floats spread(const float* p) { return Floats{p[0], p[0], p[0], p[0], p[1], p[1], p[1], p[1]}; }
+static inline Floats spread(const float* p) { return twice_four(p); }
 static inline float total(Floats v) { return sum8(v); }
 #endif
 
 template <int R, int M>
-static inline void nibble_rows(const Matrix& m, const Groups& groups, size_t ahead, int o, const Rounded& x, int token,
-                               float (*out)[kInts], int at) {
+static inline void nibble_rows(const Matrix& m, const Groups& groups, int o, int apart, const Rounded& x, int token, float (*out)[kInts],
+                               int at, int at_apart) {
+  const size_t ahead = (kAheadBytes / m.stride + 1) * m.stride;
   const int atoms = m.cols / kAtom;
   const uint8_t* rows[R];
-  for (int r = 0; r < R; r++) rows[r] = static_cast<const uint8_t*>(m.weight) + size_t(o + r) * m.stride;
-  Floats sums[R][M] = {};
-  vf least[R][M] = {};
+  for (int r = 0; r < R; r++) rows[r] = static_cast<const uint8_t*>(m.weight) + size_t(o + r * apart) * m.stride;
+  Floats sums[R][M];
+  vf least[R][M];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int t = 0; t < M; t++) sums[r][t] = Floats{}, least[r][t] = vf{};
   for (int first = 0; first < atoms; first += kSpan) {
     const int count = atoms - first < kSpan ? atoms - first : kSpan;
     alignas(64) float scales[R][kSpan], mins[R][kSpan];
+#pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-      group_scales(m, groups, m.scales, o + r, first, count, scales[r]);
-      group_mins(m, groups, o + r, first, count, scales[r], mins[r]);
+      group_scales(m, groups, m.scales, o + r * apart, first, count, scales[r]);
+      group_mins(m, groups, o + r * apart, first, count, scales[r], mins[r]);
       if constexpr (M == 1) {  // of the inputs too: once for W atoms, not for each step
         const float* steps = x.scales + size_t(token) * x.scale_stride + first;
         for (int i = 0; i < count; i += W) store(scales[r] + i, load(scales[r] + i) * load(steps + i));
@@ -404,8 +473,10 @@ static inline void nibble_rows(const Matrix& m, const Groups& groups, size_t ahe
       }
     }
     // What the minima add: of each atom the minimum times what its inputs stand for together.
+#pragma GCC unroll 4
     for (int t = 0; t < M; t++) {
       const float* inputs = x.sums + size_t(token + t) * x.scale_stride + first;
+#pragma GCC unroll 4
       for (int r = 0; r < R; r++)
         for (int i = 0; i < count; i += W) least[r][t] += load(mins[r] + i) * load(inputs + i);
     }
@@ -417,38 +488,36 @@ static inline void nibble_rows(const Matrix& m, const Groups& groups, size_t ahe
       if constexpr (R == 4) {
         float totals[4];
         dt::sum4(all(0), all(1), all(2), all(3), totals);
-        for (int r = 0; r < 4; r++) out[t][at + r] = totals[r];
+        for (int r = 0; r < 4; r++) out[t][at + r * at_apart] = totals[r];
       } else {
-        for (int r = 0; r < R; r++) out[t][at + r] = sum(all(r));
+        for (int r = 0; r < R; r++) out[t][at + r * at_apart] = sum(all(r));
       }
     } else {
-      for (int r = 0; r < R; r++) out[t][at + r] = total(sums[r][t]) + sum(least[r][t]);
+      for (int r = 0; r < R; r++) out[t][at + r * at_apart] = total(sums[r][t]) + sum(least[r][t]);
     }
   }
 }
 
 template <int M>
-static void nibble_rows(const Matrix& m, int first, int count, const Rounded& x, int token, float (*out)[kInts]) {
-  constexpr int R = kRegisters == 32 || M == 1 ? 4 : 2;
+static void nibble_rows(const Matrix& m, const Turn& turn, const Rounded& x, int token, float (*out)[kInts]) {
   const Groups groups(m);
-  const size_t ahead = (kAheadBytes / m.stride + 1) * m.stride;
-  int r = 0;
-  for (; r + R <= count; r += R) nibble_rows<R, M>(m, groups, ahead, first + r, x, token, out, r);
-  for (; r < count; r++) nibble_rows<1, M>(m, groups, ahead, first + r, x, token, out, r);
+  each_rows<kInts, kRegisters == 32 || M == 1 ? 4 : 2>(turn, [&](auto number, int o, int apart, int at, int at_apart) {
+    nibble_rows<decltype(number)::value, M>(m, groups, o, apart, x, token, out, at, at_apart);
+  });
 }
 
-static void nibble_sums(const Matrix& m, int first, int count, const Rounded& x, int token, int tokens, float (*out)[kInts]) {
+static void nibble_sums(const Matrix& m, const Turn& turn, const Rounded& x, int token, int tokens, float (*out)[kInts]) {
   switch (tokens) {
-    case 1: return nibble_rows<1>(m, first, count, x, token, out);
-    case 2: return nibble_rows<2>(m, first, count, x, token, out);
-    case 3: return nibble_rows<3>(m, first, count, x, token, out);
-    default: return nibble_rows<4>(m, first, count, x, token, out);
+    case 1: return nibble_rows<1>(m, turn, x, token, out);
+    case 2: return nibble_rows<2>(m, turn, x, token, out);
+    case 3: return nibble_rows<3>(m, turn, x, token, out);
+    default: return nibble_rows<4>(m, turn, x, token, out);
   }
 }
 
 #endif
 
-static auto sums_of(const Matrix& m) -> void (*)(const Matrix&, int, int, const Rounded&, int, int, float (*)[kInts]) {
+static auto sums_of(const Matrix& m) -> void (*)(const Matrix&, const Turn&, const Rounded&, int, int, float (*)[kInts]) {
   switch (int(m.format)) {
 #if !defined(__AVX512VNNI__)
     case int(Format::kInt4): return nibble_sums;
@@ -465,51 +534,28 @@ static auto sums_of(const Matrix& m) -> void (*)(const Matrix&, int, int, const 
   }
 }
 
-static void some_outputs(const Rounded& x, const Matrix& m, const Sink& sink, int first, int count) {
+static void some_outputs(const Rounded& x, const Matrix& m, const Sink& sink, const Turn& turn) {
   auto run = sums_of(m);
   for (int token = 0; token < x.num_tokens; token += 4) {
     alignas(64) float out[4][kInts];
     const int tokens = x.num_tokens - token < 4 ? x.num_tokens - token : 4;
-    run(m, first, count, x, token, tokens, out);
-    for (int t = 0; t < tokens; t++) {
-      int o = 0;
-      for (; o + W <= count; o += W) sink.put(token + t, first + o, m.bias ? load(out[t] + o) + load(m.bias + first + o) : load(out[t] + o));
-      for (; o < count; o++) sink.put(token + t, first + o, m.bias ? out[t][o] + m.bias[first + o] : out[t][o]);
-    }
+    run(m, turn, x, token, tokens, out);
+    each_run<kInts>(turn, [&](int first, int count, int at) {
+      for (int t = 0; t < tokens; t++) {
+        const float* sums = out[t] + at;
+        int o = 0;
+        for (; o + W <= count; o += W) sink.put(token + t, first + o, m.bias ? load(sums + o) + load(m.bias + first + o) : load(sums + o));
+        for (; o < count; o++) sink.put(token + t, first + o, m.bias ? sums[o] + m.bias[first + o] : sums[o]);
+      }
+    });
   }
 }
 
 static void chunk_of(const Rounded& x, const Matrix& m, const Sink& sink, int begin, int end) {
-  for (int first = begin; first < end; first += kInts) some_outputs(x, m, sink, first, end - first < kInts ? end - first : kInts);
+  each_turn<kInts>(m, begin, end, [&](const Turn& turn) { some_outputs(x, m, sink, turn); });
 }
 
 // --- rounding ------------------------------------------------------------------------------------------------------------
-
-// To the nearest integer, of two as near the even one: adding 1.5 * 2^23 leaves no bits behind the point.
-static inline vf nearest(vf x) {
-  const vf magic = splat(12582912.0f);
-  return (x + magic) - magic;
-}
-
-static inline vf size_of(vf x) { return (vf)((vu)x & 0x7fffffffu); }
-
-// The largest number of a run; a NaN is larger than all.
-static float largest_of(const float* x, int size) {
-  vf best = {};
-  int k = 0;
-  for (; k + W <= size; k += W) {
-    vf now = size_of(load(x + k));
-    best = select(now > best, now, select(now == now, best, now));
-    best = select(best == best, best, splat(__builtin_nanf("")));
-  }
-  float found = 0;
-  for (int i = 0; i < W; i++) found = best[i] > found || best[i] != best[i] ? best[i] : found;
-  for (; k < size; k++) {
-    float now = fabsf(x[k]);
-    found = now > found || now != now ? now : found;
-  }
-  return found;
-}
 
 static void ints_of(const float* x, int size, float scale, int8_t* out) {
   const bool is_zero = scale == 0.0f;

@@ -37,7 +37,7 @@ namespace {
 
 constexpr float kLeastSquare = 1e-30f;  // of a row; less, and sums of squares lose what they are of
 
-constexpr bool kHasScreen = kHasDots && kHasIntTiles;
+constexpr bool kHasScreen = kHasIntTiles;
 
 // Sums of one output in a fixed order, so that equal rows of weights give equal outputs.
 template <class T>
@@ -90,6 +90,7 @@ DT_API int dt_largest(const void* x, int tokens, const dt_matrix* weight, const 
   rough.scale_format = int(codes->scale_format);
 
   size_t own = rounded(size_t(tokens) * size), product = rounded_floats(tokens, size);
+  if constexpr (!kHasDots) product = packed_floats(tokens, size);
   if constexpr (kHasIntTiles) product = is_few ? product : tiled_floats(tokens, size);
   const size_t lists = rounded(size_t(tokens) * Screen::kRoom * sizeof(Candidate) / 4);
   static thread_local Scratch space;
@@ -115,8 +116,10 @@ DT_API int dt_largest(const void* x, int tokens, const dt_matrix* weight, const 
   const Screen screen{radii, states.data(), is_plain ? 0.0f : 1.0f / 128};
   const Sink sink{Sink::kScreen, nullptr, 0, 1.0f, &screen};
   if constexpr (kHasScreen) {
-    if (is_few)
+    if (is_few && kHasDots)
       matmul(digit_rows(rows, size, tokens, size, at), &rough, &sink, 1);
+    else if (is_few)
+      matmul(pack(rows, size, tokens, size, at), &rough, &sink, 1);
     else
       matmul(tile_rows(rows, size, tokens, size, 2, at), &rough, &sink, 1);
   }

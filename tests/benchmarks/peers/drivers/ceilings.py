@@ -22,6 +22,10 @@ _ENOUGH_SECONDS = 4.0
 _SIZE = 2048
 """Rows and columns of the products: 50 MB of operands and result, long enough to be bound by arithmetic."""
 
+_FEW, _HOPELESS = 32, 8.0
+"""Rows of a product that is tried first, and how many times as long as another one it may take: torch needs minutes for
+bfloat16 where the processor has no instructions for it."""
+
 
 class Ceilings:
     def measure(self, *, threads: int, repeats: int) -> dict[str, Any]:
@@ -65,13 +69,22 @@ def _together(jobs: list[Callable[[], object]]) -> None:
 def _product_rate(dtype: torch.dtype, repeats: int) -> float:
     """Of torch's library, or of Drivetrain's kernels where those are faster: a library may be made for another maker's
     processors."""
-    a, b = (torch.randn(_SIZE, _SIZE).to(dtype) for _ in range(2))
-    seconds = _best(lambda: a @ b, repeats)
+    products: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [torch.matmul]
     if CpuKernels.probe(ProbeContext()).ok:
         spec = KernelSpec("linear", "cpu", str(dtype).removeprefix("torch."), {"I": _SIZE, "O": _SIZE})
         linear = CpuKernels(CpuKernels.Config()).make(spec)
-        seconds = min(seconds, _best(lambda: linear(a, b, None), repeats))
-    return 2 * _SIZE**3 / seconds
+        products.append(lambda a, b: linear(a, b, None))
+    few = {product: _seconds(product, dtype, _FEW, 1) for product in products}
+    likely = [product for product in products if few[product] < _HOPELESS * min(few.values())]
+    return 2 * _SIZE**3 / min(_seconds(product, dtype, _SIZE, repeats) for product in likely)
+
+
+def _seconds(
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], dtype: torch.dtype, rows: int, repeats: int
+) -> float:
+    """Of a product of so many rows."""
+    a, b = torch.randn(rows, _SIZE).to(dtype), torch.randn(_SIZE, _SIZE).to(dtype)
+    return _best(lambda: product(a, b), repeats)
 
 
 def _best(job: Callable[[], object], repeats: int) -> float:
