@@ -9,6 +9,13 @@
 
 namespace dt {
 
+constexpr int kWidth = W;                 // tokens in a panel
+constexpr int kRows = W == 16 ? 4 : 6;    // outputs and
+constexpr int kPanels = W == 16 ? 3 : 2;  // panels at once: sums, inputs and a weight fit the registers
+constexpr int kMostOutputs = 48;          // in a chunk
+
+static inline int panels_of(int tokens) { return (tokens + kWidth - 1) / kWidth; }
+
 static inline vi same(int32_t x) {
 #if defined(__AVX512F__)
   return (vi)_mm512_set1_epi32(x);

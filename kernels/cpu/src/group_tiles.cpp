@@ -14,13 +14,7 @@
 namespace dt {
 namespace {
 
-constexpr int kWidth = W;                 // tokens in a panel
-constexpr int kRows = W == 16 ? 4 : 6;    // outputs and
-constexpr int kPanels = W == 16 ? 3 : 2;  // panels at once: sums, inputs and a weight fit the registers
 constexpr int kCodeBytes = 256 << 10;     // of codes of a chunk, so that they and the inputs of some panels stay in the second cache
-constexpr int kMostOutputs = 48;          // in a chunk
-
-static inline int panels_of(int tokens) { return (tokens + kWidth - 1) / kWidth; }
 
 // Weights of some outputs as signed bytes or words in the order of inputs, and what goes with each run of inputs that has a scale.
 struct Codes {

@@ -1,6 +1,5 @@
 #include "rounded.h"
 
-
 #include "groups.h"
 #include "nearest.h"
 #include "pool.h"
@@ -304,6 +303,27 @@ static inline AtomSums atom_dots(v32u bytes, const int8_t* inputs, const float* 
 }
 #endif
 
+// What products and minima of R outputs and M tokens sum up to, whatever R is in the same order.
+template <int R, int M>
+static inline void put_sums(const AtomSums (&sums)[R][M], const vf (&least)[R][M], float (*out)[kInts], int at, int at_apart) {
+#pragma GCC unroll 4
+  for (int t = 0; t < M; t++) {
+    float totals[R];
+    if constexpr (sizeof(AtomSums) == sizeof(vf)) {
+      auto all = [&](int r) { return (vf)sums[r][t] + least[r][t]; };
+      if constexpr (R == 4) {
+        dt::sum4(all(0), all(1), all(2), all(3), totals);
+      } else {
+        for (int r = 0; r < R; r++) totals[r] = sum(all(r));
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) totals[r] = total_of(sums[r][t]) + sum(least[r][t]);
+    }
+    for (int r = 0; r < R; r++) out[t][at + r * at_apart] = totals[r];
+  }
+}
+
 // Of outputs o, o + apart, ...; their sums go to places at, at + at_apart, ... of a token.
 template <int T, int R, int M>
 static inline void block_dots(const Matrix& m, int o, int apart, const Rounded& x, int token, float (*out)[kInts], int at, int at_apart) {
@@ -365,22 +385,7 @@ static inline void block_dots(const Matrix& m, int o, int apart, const Rounded& 
       }
     }
   }
-#pragma GCC unroll 4
-  for (int t = 0; t < M; t++) {
-    if constexpr (sizeof(AtomSums) == sizeof(vf)) {
-      auto all = [&](int r) { return (vf)sums[r][t] + least[r][t]; };
-      if constexpr (R == 4) {
-        float totals[4];
-        dt::sum4(all(0), all(1), all(2), all(3), totals);
-        for (int r = 0; r < 4; r++) out[t][at + r * at_apart] = totals[r];
-      } else {
-        for (int r = 0; r < R; r++) out[t][at + r * at_apart] = sum(all(r));
-      }
-    } else {
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++) out[t][at + r * at_apart] = total_of(sums[r][t]) + sum(least[r][t]);
-    }
-  }
+  put_sums(sums, least, out, at, at_apart);
 }
 
 template <int T, int M>
@@ -402,7 +407,7 @@ static void block_sums(const Matrix& m, const Turn& turn, const Rounded& x, int 
 
 // --- two weights a byte, with scale and minimum of a group ---------------------------------------------------------------
 
-typedef float Floats __attribute__((vector_size(sizeof(Sums))));
+typedef AtomSums Floats;
 
 #if defined(__aarch64__)
 static inline Bytes nibbles_at(const uint8_t* p, int) { return (Bytes)vld1q_u8(p); }  // a step is one atom
@@ -411,7 +416,6 @@ static inline Sums nibble_dots(Bytes w, const int8_t* x) {
   return (Sums)add_dot(sums, (int8x16_t)vshrq_n_u8((uint8x16_t)w, 4), vld1q_s8(x + kBytes));
 }
 static inline Floats spread(const float* p) { return splat(*p); }
-static inline float total(Floats v) { return sum(v); }
 #else
 static inline Bytes nibbles_at(const uint8_t* p, int bytes) {
   if (bytes >= kBytes) return load32(reinterpret_cast<const int8_t*>(p));
@@ -424,7 +428,6 @@ static inline Sums nibble_dots(Bytes w, const int8_t* x) {
   return add_dot(sums, shifted((v32u)w, 4, 15), load32(x + kBytes));
 }
 static inline Floats spread(const float* p) { return twice_four(p); }
-static inline float total(Floats v) { return sum8(v); }
 #endif
 
 template <int R, int M>
@@ -481,21 +484,7 @@ static inline void nibble_rows(const Matrix& m, const Groups& groups, int o, int
         for (int i = 0; i < count; i += W) least[r][t] += load(mins[r] + i) * load(inputs + i);
     }
   }
-#pragma GCC unroll 4
-  for (int t = 0; t < M; t++) {
-    if constexpr (sizeof(Floats) == sizeof(vf)) {
-      auto all = [&](int r) { return (vf)sums[r][t] + least[r][t]; };
-      if constexpr (R == 4) {
-        float totals[4];
-        dt::sum4(all(0), all(1), all(2), all(3), totals);
-        for (int r = 0; r < 4; r++) out[t][at + r * at_apart] = totals[r];
-      } else {
-        for (int r = 0; r < R; r++) out[t][at + r * at_apart] = sum(all(r));
-      }
-    } else {
-      for (int r = 0; r < R; r++) out[t][at + r * at_apart] = total(sums[r][t]) + sum(least[r][t]);
-    }
-  }
+  put_sums(sums, least, out, at, at_apart);
 }
 
 template <int M>

@@ -14,10 +14,6 @@
 namespace dt {
 namespace {
 
-constexpr int kWidth = W;                 // tokens in a panel
-constexpr int kRows = W == 16 ? 4 : 6;    // outputs and
-constexpr int kPanels = W == 16 ? 3 : 2;  // panels at once: sums, inputs and a weight fit the registers
-constexpr int kMostOutputs = 48;          // in a chunk
 constexpr int kUnit = 16;                 // pairs of inputs that a row is a whole number of
 constexpr size_t kPad = 64;               // bytes, so that rows do not start on the same cache set
 
@@ -26,8 +22,6 @@ constexpr int kMostPairs[] = {32768, 256};
 constexpr float kMost[] = {127.0f, 32600.0f};
 
 static inline int pairs_of_row(int size) { return (size + 2 * kUnit - 1) / (2 * kUnit) * kUnit; }
-static inline int panels_of(int tokens) { return (tokens + kWidth - 1) / kWidth; }
-
 // int8 as words, zeros behind the row's end.
 static void widen(const int8_t* from, int size, int pairs, int8_t* out) {
   int16_t* to = reinterpret_cast<int16_t*>(out);
