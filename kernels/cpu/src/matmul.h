@@ -42,8 +42,8 @@ constexpr int kFewAhead = 4 << 10, kFewNearness = 0;
 constexpr int kFewAhead = 9 << 10, kFewNearness = 2;
 #endif
 // In how many places at once a thread reads weights that stream by, each from one row to the next. Processors without AVX-512 ask memory for
-// little ahead of one reader: four read 1.4 to 1.6 times as much as one on Zen 3, and asking for more slows them down (measured). With
-// AVX-512 there is one, who asks as above.
+// little ahead of one reader: four read 1.3 to 1.6 times as much as one on Zen 3, and asking for more slows them down (measured). Elsewhere
+// there is one, who asks as above.
 constexpr int kStreams = W == 8 ? 4 : 1;
 constexpr int kPanel = 2 * W;  // tokens in a panel
 constexpr int kMostRest = W == 16 ? 10 : W / 2;  // a larger rest is computed faster as a vector that is filled up (measured)
