@@ -19,7 +19,7 @@ import triton.language as tl
 
 from drivetrain.contracts.attention import LayerAttention
 from drivetrain.kernels.triton.flash import LOG2_E
-from drivetrain.kernels.triton.launch import INTERPRETED, num_processors
+from drivetrain.kernels.triton.launch import has_gluon, num_processors
 from drivetrain.kernels.triton.tuning import FUSED
 
 TILE = 128
@@ -35,9 +35,6 @@ _LARGEST_FIRST = 1.25
 More would go through more sequences and heads at a time than the device's cache holds."""
 
 _HEAD_SIZES = (64, 128)
-_TRITON_VERSIONS = ((3, 6), (3, 9))
-"""The first and the last version of Triton whose experimental part these kernels are written for."""
-
 _LAUNCH = {"maxnreg": 168, **FUSED}
 """Registers of a thread when a program starts: 65,536 over three groups of four warps. Those that compute take more
 from the one that copies."""
@@ -51,11 +48,7 @@ Lengths = np.ndarray[Any, np.dtype[np.int64]]
 @functools.lru_cache(maxsize=16)
 def is_hopper(device: torch.device) -> bool:
     """Whether the kernels are written for this device and this version of Triton."""
-    if INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
-        return False
-    version = tuple(map(int, triton.__version__.split(".")[:2]))
-    first, last = _TRITON_VERSIONS
-    return first <= version <= last and torch.cuda.get_device_capability(device) == (9, 0)
+    return has_gluon(device) and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def covers(layer: LayerAttention, dtype: torch.dtype, device: torch.device) -> bool:

@@ -16,6 +16,9 @@ import triton.language as tl
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, on the CPU."""
 
+_GLUON_VERSIONS = ((3, 6), (3, 9))
+"""The first and the last version of Triton whose experimental part the kernels in Gluon are written for."""
+
 
 @triton.jit
 def dot(a: tl.tensor, b: tl.tensor, WIDE: tl.constexpr) -> tl.tensor:
@@ -62,6 +65,15 @@ def num_processors(device: torch.device) -> int:
     if INTERPRETED:
         return 2
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def has_gluon(device: torch.device) -> bool:
+    """Whether kernels in Gluon run there: on NVIDIA GPUs, with versions of Triton that they are written for."""
+    if INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
+        return False
+    first, last = _GLUON_VERSIONS
+    return first <= tuple(map(int, triton.__version__.split(".")[:2])) <= last
 
 
 @functools.cache

@@ -154,6 +154,10 @@ class Product:
         found = _candidates(rows, outputs, inputs, processors, itemsize)
         return [blocks for blocks in found if blocks["BLOCK_O"] <= self.widest]
 
+    def more_candidates(self, variant: int, rows: int, outputs: int, inputs: int, processors: int) -> list[Blocks]:
+        """Those that not every use of this shape can take."""
+        return []
+
     def run(
         self,
         x: torch.Tensor,
@@ -164,6 +168,7 @@ class Product:
         itemsize: int | None = None,
         library: Callable[[torch.Tensor, torch.Tensor], object] | None = None,
         worth_it: bool = True,
+        variant: int = 0,
     ) -> torch.Tensor:
         """Allocate, choose blocks, launch, and sum parts where the inputs were split.
 
@@ -171,6 +176,7 @@ class Product:
         itemsize:  bytes of a number that is multiplied, where it is not one of x.
         library:   called with rows and output where LIBRARY is chosen.
         worth_it:  whether this use is large enough to measure by.
+        variant:   what :meth:`more_candidates` depends on; what is chosen for one does not hold for another.
         """
         x_MI = as_rows(x)
         num_rows, num_inputs = x_MI.shape
@@ -207,9 +213,11 @@ class Product:
 
         def candidates() -> list[Blocks]:
             processors = num_processors(x.device)
-            return self.candidates(rows, num_outputs, num_inputs, processors, itemsize or x.dtype.itemsize)
+            found = self.candidates(rows, num_outputs, num_inputs, processors, itemsize or x.dtype.itemsize)
+            return found + self.more_candidates(variant, rows, num_outputs, num_inputs, processors)
 
-        launch(self._choice((num_outputs, num_inputs, rows), candidates, launch, worth_it))
+        shape = (num_outputs, num_inputs, rows, variant) if variant else (num_outputs, num_inputs, rows)
+        launch(self._choice(shape, candidates, launch, worth_it, out_MO))
         return out_MO.view(*x.shape[:-1], num_outputs)
 
 

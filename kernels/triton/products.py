@@ -18,7 +18,7 @@ import triton.language as tl
 from torch.nn import functional
 
 from drivetrain.contracts.kernels import KernelSpec
-from drivetrain.kernels.triton import expansion
+from drivetrain.kernels.triton import expansion, int4_words
 from drivetrain.kernels.triton.activations import GELU, SILU, Activation, activated, backward_operator
 from drivetrain.kernels.triton.expansion import three_bits
 from drivetrain.kernels.triton.float8 import from_fp8
@@ -358,6 +358,9 @@ class LinearByGroup(Product):
         bias = None if packed[-1] is None else packed[-1].contiguous()
 
         def launch_on(x_MI: Any, out: Any, parts: Any, grid: tuple[int, int], options: dict[str, int]) -> None:
+            if "WORDS" in options:
+                int4_words.launch(x_MI, (low, scales, mins), bias, out, parts, self._group, grid, options)
+                return
             _by_group[grid](
                 x_MI,
                 low,
@@ -387,11 +390,15 @@ class LinearByGroup(Product):
             full_OI = expansion.groups_in_full(values, scales, mins, self._group, x_MI.dtype)
             multiply_by_library(x_MI, full_OI, bias, out_MO)
 
-        return self.run(x, low.shape[0], bias, launch_on, unused=("BLOCK_I",), library=by_library)
+        serving = int4_words.serving(as_rows(x), low) if self._operation == "linear_int4" else int4_words.NOWHERE
+        return self.run(x, low.shape[0], bias, launch_on, unused=("BLOCK_I",), library=by_library, variant=serving)
 
     def candidates(self, rows: int, outputs: int, inputs: int, processors: int, itemsize: int) -> list[Blocks]:
         found = super().candidates(rows, outputs, inputs, processors, itemsize)
         return [*found, LIBRARY] if expansion.worth_trying(rows, itemsize) else found
+
+    def more_candidates(self, variant: int, rows: int, outputs: int, inputs: int, processors: int) -> list[Blocks]:
+        return int4_words.candidates(variant, rows, outputs, inputs, processors)
 
     def transposed(self, grad: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
         """``grad @ w``, with the weight unpacked: training through few bits is rare, and needs no kernel of its own."""

@@ -20,7 +20,10 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 RECORD_VERSION = 1
 FUSED = {"enable_fp_fusion": True}
@@ -31,6 +34,10 @@ DEFAULT_FOLDER = Path.home() / ".cache" / "drivetrain" / "triton"
 _WARM_UPS = 2
 _OTHER_BYTES, _TIMES_READ = 256 << 20, 2
 _REPEATS = 7
+
+_MOST_APART = 0.02
+"""How far the output of a candidate may be from that of another, as a share of the largest number: products of half
+precision that are summed in another order differ by a fifth of that at most."""
 
 
 @dataclass(frozen=True)
@@ -154,17 +161,24 @@ class Tuner:
         return self._chosen.get(key) or recorded or candidates[0]
 
     def choose(
-        self, key: str, candidates: Sequence[Blocks], launch: Callable[[Blocks], object], worth_it: bool = True
+        self,
+        key: str,
+        candidates: Sequence[Blocks],
+        launch: Callable[[Blocks], object],
+        worth_it: bool = True,
+        output: torch.Tensor | None = None,
     ) -> Blocks:
         """The blocks for one shape class; ``launch`` may be called many times and has to give the same every time.
 
         worth_it: whether this use is large enough to tell anything; otherwise nothing is measured now.
+        output:   what a launch writes. A candidate that writes other numbers than the first of them is told of in a
+                  warning, and not taken.
         """
         if key in self._chosen:
             return self._chosen[key]
         if not worth_it or self._is_recording_a_graph():
             return self.known(key, candidates)
-        self._chosen[key] = self._measured(key, candidates, launch)
+        self._chosen[key] = self._measured(key, candidates, launch, output)
         return self._chosen[key]
 
     def _is_recording_a_graph(self) -> bool:
@@ -175,18 +189,50 @@ class Tuner:
 
         return bool(torch.cuda.is_current_stream_capturing())
 
-    def _measured(self, key: str, candidates: Sequence[Blocks], launch: Callable[[Blocks], object]) -> Blocks:
+    def _measured(
+        self,
+        key: str,
+        candidates: Sequence[Blocks],
+        launch: Callable[[Blocks], object],
+        output: torch.Tensor | None,
+    ) -> Blocks:
         if self.time is None or self.record is None or len(candidates) == 1:
             return candidates[0]
         known = self.record.find(key, candidates)
         if known is not None:
             return known
-        times = {candidate: self.time(functools.partial(launch, candidate)) for candidate in candidates}
+        times, wanted = {}, None
+        for candidate in candidates:
+            if output is not None:
+                output.fill_(float("nan"))
+            times[candidate] = self.time(functools.partial(launch, candidate))
+            if output is None or times[candidate] == float("inf"):
+                continue
+            if wanted is None:
+                wanted = output.clone()
+            elif not _agree(output, wanted):
+                times[candidate] = float("inf")
+                _warn_of(key, candidate, candidates[0])
         best = min(candidates, key=lambda candidate: times[candidate])
         if times[best] == float("inf"):
             return candidates[0]  # let the launch itself raise what is wrong
         self.record.add(key, best, times[best])
         return best
+
+
+def _agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    import torch
+
+    largest = float(torch.nan_to_num(wanted.float(), 0.0, 0.0, 0.0).abs().max())
+    return torch.allclose(found.float(), wanted.float(), rtol=0.0, atol=_MOST_APART * largest, equal_nan=True)
+
+
+def _warn_of(key: str, candidate: Blocks, first: Blocks) -> None:
+    warnings.warn(
+        f"{key}: the kernel with {candidate.launch} gives other numbers on this device than the one with "
+        f"{first.launch}, and is not used; please report it, with the device and the version of Triton",
+        stacklevel=2,
+    )
 
 
 class Choice:
@@ -203,12 +249,13 @@ class Choice:
         candidates: Callable[[], Sequence[Blocks]],
         launch: Callable[[Blocks], object],
         worth_it: bool = True,
+        output: torch.Tensor | None = None,
     ) -> Blocks:
         """As :meth:`Tuner.choose`, for a shape class of this use."""
         blocks = self._final.get(shape)
         if blocks is None:
             key = self._key(shape)
-            blocks = self._tuner.choose(key, candidates(), launch, worth_it)
+            blocks = self._tuner.choose(key, candidates(), launch, worth_it, output)
             if self._tuner.is_final(key):
                 self._final[shape] = blocks
         return blocks

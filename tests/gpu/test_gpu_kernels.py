@@ -164,7 +164,7 @@ class Nth(Tuner):
         self.number = number
         self.count: int | None = None
 
-    def choose(self, key: str, candidates: Any, launch: Any, worth_it: bool = True) -> Blocks:
+    def choose(self, key: str, candidates: Any, launch: Any, worth_it: bool = True, output: Any = None) -> Blocks:
         self.count = len(candidates)
         return candidates[self.number]
 
@@ -212,13 +212,13 @@ def test_products_with_gguf_blocks_are_right_in_every_candidate(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("rows", [16, 60, 700])
+@pytest.mark.parametrize("rows", [1, 3, 16, 60, 700])
 @pytest.mark.parametrize(("operation", "divisors"), [("linear_int4", (2,)), ("linear_int3", (4, 8))])
 @torch.no_grad()
 def test_products_by_groups_are_right_in_every_candidate(
     operation: str, divisors: tuple[int, ...], rows: int, dtype: str
 ) -> None:
-    """Torch's library with the weight in full is one of them, where rows are many."""
+    """Torch's library with the weight in full is one of them where rows are many, by words where they are few."""
     torch.manual_seed(13)
     inputs, outputs, group = 4096, 1537, 64
     x, bias = randn(rows, inputs, dtype=dtype), randn(outputs, dtype=dtype)
@@ -229,6 +229,24 @@ def test_products_by_groups_are_right_in_every_candidate(
     wanted = both(operation, dtype, group=float(group))[1](x, *values, scales, zeros, bias)
     for tuner in one_after_another():
         check(operation, dtype, products.make_linear_by_group(spec, tuner)(x, *values, scales, zeros, bias), wanted)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+@pytest.mark.parametrize("rows", [1, 4, 16, 33])
+@torch.no_grad()
+def test_int4_products_are_right_for_every_group_and_address(rows: int, group: int) -> None:
+    """In every candidate: activations in every second row of a wider tensor, at other addresses, and rests of a row."""
+    torch.manual_seed(15)
+    spec = KernelSpec("linear_int4", "cuda", "bfloat16", {}, {"group": float(group)})
+    for inputs, first, step in ((5 * 256, 0, 1), (5 * 256, 2, 1), (4096 + 256, 0, 2), (1024, 1, 1)):
+        x = randn(step * rows, inputs + 32, dtype="bfloat16")[::step, first : first + inputs]
+        codes = torch.randint(0, 256, (333, inputs // 2), dtype=torch.uint8, device="cuda")
+        scales = torch.rand(333, inputs // group, device="cuda").half() / 64
+        mins = -7 * scales
+        wanted = both("linear_int4", "bfloat16", group=float(group))[1](x, codes, scales, mins, None)
+        for tuner in one_after_another():
+            found = products.make_linear_by_group(spec, tuner)(x, codes, scales, mins, None)
+            check("linear_int4", "bfloat16", found, wanted)
 
 
 def test_products_with_gguf_blocks_are_replayed_from_a_graph() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from drivetrain.kernels.triton.tuning import RECORD_VERSION, Blocks, Tuner, TuningRecord, rows_class
 
@@ -70,6 +71,36 @@ def test_where_nothing_fits_the_launch_itself_says_so(tmp_path: Path) -> None:
     tuner = Tuner(record(tmp_path), lambda launch: float("inf"))
     assert tuner.choose("huge", CANDIDATES, duration) == SMALL
     assert record(tmp_path).find("huge", CANDIDATES) is None
+
+
+@pytest.mark.usefixtures("no_graph")
+@pytest.mark.parametrize("wrong", [1.1, float("nan"), None])
+def test_a_candidate_that_gives_other_numbers_is_told_of_and_not_taken(tmp_path: Path, wrong: float | None) -> None:
+    """Also one that writes nothing at all."""
+    output = torch.zeros(100)
+
+    def launch(blocks: Blocks) -> float:
+        if blocks != MIDDLE:
+            output.copy_(torch.arange(100) * (1 if blocks == SMALL else 1.001))
+        elif wrong is not None:
+            output.copy_(torch.arange(100)).mul_(wrong)
+        return duration(blocks)
+
+    tuner = Tuner(record(tmp_path), Stopwatch())
+    with pytest.warns(UserWarning, match=r"norm/576: the kernel with \{'BLOCK': 1024, .* gives other numbers"):
+        assert tuner.choose("norm/576", CANDIDATES, launch, output=output) == LARGE
+
+
+@pytest.mark.usefixtures("no_graph")
+@pytest.mark.parametrize("special", [0.0, float("inf"), float("nan")])
+def test_candidates_that_give_the_same_numbers_are_compared_by_their_time(tmp_path: Path, special: float) -> None:
+    output = torch.zeros(100)
+
+    def launch(blocks: Blocks) -> float:
+        output.fill_(special)
+        return duration(blocks)
+
+    assert Tuner(record(tmp_path), Stopwatch()).choose("norm/576", CANDIDATES, launch, output=output) == MIDDLE
 
 
 def test_without_a_clock_the_first_candidate_is_taken() -> None:

@@ -91,7 +91,7 @@ def make(operation: str, **params: float) -> Any:
 class EveryCandidate(Tuner):
     """Launches all there are."""
 
-    def choose(self, key: str, candidates: Any, launch: Any, worth_it: bool = True) -> Any:
+    def choose(self, key: str, candidates: Any, launch: Any, worth_it: bool = True, output: Any = None) -> Any:
         for candidate in candidates:
             launch(candidate)
         return candidates[0]
@@ -153,6 +153,25 @@ def products_() -> None:
         few_rows(randn(rows, 4096), randn(4096, 4096), None)
     for rows in (1, 40):
         make("gated_linear", activation=0)(randn(rows, 1024), randn(256, 1024), randn(256, 1024))
+
+
+def int4_by_words() -> None:
+    """By threads and by tensor cores, with minima and with zero points, and with a rest of a row."""
+    from drivetrain.kernels.triton import int4_words, products
+
+    class OneOfEach(Tuner):
+        def choose(self, key: str, candidates: Any, launch: Any, worth_it: bool = True, output: Any = None) -> Any:
+            of_each = {dict(one.sizes)["WORDS"]: one for one in candidates if "WORDS" in dict(one.sizes)}
+            for candidate in of_each.values():
+                launch(candidate)
+            return candidates[0]
+
+    int4_words.has_gluon = int4_words._copies_to_shared_memory = lambda device: True
+    for rows, inputs, group in ((1, 1024, 32), (3, 1152, 128), (16, 4096, 64), (40, 1024, 256)):
+        spec = KernelSpec("linear_int4", "cuda", "bfloat16", {}, {"group": group})
+        codes, scales = torch.zeros(256, inputs // 2).byte(), torch.ones(256, inputs // group).half()
+        mins = scales.byte() if rows == 16 else scales
+        products.LinearByGroup(spec, OneOfEach())(randn(rows, inputs), codes, scales, mins, randn(256))
 
 
 def gguf_blocks() -> None:
@@ -248,6 +267,7 @@ PARTS = (
     vocabulary,
     rounded,
     products_,
+    int4_by_words,
     gguf_blocks,
     in_full,
     attention,

@@ -2,7 +2,7 @@
 transformers' compiled generation.
 
     python tests/benchmarks/gpu/serving.py [--layers 4] [--running 64,256] [--batched-tokens 8192,256]
-        [--peer-batches 256,128,64]
+        [--peer-batches 512,256,128]
 
 Weights are drawn on the device. One stream is measured as a share of the floor: the bytes of weights that a step reads
 over what a plain copy reaches. How long a lone prompt waits for its first token is measured with steps replayed as they
@@ -97,7 +97,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="most tokens of a step; of several, the best is told",
     )
     parser.add_argument("--iterations", type=int, default=3, help="runs of one stream")
-    parser.add_argument("--peer-batches", default="256,128,64", help="the peer's batches; empty for no peer")
+    parser.add_argument("--peer-batches", default="512,256,128", help="the peer's batches; empty for no peer")
     parser.add_argument("--peer-seconds", type=float, default=900.0, help="time limit of the peer, compiling included")
 
 

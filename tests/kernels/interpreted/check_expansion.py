@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 class ByLibrary(Tuner):
     """Takes the weight in full."""
 
-    def choose(self, key: str, candidates: Any, launch: Any, worth_it: bool = True) -> Blocks:
+    def choose(self, key: str, candidates: Any, launch: Any, worth_it: bool = True, output: Any = None) -> Blocks:
         return LIBRARY
 
 

@@ -40,7 +40,7 @@ class Fixed(Tuner):
         super().__init__()
         self.blocks = blocks
 
-    def choose(self, key: str, candidates: Any, launch: Any, worth_it: bool = True) -> Blocks:
+    def choose(self, key: str, candidates: Any, launch: Any, worth_it: bool = True, output: Any = None) -> Blocks:
         return self.blocks
 
 

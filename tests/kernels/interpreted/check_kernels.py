@@ -74,7 +74,7 @@ def test_split_sums_are_whole(operation: str, splits: int) -> None:
     class Fixed(Tuner):
         name = f"splits_{splits}"
 
-        def choose(self, key: str, candidates: Any, launch: Any, worth_it: bool = True) -> Blocks:
+        def choose(self, key: str, candidates: Any, launch: Any, worth_it: bool = True, output: Any = None) -> Blocks:
             return Blocks.of(SPLITS=splits, BLOCK_M=16, BLOCK_O=16, BLOCK_I=64 if "int4_a8" in operation else 32)
 
     spec = KernelSpec(operation, "cpu", "float32", {}, {"group": 32})
@@ -223,7 +223,7 @@ def test_few_rows_in_half_precision_equal_the_reference(
 
 
 class _ByLibrary(Tuner):
-    def choose(self, key: str, candidates: Any, launch: Any, worth_it: bool = True) -> Blocks:
+    def choose(self, key: str, candidates: Any, launch: Any, worth_it: bool = True, output: Any = None) -> Blocks:
         return product_tiles.LIBRARY
 
 
