@@ -2,6 +2,6 @@
 
 import sys
 
-from drivetrain.cli import main
+from drivetrain.cli import program
 
-sys.exit(main())
+sys.exit(program())

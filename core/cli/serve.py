@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from drivetrain.cli.console import note, show_progress
-from drivetrain.cli.ending import end_at_once
 from drivetrain.cli.options import with_settings
 from drivetrain.config import Settings
 from drivetrain.contracts.kinds import KINDS
@@ -59,8 +58,6 @@ def serve(
         parts.frontend.serve(engine)
     finally:
         engine.shutdown()
-        if engine.loop.has_left_behind:
-            end_at_once()
 
 
 def with_frontend_options(settings: Settings, **given: Any) -> Settings:

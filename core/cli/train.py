@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from drivetrain.cli.console import note, show_progress
-from drivetrain.cli.ending import end_at_once
 from drivetrain.cli.options import TRAINING_KINDS, with_settings
 from drivetrain.config import Settings
 from drivetrain.errors import ConfigError, DrivetrainError, RankLostError
@@ -74,8 +73,6 @@ def train(
         wait_seconds=rdzv_wait,
         timeout_seconds=settings.trainer.timeout_seconds,
     )
-    if started_by_agent():
-        end_at_once()
     if pulses is not None:
         return _train_below_agent(settings, pulses)
     if not started_by_agent() and launch.needs_agent:

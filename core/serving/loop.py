@@ -155,13 +155,6 @@ class EngineLoop:
                 _log.critical("a step does not return; the engine's thread is left behind")
                 self._give_up("the engine was stopped while a step did not return")
 
-    @property
-    def has_left_behind(self) -> bool:
-        """Whether a thread of this loop is at work still: a step that does not return, or parts of a swap that nobody
-        waits for any more. After :meth:`shutdown`, the interpreter can't take itself apart around them."""
-        threads = [self._thread, *(preparing.thread for preparing in self._preparing)]
-        return any(thread is not None and thread.is_alive() for thread in threads)
-
     def health(self) -> Health:
         since = 0.0 if self.is_empty else time.monotonic() - self._last_progress
         running, waiting = self.engine.num_running, self.engine.num_waiting

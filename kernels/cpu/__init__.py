@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,8 +23,15 @@ _HALF = frozenset({"rope_write", "linear_cross_entropy"})
 """Operations that take float16 too."""
 
 
+def _make_linear_cross_entropy(spec: KernelSpec, library: ctypes.CDLL) -> Callable[..., Any]:
+    from drivetrain.kernels.cpu.cross_entropy import make_linear_cross_entropy  # serving does without
+
+    return make_linear_cross_entropy(spec, library)
+
+
+@functools.cache
 def _makers() -> Mapping[str, Maker]:
-    from drivetrain.kernels.cpu import cross_entropy, operations, packed, rotary
+    from drivetrain.kernels.cpu import operations, packed, rotary
     from drivetrain.kernels.cpu.decoder import CoarseDecoder
 
     return {
@@ -35,7 +43,7 @@ def _makers() -> Mapping[str, Maker]:
         "gelu_tanh_mul": operations.make_gated,
         "linear": operations.make_linear,
         "gated_linear": operations.make_gated_linear,
-        "linear_cross_entropy": cross_entropy.make_linear_cross_entropy,
+        "linear_cross_entropy": _make_linear_cross_entropy,
         "sample": operations.make_sample,
         "decoder_layers": CoarseDecoder,
         **dict.fromkeys(packed.PACKED, packed.make_packed),
@@ -71,6 +79,11 @@ class CpuKernels(KernelProvider):
     def abilities(cls) -> frozenset[str]:
         return frozenset({"deterministic", "operators"})
 
+    @functools.cached_property
+    def _compiler(self) -> Probe:
+        """Looked for once, not once for each use in a model."""
+        return probe_compiler()
+
     def operations(self) -> frozenset[str]:
         return frozenset(_makers())
 
@@ -85,7 +98,7 @@ class CpuKernels(KernelProvider):
             return Probe.no("unsupported_dtype", "no kernel", wanted=spec.dtype, offered=", ".join(known))
         from drivetrain.kernels.cpu.packed import refused_shape
 
-        return refused_shape(spec) or probe_compiler()
+        return refused_shape(spec) or self._compiler
 
     def build_ahead(self, progress: Progress) -> None:
         """Have the C++ compiled. Raises KernelBuildError."""

@@ -326,9 +326,10 @@ def test_who_closes_the_engine_does_not_wait_for_parts_that_are_being_made(llm: 
     thread.join(10)
     assert not thread.is_alive()
     assert "the engine stopped before the swap was finished" in str(failures[0])
-    assert llm._loop.has_left_behind
+    (preparing,) = (one.thread for one in llm._loop._preparing)
+    assert preparing.is_alive()
     gate.set()
-    wait_until(lambda: not llm._loop.has_left_behind)
+    wait_until(lambda: not preparing.is_alive())
 
 
 def test_the_limit_of_the_settings_holds_where_none_is_named(folder: Path, gate: threading.Event) -> None:

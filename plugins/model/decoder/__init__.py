@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,6 +76,16 @@ def _on_meta(
         return DecoderForCausalLM(config, spec, kernels, device)
 
 
+def _num_parameters(config: DecoderConfig) -> int:
+    """Of all layers, by making one of each kind."""
+    kinds = Counter(config.layers)
+    kernels = Kernels(_unbound, "meta", torch.float32)
+    empty = _on_meta(replace(config, layers=tuple(kinds)), None, kernels, torch.device("meta"))
+    of_layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in empty.model.layers]
+    rest = sum(parameter.numel() for parameter in empty.parameters()) - sum(of_layers)
+    return rest + sum(count * size for count, size in zip(kinds.values(), of_layers, strict=True))
+
+
 class DecoderModel(Model):
     """Llama 2/3, SmolLM 2/3, Mistral, Qwen 2/3, Gemma 2/3 (text), Phi-3, OLMo 2 and Granite."""
 
@@ -88,15 +100,13 @@ class DecoderModel(Model):
 
     def describe(self, config: Mapping[str, Any], dtype: str) -> ModelSpec:
         shape = read_config(config, long_context=self.config.long_context)
-        kernels = Kernels(_unbound, "meta", getattr(torch, dtype))
-        empty = _on_meta(shape, None, kernels, torch.device("meta"))
         return ModelSpec(
             architecture=shape.architecture,
             vocab_size=shape.vocab_size,
             hidden_size=shape.hidden_size,
             num_layers=len(shape.layers),
             max_position=shape.max_position,
-            num_parameters=sum(parameter.numel() for parameter in empty.parameters()),
+            num_parameters=_num_parameters(shape),
             attention=_attention_spec(shape, dtype),
         )
 
