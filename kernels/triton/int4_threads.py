@@ -16,6 +16,13 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
+def first_of_tile(num_outputs: gl.tensor, BLOCK_M: gl.constexpr, BLOCK_O: gl.constexpr) -> gl.tuple:
+    """The first row and the first output of a program."""
+    tiles_o = gl.cdiv(num_outputs, BLOCK_O)
+    return gl.program_id(0) // tiles_o * BLOCK_M, gl.program_id(0) % tiles_o * BLOCK_O
+
+
+@gluon.jit
 def scale_and_least(scale: gl.tensor, least: gl.tensor, HAS_ZEROS: gl.constexpr) -> gl.tuple:
     """What a sum of products by ``1 + n / 16`` and a sum of inputs are multiplied by. HAS_ZEROS: ``least`` are zero
     points z, and stand for ``-z * scale``."""
@@ -107,9 +114,7 @@ def few_rows(
     layout_OU: gl.constexpr = gl.SliceLayout(0, layout_MOU)
     layout_MWP: gl.constexpr = gl.BlockedLayout([1, 4, 4], [1, 32, 1], [1, num_warps, 1], [2, 1, 0])
     layout_MO: gl.constexpr = gl.SliceLayout(2, layout_MOU)
-    tiles_o = gl.cdiv(num_outputs, BLOCK_O)
-    first_output = gl.program_id(0) % tiles_o * BLOCK_O
-    first_row = gl.program_id(0) // tiles_o * BLOCK_M
+    first_row, first_output = first_of_tile(num_outputs, BLOCK_M, BLOCK_O)
 
     words = gl.arange(0, W, layout=gl.SliceLayout(0, layout_OW))
     outputs = gl.arange(0, BLOCK_O, layout=gl.SliceLayout(1, layout_OW))

@@ -19,7 +19,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from drivetrain.kernels.triton.int4_threads import scale_and_least
+from drivetrain.kernels.triton.int4_threads import first_of_tile, scale_and_least
 
 # Triton 3.6 has it under another name.
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -217,9 +217,7 @@ def some_rows(
     layout_OM: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1], [16, 8])
     copy_OW: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [num_warps, 1], [1, 0])
     copy_MI: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [num_warps, 1], [1, 0])
-    tiles_o = gl.cdiv(num_outputs, BLOCK_O)
-    first_output = gl.program_id(0) % tiles_o * BLOCK_O
-    first_row = gl.program_id(0) // tiles_o * BLOCK_M
+    first_row, first_output = first_of_tile(num_outputs, BLOCK_M, BLOCK_O)
     split = gl.program_id(1)
     weight_ptrs = _places(weight_ptr, first_output, num_outputs, weight_stride, BLOCK_O, 16, copy_OW)
     x_ptrs = _places(x_ptr, first_row, num_rows, x_stride, BLOCK_M, 128, copy_MI)

@@ -46,15 +46,15 @@ def serving(x_MI: torch.Tensor, weight: torch.Tensor) -> int:
     return ALSO_BY_TENSOR_CORES if can_be_copied else BY_THREADS
 
 
-def candidates(serving: int, rows: int, outputs: int, inputs: int, processors: int) -> list[Blocks]:
-    """Ways to launch them for a class of rows; none where they serve nowhere."""
-    if serving == NOWHERE or rows > _MOST_ROWS:
+def candidates(served: int, rows: int, outputs: int, inputs: int, processors: int) -> list[Blocks]:
+    """Ways to launch them for a class of rows. ``served``: what :func:`serving` found."""
+    if served == NOWHERE or rows > _MOST_ROWS:
         return []
     found = []
     if rows <= 4:
         pairs = ((4, 1), (8, 1), (4, 2), (2, 4)) if rows == 1 else ((4, 1), (2, 2))
         found += [Blocks.of(warps, WORDS=BY_THREADS, SPLITS=1, BLOCK_M=rows, BLOCK_O=wide) for wide, warps in pairs]
-    if rows > 1 and serving == ALSO_BY_TENSOR_CORES:
+    if rows > 1 and served == ALSO_BY_TENSOR_CORES:
         height = min(32, max(8, rows))
         for warps in (4, 8):
             programs, splits = triton.cdiv(outputs, 16 * warps) * triton.cdiv(rows, height), 1

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 
 from drivetrain.contracts.kinds import KINDS
 from drivetrain.registry import discover
-from support.command_line import run_command
+from support.command_line import processor_seconds, run_command
 from support.distributions import run_python, write_distribution
 
 Cli = Callable[..., Any]
@@ -54,12 +52,8 @@ def test_the_list_can_be_narrowed_to_one_kind(cli: Cli) -> None:
 
 
 def test_listing_is_quick_and_imports_nothing_heavy() -> None:
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        assert run_command("plugins", "list").returncode == 0
-        seconds.append(time.perf_counter() - started)
-    assert statistics.median(seconds) < 0.6  # 0.2 s on an idle machine; 0.3 is what is promised there
+    seconds = min(processor_seconds("-m", "drivetrain", "plugins", "list") for _ in range(5))
+    assert seconds < 0.6  # 0.2 s on a fast machine, where 0.3 is what is promised, and 0.5 on a slow and busy one
     loaded = run_python(LIST_AND_TELL_MODULES).rpartition("LOADED")[2].split()
     assert not HEAVY & set(loaded)
 

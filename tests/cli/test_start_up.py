@@ -5,26 +5,14 @@ Processor time is counted, not the time on the wall, so that a busy machine does
 
 from __future__ import annotations
 
-import os
-import resource
 import statistics
-import subprocess
-import sys
 
 import pytest
 
+from support.command_line import processor_seconds
+
 MOST_SECONDS_OF_IMPORT = 0.1
 MOST_SECONDS_TO_FIRST_TOKEN = 6.0
-
-
-def processor_seconds(*command: str) -> float:
-    """User and system time of a command that must succeed."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # One thread: threads that wait for each other on a busy machine spin, and spinning counts.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *command], check=True, capture_output=True, env=environment)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def test_importing_the_package_takes_a_tenth_of_a_second() -> None:

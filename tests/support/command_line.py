@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import select
 import signal
 import subprocess
@@ -41,6 +42,17 @@ def run_command(*arguments: object, stdin: str | bytes = "", timeout: float = 12
     )
     out, err = (text.decode(errors="replace") for text in (done.stdout, done.stderr))
     return subprocess.CompletedProcess(done.args, done.returncode, out, err)
+
+
+def processor_seconds(*command: str) -> float:
+    """User and system time of Python with these arguments, which must succeed: unlike time on the wall, it is about the
+    same on a busy machine."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # One thread: threads that wait for each other on a busy machine spin, and spinning counts.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *command], check=True, capture_output=True, env=environment)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @contextmanager
