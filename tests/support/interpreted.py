@@ -20,6 +20,7 @@ from drivetrain.testing.run import Outcome, Report, Result, Target, run_suites
 from drivetrain.testing.suite import Suite
 from drivetrain.testing.suites.attention import HEADS, AttentionSuite
 from drivetrain.testing.suites.kernels import ORACLES, KernelsSuite
+from support.quick_interpreter import quicken
 
 
 def _why_not() -> str | None:
@@ -35,6 +36,9 @@ has_triton = pytest.mark.skipif(find_spec("triton") is None, reason="there is no
 has_interpreter = pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))
 
 INTERPRETER = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+if os.environ.get("TRITON_INTERPRET") == "1" and _why_not() is None:  # in a process that runs suites
+    quicken()
+
 TESTS_FOLDER = Path(__file__).resolve().parents[1]
 MANNERS = frozenset(name for name in vars(Suite) if name.startswith(("test_import_and_probe_", "test_works_in_a_")))
 """What ``tests/conformance`` looks at, without the interpreter."""
