@@ -16,7 +16,7 @@ from drivetrain.registry.doctor import useful_line
 from drivetrain.registry.fork_server import Ended, ForkServer
 from drivetrain.testing.pytest_plugin import ENVIRONMENT, FOLDER
 
-TOPICS = ("device", "threads", "processes", "environment", "process", "torch", "drivetrain", "output", "fork", "spawn")
+TOPICS = ("device", "threads", "processes", "environment", "process", "torch", "drivetrain", "output", "fork")
 """What is looked at. Each topic of :class:`Manners` holds the breaches that were seen."""
 
 
@@ -24,20 +24,32 @@ TOPICS = ("device", "threads", "processes", "environment", "process", "torch", "
 class Manners:
     """What was seen.
 
-    failure:        why the examination came to no end (crash, hang, an import that fails); None when it did.
-    breaches:       topic -> what was done that may not be done.
-    import_seconds: importing the plugin in a fresh process; None when that did not succeed.
-    imports_torch:  whether that import brought torch in.
+    failure:  why the examination came to no end (crash, hang, an import that fails); None when it did.
+    breaches: topic -> what was done that may not be done.
     """
 
     failure: str | None
     breaches: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Afresh:
+    """What a new process made of a plugin.
+
+    failure:        as in :class:`Manners`.
+    breach:         how the new process differs from the one that started it; empty when it does not.
+    import_seconds: importing the plugin there; None when that did not succeed.
+    imports_torch:  whether that import brought torch in.
+    """
+
+    failure: str | None
+    breach: str = ""
     import_seconds: float | None = None
     imports_torch: bool = False
 
 
 def examine_manners(ref: PluginRef, options: Mapping[str, Any], time_limit_seconds: float) -> Manners:
-    """Import and probe a plugin in a process of its own, again in a fork of it and in a new one.
+    """Import and probe a plugin in a process of its own, and again in a fork of it.
 
     options: for its Config; a platform that says yes is created with them and asked for its facts too.
 
@@ -46,9 +58,18 @@ def examine_manners(ref: PluginRef, options: Mapping[str, Any], time_limit_secon
     return _examine(ref, json.dumps(dict(options), sort_keys=True), time_limit_seconds)
 
 
+def examine_afresh(ref: PluginRef, time_limit_seconds: float) -> Afresh:
+    """Import and probe a plugin in a process of its own, and again in a new one, which knows nothing of the first."""
+    ended = _server().call({"plugin": dataclasses.asdict(ref), "options": {}, "is_afresh": True}, time_limit_seconds)
+    answer = ended.answer("import_seconds")
+    if answer is None or ended.status is None:
+        return Afresh(f"{ended.stage}: {_death(ended, time_limit_seconds)}")
+    return Afresh(answer["failure"], answer["breach"], answer["import_seconds"], answer["imports_torch"])
+
+
 @lru_cache(maxsize=256)
 def _examine(ref: PluginRef, options: str, time_limit_seconds: float) -> Manners:
-    request = {"plugin": dataclasses.asdict(ref), "options": json.loads(options)}
+    request = {"plugin": dataclasses.asdict(ref), "options": json.loads(options), "is_afresh": False}
     ended = _server().call(request, time_limit_seconds)
     answer = ended.answer("breaches")
     if answer is None or ended.status is None:
@@ -59,7 +80,7 @@ def _examine(ref: PluginRef, options: str, time_limit_seconds: float) -> Manners
     printed = ended.output.strip()
     if printed:
         breaches["output"] = (f"prints on standard output: {printed.splitlines()[0][:100]!r}",)
-    return Manners(answer["failure"], breaches, answer["import_seconds"], answer["imports_torch"])
+    return Manners(answer["failure"], breaches)
 
 
 @cache

@@ -55,8 +55,11 @@ def prepare() -> None:
 
 
 def run(request: Mapping[str, Any], write: Callable[[Mapping[str, Any]], object]) -> None:
-    """Examine the plugin that ``request`` names, with its options."""
-    write(examine(request["plugin"], request["options"], write))
+    """Examine the plugin that ``request`` names: with its options, or in a new process."""
+    if request["is_afresh"]:
+        write(examine_afresh(request["plugin"], write))
+    else:
+        write(examine(request["plugin"], request["options"], write))
 
 
 def examine(
@@ -70,7 +73,6 @@ def examine(
     prepare()
     modules = sorted(name for name in sys.modules if name.startswith("drivetrain."))
     before, watch = _snapshots(modules), _Watch()
-    answer: dict[str, Any] = {"failure": None, "breaches": {}, "import_seconds": None, "imports_torch": False}
     write({"stage": "import"})
     with watch:
         target, failure = _load(plugin)
@@ -81,15 +83,26 @@ def examine(
                 write({"stage": "facts"})
                 target(target.Config.model_validate(options)).facts()
     if target is None:
-        return answer | {"failure": failure}
+        return {"failure": failure, "breaches": {}}
     breaches = watch.breaches()
     for topic, found in _snapshots(modules).items():
         breaches.setdefault(topic, []).extend(_differences(before[topic], found))
     write({"stage": "fork"})
-    breaches["fork"] = _in_a_fork(target, probe)
+    breaches["fork"] = list(filter(None, [_in_a_fork(target, probe)]))
+    return {"failure": None, "breaches": breaches}
+
+
+def examine_afresh(plugin: Mapping[str, str], write: Callable[[Mapping[str, Any]], object]) -> dict[str, Any]:
+    """Import and probe the plugin here and in a new process; the answer's keys are those of Afresh."""
+    write({"stage": "import"})
+    target, failure = _load(plugin)
+    if target is None:
+        return {"failure": failure, "breach": "", "import_seconds": None, "imports_torch": False}
+    write({"stage": "probe"})
+    probe = _probe(target)
     write({"stage": "spawn"})
-    seconds, imports_torch, breaches["spawn"] = _spawned(plugin, probe)
-    return answer | {"breaches": breaches, "import_seconds": seconds, "imports_torch": imports_torch}
+    seconds, imports_torch, breach = _spawned(plugin, probe)
+    return {"failure": None, "breach": breach, "import_seconds": seconds, "imports_torch": imports_torch}
 
 
 def _load(plugin: Mapping[str, str]) -> tuple[Any, str | None]:
@@ -286,7 +299,7 @@ def _identity(value: object) -> Any:
 # --- other processes -------------------------------------------------------------------------------------------------
 
 
-def _in_a_fork(target: Any, probe: Any) -> list[str]:
+def _in_a_fork(target: Any, probe: Any) -> str:
     """Probe again in a fork of this process."""
     child = os.fork()
     if child == 0:
@@ -302,19 +315,20 @@ def _in_a_fork(target: Any, probe: Any) -> list[str]:
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return [f"its probe does not return within {_FORK_SECONDS:g} s in a forked process"]
+    return f"its probe does not return within {_FORK_SECONDS:g} s in a forked process"
 
 
-def _judged(how: str, status: int) -> list[str]:
+def _judged(how: str, status: int) -> str:
+    """What is wrong; empty when nothing is."""
     if status == _EXIT_SAME:
-        return []
+        return ""
     if status == _EXIT_OTHER:
-        return [f"its probe answers differently in a {how}ed process"]
-    return [f"probing it in a {how}ed process ends that process with status {status}"]
+        return f"its probe answers differently in a {how}ed process"
+    return f"probing it in a {how}ed process ends that process with status {status}"
 
 
-def _spawned(plugin: Mapping[str, str], probe: Any) -> tuple[float | None, bool, list[str]]:
-    """Import and probe in a new process: seconds of the import, whether it brought torch in, and breaches."""
+def _spawned(plugin: Mapping[str, str], probe: Any) -> tuple[float | None, bool, str]:
+    """Import and probe in a new process: seconds of the import, whether it brought torch in, and what was wrong."""
     request = {"plugin": dict(plugin), "sys_path": sys.path, "probe": dataclasses.astuple(probe)}
     reading, writing = os.pipe()
     command = [sys.executable, "-P", __file__, str(writing)]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 
 import pytest
 
+from drivetrain.contracts.plugin import Probe, ProbeContext
 from drivetrain.registry import PluginRef, discover
+from drivetrain.registry.selection import load_and_probe
 from drivetrain.testing import SUITES
 from drivetrain.testing.run import Outcome, Report, Target, run_suites, suite_class
 from drivetrain.testing.suite import Suite
 from drivetrain.testing.suites.partitioner import PartitionerSuite
 from drivetrain.testing.suites.store import StoreSuite
+from support.distributions import run_python
 
 OWN_SUITES = {
     f"source/{name}": f"conformance.suites_of_builtins:{suite}"
@@ -25,17 +30,31 @@ OWN_SUITES = {
 """KIND/NAME -> the suite that is used in place of the kind's own."""
 
 MANNERS = frozenset(name for name in vars(Suite) if name.startswith(("test_import_and_probe_", "test_works_in_a_")))
-LENGTHY = MANNERS | {
+MANNERS |= {"test_facts_open_no_device"}
+OVER_RANKS = {
     name for name in (*vars(PartitionerSuite), *vars(StoreSuite)) if name.startswith(("test_ranks_", "test_a_kill_"))
 }
-LENGTHY |= {"test_facts_open_no_device"}
-"""Tests that start processes of their own."""
+"""Tests that start processes of their own, as those of manners do."""
+
+AFRESH = "test_works_in_a_spawned_process"
+PROBE_ALL = """
+import dataclasses, json
+from drivetrain.contracts.plugin import ProbeContext
+from drivetrain.registry import discover
+from drivetrain.registry.selection import load_and_probe
+found = {}
+for ref in discover():
+    if ref.distribution == "drivetrain":
+        found[f"{ref.kind}/{ref.name}"] = dataclasses.astuple(load_and_probe(ref, ProbeContext()))
+print(json.dumps(found))
+"""
 
 COMPILED = {"flex"}
 """Plugins that are compiled for every shape under test, which takes minutes."""
 
 NOT_ON_EVERY_MACHINE = {"cuda", "rocm", "xpu", "triton", "paged-triton"}
-REFS = [ref for ref in discover() if ref.distribution == "drivetrain" and ref.kind in SUITES.values()]
+BUILT_IN = [ref for ref in discover() if ref.distribution == "drivetrain"]
+REFS = [ref for ref in BUILT_IN if ref.kind in SUITES.values()]
 
 
 def suite_of(ref: PluginRef) -> str:
@@ -50,8 +69,18 @@ def target(ref: PluginRef, tests: set[str]) -> Target:
     return Target(suite_of(ref), ref.name, tests=tuple(sorted(tests)))
 
 
-def lengthy_tests_of(ref: PluginRef) -> set[str]:
-    return names_of_tests(ref) & LENGTHY
+def quick_tests_of(ref: PluginRef) -> set[str]:
+    return names_of_tests(ref) - MANNERS - OVER_RANKS
+
+
+def manners_of(ref: PluginRef) -> set[str]:
+    """Importing torch anew takes longer than all else together: one of each kind does, and all in one process."""
+    is_first = ref == next(other for other in REFS if other.kind == ref.kind)
+    return names_of_tests(ref) & MANNERS - (set() if is_first else {AFRESH})
+
+
+def ranks_of(ref: PluginRef) -> set[str]:
+    return names_of_tests(ref) & OVER_RANKS
 
 
 def expect_no_failure(report: Report, ref: PluginRef, tests: set[str]) -> None:
@@ -69,38 +98,54 @@ def expect_no_failure(report: Report, ref: PluginRef, tests: set[str]) -> None:
 @pytest.fixture(scope="module")
 def report() -> Report:
     """All built-in plugins in one child process, but for the lengthy tests and what is compiled."""
-    return run_suites([target(ref, names_of_tests(ref) - LENGTHY) for ref in REFS if ref.name not in COMPILED])
+    return run_suites([target(ref, quick_tests_of(ref)) for ref in REFS if ref.name not in COMPILED])
+
+
+@pytest.fixture(scope="module")
+def report_of_manners() -> Report:
+    return run_suites([target(ref, manners_of(ref)) for ref in REFS])
 
 
 @functools.cache
-def lengthy_report(kind: str) -> Report:
-    """The lengthy tests of one kind's plugins, in one child process: all kinds together would take too long for it."""
-    return run_suites([target(ref, lengthy_tests_of(ref)) for ref in REFS if ref.kind == kind])
+def report_over_ranks(kind: str) -> Report:
+    return run_suites([target(ref, ranks_of(ref)) for ref in REFS if ref.kind == kind])
 
 
 @pytest.mark.parametrize(
     "ref", [ref for ref in REFS if ref.name not in COMPILED], ids=lambda ref: f"{ref.kind}/{ref.name}"
 )
 def test_no_test_fails(report: Report, ref: PluginRef) -> None:
-    expect_no_failure(report, ref, names_of_tests(ref) - LENGTHY)
+    expect_no_failure(report, ref, quick_tests_of(ref))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("ref", [ref for ref in REFS if ref.name in COMPILED], ids=lambda ref: f"{ref.kind}/{ref.name}")
 def test_no_test_of_what_is_compiled_fails(ref: PluginRef) -> None:
-    tests = names_of_tests(ref) - LENGTHY
+    tests = quick_tests_of(ref)
     expect_no_failure(run_suites([target(ref, tests)], test_time_limit_seconds=300), ref, tests)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ref", REFS, ids=lambda ref: f"{ref.kind}/{ref.name}")
-def test_manners_are_good(ref: PluginRef) -> None:
-    """Importing and probing it changes nothing, and the time of its import is told."""
-    report = lengthy_report(ref.kind)
-    expect_no_failure(report, ref, lengthy_tests_of(ref))
-    results = report.of(target(ref, lengthy_tests_of(ref)))
-    assert any("ms" in str(result.properties.get("import_time")) for result in results)
+def test_manners_are_good(report_of_manners: Report, ref: PluginRef) -> None:
+    """Importing and probing it changes nothing, and where it is imported anew, the time of that is told."""
+    tests = manners_of(ref)
+    expect_no_failure(report_of_manners, ref, tests)
+    told = [str(result.properties.get("import_time")) for result in report_of_manners.of(target(ref, tests))]
+    assert any("ms" in time for time in told) == (AFRESH in tests)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ref", [ref for ref in REFS if ranks_of(ref)], ids=lambda ref: f"{ref.kind}/{ref.name}")
+def test_no_test_over_ranks_fails(ref: PluginRef) -> None:
+    expect_no_failure(report_over_ranks(ref.kind), ref, ranks_of(ref))
+
+
+@pytest.mark.slow
+def test_all_are_imported_and_probed_alike_in_a_new_process(tmp_path: Path) -> None:
+    found = {name: Probe(*probe) for name, probe in json.loads(run_python(PROBE_ALL, tmp_path)).items()}
+    assert found == {f"{ref.kind}/{ref.name}": load_and_probe(ref, ProbeContext()) for ref in BUILT_IN}
 
 
 def test_every_kind_with_a_suite_has_a_built_in_plugin() -> None:

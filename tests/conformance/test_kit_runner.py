@@ -161,7 +161,7 @@ def test_an_authors_file_shows_what_was_not_run_apart(tmp_path: Path) -> None:
         "from zoo.wild import RunnerSuite\n\nclass TestMine(RunnerSuite):\n    plugin = 'fp32'\n", encoding="utf-8"
     )
     (tmp_path / "pytest.ini").write_text("[pytest]\npythonpath = " + str(Path(__file__).parents[1]), encoding="utf-8")
-    chosen = "test_passes or test_skips or test_not_run or test_import_and_probe_open_no_device"
+    chosen = "test_passes or test_skips or test_not_run or test_works_in_a_spawned_process"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-k", chosen, "test_mine.py"],
         cwd=tmp_path,
