@@ -19,6 +19,7 @@ from drivetrain.binding import KernelBinder, kernel_providers
 from drivetrain.calibration.layers import LayerByLayer
 from drivetrain.calibration.plan import CalibrationPlan, groups_of, make_plan
 from drivetrain.calibration.state import ChangedTensors, RunFolder
+from drivetrain.collecting import collect_as_usual
 from drivetrain.config import Settings
 from drivetrain.contracts.loader import Checkpoint
 from drivetrain.contracts.model import BuildContext, LayeredModel, OpensLayers
@@ -131,6 +132,7 @@ class _Quantizing:
 
     def run(self, planned: Any) -> Path:
         options = self._options
+        collect_as_usual()
         windows = self._windows() if self._calibrates else []
         self._parts.platform.activate()
         model = self._open_model()

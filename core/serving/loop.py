@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.assembly import ServingStack
+from drivetrain.collecting import collect_as_usual
 from drivetrain.errors import (
     DrainingError,
     DrivetrainError,
@@ -305,6 +306,7 @@ class EngineLoop:
 
     def _run(self) -> None:
         _enter_thread(self.engine.runner.device)
+        collect_as_usual()
         try:
             while self._wait_for_work():
                 self._drain_inbox()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from drivetrain.collecting import collect_as_usual
 from drivetrain.contracts.recipe import Recipe, Samples, TokenBatch
 from drivetrain.errors import NonFiniteError
 from drivetrain.training.forward import ModelForward
@@ -84,6 +85,7 @@ class TrainingRun:
 
     def train(self, after_step: Callable[[StepResult], None]) -> None:
         """Make the steps that are left."""
+        collect_as_usual()
         while self.step_number < self.steps:
             after_step(self.make_step())
 
