@@ -88,7 +88,8 @@ def examine(
     for topic, found in _snapshots(modules).items():
         breaches.setdefault(topic, []).extend(_differences(before[topic], found))
     write({"stage": "fork"})
-    breaches["fork"] = list(filter(None, [_in_a_fork(target, probe)]))
+    breach = _in_a_fork(target, probe)
+    breaches["fork"] = [breach] if breach else []
     return {"failure": None, "breaches": breaches}
 
 
