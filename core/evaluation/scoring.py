@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from drivetrain.assembly import ServingStack, build_engine, resolve_parts
+from drivetrain.collecting import collect_as_usual
 from drivetrain.config import Settings
 from drivetrain.contracts.attention import AttentionBatch
 from drivetrain.contracts.kinds import KINDS
@@ -65,6 +66,7 @@ class Scorer:
         self._stack = stack
         self._runner = stack.engine.runner
         self.seconds = 0.0
+        collect_as_usual()
 
     @property
     def weight_bytes(self) -> int:

@@ -13,6 +13,8 @@ from drivetrain import LLM, SamplingParams, Trainer
 from drivetrain.calibration.quantizing import QuantizeOptions, quantize_model
 from drivetrain.collecting import collect_as_usual, collect_seldom
 from drivetrain.config import load_settings
+from drivetrain.contracts.source import silent
+from drivetrain.evaluation.scoring import Scorer, open_stack
 from support.tiny_models import save_tiny
 from support.training import run_settings, write_chats
 
@@ -42,7 +44,13 @@ def quantize(folder: Path) -> None:
     quantize_model(settings, QuantizeOptions(folder / "out", None, 0, 0))
 
 
-@pytest.mark.parametrize("work", [generate, train, quantize])
+def evaluate(folder: Path) -> None:
+    save_tiny("llama", folder / "model")
+    stack = open_stack(load_settings(options={"model": str(folder / "model")}), None, silent)
+    Scorer(stack).hidden([1, 2, 3])
+
+
+@pytest.mark.parametrize("work", [generate, train, quantize, evaluate])
 def test_work_begins_with_what_was_usual(
     work: Callable[[Path], None], tmp_path: Path, usual: tuple[int, int, int]
 ) -> None:
