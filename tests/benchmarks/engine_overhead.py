@@ -5,7 +5,7 @@
 Three tables: the phases of a decode step by the number of running requests; all that a step of many answers costs,
 those who read them included; and the step's cost by the number of requests that wait. The vocabulary and the layers are
 smollm2-135m's, so that sampling and block tables have their real sizes; for the second table the vocabulary is small,
-so that choosing tokens, which a GPU does by itself, is not what is seen.
+so that choosing tokens, which a GPU does by itself, is not what is seen. Tokens are drawn by the kernels of a CPU.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from drivetrain import LLM
 from drivetrain.assembly import Parts, ServingStack
-from drivetrain.binding import KernelBinder
+from drivetrain.binding import KernelBinder, bind_sample
 from drivetrain.config import EngineSettings, Settings
 from drivetrain.contracts.attention import AttentionBatch, AttentionSpec, AttentionStep, KVGroup, LayerAttention
 from drivetrain.contracts.model import ModelSpec
 from drivetrain.contracts.plugin import Purpose
+from drivetrain.kernels.cpu import CpuKernels
 from drivetrain.observers import Observers, hookimpl
 from drivetrain.plugins.scheduler.fcfs import FcfsScheduler
 from drivetrain.registry import SelectionReport
@@ -47,13 +48,14 @@ _LAYERS = tuple(LayerAttention(9, 3, 64, 0.125) for _ in range(30))
 
 
 class NoModel:
-    """Gives scores that lie ready. Tokens are below 64, for a tokenizer that has no more."""
+    """Gives scores that lie ready: a few hundred of them may matter to a draw, as after a text's tokens. Those that are
+    likely are below 64, for a tokenizer that has no more."""
 
     def __init__(self, most_rows: int, vocab_size: int = VOCAB_SIZE) -> None:
         self.spec = ModelSpec("None", vocab_size, 1, 30, MAX_MODEL_LEN, 0, AttentionSpec(_LAYERS, "float32"))
         generator = torch.Generator().manual_seed(0)
-        self._scores_NV = torch.randn(most_rows, vocab_size, generator=generator)
-        self._scores_NV[:, 64:] -= 100
+        self._scores_NV = torch.randn(most_rows, vocab_size, generator=generator) * 2.5
+        self._scores_NV[:, :64] += 15
         self._hidden_TE = torch.zeros(4096, 1)
 
     def forward(self, ids_T: torch.Tensor, positions_T: torch.Tensor, step: AttentionStep) -> torch.Tensor:
@@ -110,6 +112,7 @@ def make_engine(max_running: int, steps: Steps | None = None, vocab_size: int = 
         EngineSettings(overlap="off"),
         lambda prompt, skip: Detokenizer(tokenizer, prompt, skip),
         observers,
+        draw=bind_sample(KernelBinder([("cpu", CpuKernels(CpuKernels.Config()))]), "cpu", vocab_size),
     )
 
 
@@ -193,11 +196,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     greedy = SamplingParams(max_tokens=1500, temperature=0, ignore_eos=True)
-    drawn = SamplingParams(max_tokens=1500, temperature=0.8, top_k=40, top_p=0.9, ignore_eos=True)
+    nucleus = SamplingParams(max_tokens=1500, temperature=0.8, top_p=0.95, ignore_eos=True)
+    best = SamplingParams(max_tokens=1500, temperature=0.8, top_k=40, top_p=0.9, ignore_eos=True)
     print("milliseconds of a decode step by phase; the model computes nothing")
     print(f"{'running':>8} {'sampling':>9} " + " ".join(f"{name:>9}" for name in (*Phase, "outside")))
     for count in (1, 16, 64, 256):
-        for name, params in (("greedy", greedy), ("drawn", drawn)):
+        for name, params in (("greedy", greedy), ("top-p", nucleus), ("top-k", best)):
             row = phases(count, params)
             print(f"{count:>8} {name:>9} " + " ".join(f"{row[key] * 1e3:>9.3f}" for key in (*Phase, "outside")))
     print("\nmilliseconds of a decode step, readers included; median of 5")

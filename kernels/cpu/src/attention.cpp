@@ -100,8 +100,13 @@ template <int kSize, class T>
 static inline void ask_for(const T* row, int size) {
   const char* at = reinterpret_cast<const char*>(row);
   const size_t bytes = size_t(size_of<kSize>(size)) * sizeof(T);
+  if constexpr (kSize > 0) {
 #pragma GCC unroll 8
-  for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line);
+    for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line);
+  } else {
+    DT_ROLLED
+    for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line);
+  }
 }
 
 // Products of R queries, rows of `size`, with K keys: those of head r go to scores + r * kRow. query(r, d): W numbers of query r.
@@ -144,7 +149,7 @@ static inline __attribute__((always_inline)) void products(const Query& query, c
   }
 }
 
-static void cap(float* scores, int count, float soft_cap) {
+DT_CALLED static void cap(float* scores, int count, float soft_cap) {
   for (int i = 0; i < count; i += W) store(scores + i, vtanh(load(scores + i) * (1.0f / soft_cap)) * soft_cap);
 }
 
@@ -177,6 +182,18 @@ static inline void add_columns(float* out, const float* keep, const float* p, co
     for (int j = 0; j < N; j++) store(out + size_t(r) * size + j * W, sums[r][j]);
 }
 
+// The same for `rest` columns, one after another.
+template <class T>
+DT_CALLED static void add_rest(float* out, const float* keep, const float* p, const Places<T>& values, int rows, int count, int size,
+                               int rest) {
+  for (int column = 0; column < rest; column++)
+    for (int r = 0; r < rows; r++) {
+      float total = out[size_t(r) * size + column] * keep[r];
+      for (int i = 0; i < count; i++) total += p[r * kRow + i] * get(values[i] + column);
+      out[size_t(r) * size + column] = total;
+    }
+}
+
 // The same for all of d.
 template <int R, int kSize, class T>
 static inline void add_values(float* out, const float* keep, const float* p, Places<T> values, int count, int any_size,
@@ -187,16 +204,11 @@ static inline void add_values(float* out, const float* keep, const float* p, Pla
     add_columns<R, 4, kSize>(out + d, keep, p, values, count, size, next, num_next);
   for (; d + W <= size; d += W, values.base += W, num_next = 0)
     add_columns<R, 1, kSize>(out + d, keep, p, values, count, size, next, num_next);
-  for (int column = 0; d + column < size; column++)
-    for (int r = 0; r < R; r++) {
-      float total = out[size_t(r) * size + d + column] * keep[r];
-      for (int i = 0; i < count; i++) total += p[r * kRow + i] * get(values[i] + column);
-      out[size_t(r) * size + d + column] = total;
-    }
+  if (d < size) add_rest(out + d, keep, p, values, R, count, size, size - d);
 }
 
 // Scores of a head's products with `count` keys; what fills the row up is minus infinity. scales: of the keys, or null.
-static void finish_scores(float* scores, const float* scales, int count, const LayerCache& cache) {
+DT_CALLED static void finish_scores(float* scores, const float* scales, int count, const LayerCache& cache) {
   for (int i = count; i < kRow; i++) scores[i] = 0.0f;
   for (int i = 0; i < count; i += W) {
     vf scaled = load(scores + i) * cache.scale;
@@ -209,7 +221,7 @@ static void finish_scores(float* scores, const float* scales, int count, const L
 // One round of the online softmax for R heads: scores become weights, times the scales of the values where there are any. keep: what
 // the sums so far are to be multiplied by.
 template <int R>
-static void soften_rows(float* scores, const float* scales, int count, Partial* partials, float* keep) {
+DT_CALLED static void soften_rows(float* scores, const float* scales, int count, Partial* partials, float* keep) {
   static_assert(R <= W);
   alignas(64) float before[W] = {}, now[W] = {};
 #pragma GCC unroll 4
@@ -219,12 +231,12 @@ static void soften_rows(float* scores, const float* scales, int count, Partial* 
     for (int i = 0; i < count; i += W) best = vmax(load(scores + r * kRow + i), best);
     now[r] = largest(best);
   }
-  const vf kept = vexp(load(before) - load(now));
+  const vf kept = vexp_of_negative(load(before) - load(now));
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++) {
     vf total = {};
     for (int i = 0; i < count; i += W) {
-      vf p = vexp(load(scores + r * kRow + i) - now[r]);
+      vf p = vexp_of_negative(load(scores + r * kRow + i) - now[r]);
       store(scores + r * kRow + i, scales ? p * load(scales + i) : p);
       total += p;
     }
@@ -242,7 +254,7 @@ struct Round {
   alignas(64) float key_scales[kRow], value_scales[kRow];
 
   // Tokens first .. first + kKeys - 1, or up to `end`.
-  void find(const Pages<T>& pages, int first, int end) {
+  DT_CALLED void find(const Pages<T>& pages, int first, int end) {
     count = end - first < kKeys ? end - first : kKeys;
     keys = pages.keys;
     values = pages.values;
@@ -330,7 +342,7 @@ static void decode(const LayerCache& cache, const Pages<T>& pages, int group, co
   }
 }
 
-static void normalize(float* out, int size, float total) {
+DT_CALLED static void normalize(float* out, int size, float total) {
   float factor = 1.0f / total;
   for (int d = 0; d < size; d++) out[d] *= factor;
 }
@@ -339,7 +351,7 @@ static void normalize(float* out, int size, float total) {
 
 // Scores that a query must not see become minus infinity. Lane i is the query at position first_query + i.
 template <int N>
-static void hide(float* scores, int first_key, int count, int first_query, int window) {
+DT_CALLED static void hide(float* scores, int first_key, int count, int first_query, int window) {
   for (int j = 0; j < count; j++)
     for (int lane = 0; lane < N * W; lane++) {
       int position = first_query + lane, key = first_key + j;
@@ -349,7 +361,7 @@ static void hide(float* scores, int first_key, int count, int first_query, int w
 
 // One round of the online softmax over `count` keys, lane by lane; scores become weights.
 template <int N>
-static void soften(float* scores, int count, float* largest_seen, float* totals, float* keep) {
+DT_CALLED static void soften(float* scores, int count, float* largest_seen, float* totals, float* keep) {
   for (int n = 0; n < N; n++) {
     float* column = scores + n * W;
     vf before = load(largest_seen + n * W), best = before;
@@ -358,11 +370,11 @@ static void soften(float* scores, int count, float* largest_seen, float* totals,
     vf base = select(best == splat(kMinusInfinity), vf{}, best);
     vf total = {};
     for (int j = 0; j < count; j++) {
-      vf p = vexp(load(column + j * N * W) - base);
+      vf p = vexp_of_negative(load(column + j * N * W) - base);
       store(column + j * N * W, p);
       total += p;
     }
-    vf kept = vexp(before - base);
+    vf kept = vexp_of_negative(before - base);
     store(keep + n * W, kept);
     store(totals + n * W, load(totals + n * W) * kept + total);
     store(largest_seen + n * W, best);
@@ -378,7 +390,7 @@ struct Tokens {
 
 // Up to kKeys tokens from `first` on: where they lie, if that is one behind the other and in float32, else copied to keys and values.
 template <class T>
-static Tokens read_tokens(const Pages<T>& pages, int first, int end, int size, float* keys, float* values) {
+DT_CALLED static Tokens read_tokens(const Pages<T>& pages, int first, int end, int size, float* keys, float* values) {
   const int most = end - first < kKeys ? end - first : kKeys;
   if constexpr (std::is_same_v<T, float>) {
     const int run = pages.run_of(first, most);
@@ -401,42 +413,52 @@ static Tokens read_tokens(const Pages<T>& pages, int first, int end, int size, f
   return {keys, values, size_t(size), most};
 }
 
-// columns[d * N * W + lane] = row(lane)[d] * factor, and 0 where there is no row.
+// columns[d * step + lane] = rows[lane][d] * factor, and 0 where there is no row.
+DT_CALLED static void lay_lanes(const float* const (&rows)[W], int size, float factor, float* columns, int step) {
+  int d = 0;
+  for (; d + W <= size; d += W) {
+    vf block[W];
+    for (int i = 0; i < W; i++) block[i] = rows[i] ? load(rows[i] + d) : vf{};
+    transpose(block);
+    for (int i = 0; i < W; i++) store(columns + size_t(d + i) * step, block[i] * factor);
+  }
+  for (; d < size; d++)
+    for (int i = 0; i < W; i++) columns[size_t(d) * step + i] = rows[i] ? rows[i][d] * factor : 0.0f;
+}
+
+// The other way: rows[lane][d] = columns[d * step + lane] * factors[lane], for the lanes with a row.
+DT_CALLED static void take_lanes(const float* columns, int step, int size, const float (&factors)[W], float* const (&rows)[W]) {
+  int d = 0;
+  for (; d + W <= size; d += W) {
+    vf block[W];
+    for (int i = 0; i < W; i++) block[i] = load(columns + size_t(d + i) * step);
+    transpose(block);
+    for (int i = 0; i < W; i++)
+      if (rows[i]) store(rows[i] + d, block[i] * factors[i]);
+  }
+  for (; d < size; d++)
+    for (int i = 0; i < W; i++)
+      if (rows[i]) rows[i][d] = columns[size_t(d) * step + i] * factors[i];
+}
+
+// All of N * W lanes: row(lane) is where one lies, or null.
 template <int N, class Row>
 static void lay_columns(const Row& row, int size, float factor, float* columns) {
   for (int lane = 0; lane < N * W; lane += W) {
     const float* rows[W];
     for (int i = 0; i < W; i++) rows[i] = row(lane + i);
-    int d = 0;
-    for (; d + W <= size; d += W) {
-      vf block[W];
-      for (int i = 0; i < W; i++) block[i] = rows[i] ? load(rows[i] + d) : vf{};
-      transpose(block);
-      for (int i = 0; i < W; i++) store(columns + size_t(d + i) * N * W + lane, block[i] * factor);
-    }
-    for (; d < size; d++)
-      for (int i = 0; i < W; i++) columns[size_t(d) * N * W + lane + i] = rows[i] ? rows[i][d] * factor : 0.0f;
+    lay_lanes(rows, size, factor, columns + lane, N * W);
   }
 }
 
-// The other way: row(lane)[d] = columns[d * N * W + lane] * factor, for the lanes with a row; row(lane, factor) sets the factor.
+// The same back; row(lane, factor) sets the factor of a lane.
 template <int N, class Row>
 static void lay_rows(const float* columns, int size, const Row& row) {
   for (int lane = 0; lane < N * W; lane += W) {
     float* rows[W];
     float factors[W];
     for (int i = 0; i < W; i++) rows[i] = row(lane + i, factors[i]);
-    int d = 0;
-    for (; d + W <= size; d += W) {
-      vf block[W];
-      for (int i = 0; i < W; i++) block[i] = load(columns + size_t(d + i) * N * W + lane);
-      transpose(block);
-      for (int i = 0; i < W; i++)
-        if (rows[i]) store(rows[i] + d, block[i] * factors[i]);
-    }
-    for (; d < size; d++)
-      for (int i = 0; i < W; i++)
-        if (rows[i]) rows[i][d] = columns[size_t(d) * N * W + lane + i] * factors[i];
+    take_lanes(columns + lane, N * W, size, factors, rows);
   }
 }
 

@@ -44,7 +44,7 @@ static float log_total_of(const T* row, int64_t size, float cap) {
     }
     const vf base = splat(best == -INFINITY ? 0.0f : best);
     vf sums = {};
-    for (i = 0; i < count; i += W) sums += vexp(load(block + i) - base);
+    for (i = 0; i < count; i += W) sums += vexp_of_negative(load(block + i) - base);
     total += sum(sums);
   }
   return best == -INFINITY ? float(total) : float(double(best) + log(total));  // of no finite number: 0 or NaN

@@ -39,7 +39,7 @@ static float norm_factor(const X* x, float eps, int size) {
 }
 
 template <class X, class Y>
-static void norm_row(const X* x, const Norm& norm, int size, Y* out) {
+DT_CALLED static void norm_row(const X* x, const Norm& norm, int size, Y* out) {
   const float factor = norm_factor(x, norm.eps, size), offset = norm.offset;
   auto apply = [&](const auto* w) {
     int k = 0;
@@ -103,7 +103,7 @@ static void gate_rows(const T* gate, const T* up, int rows, int size, Activation
 
 // One head: pairs (i, i + rotary / 2) of the first `rotary` features are rotated, the others pass. In and out may be the same.
 template <class X, class Y>
-static inline void rotate_head(const X* from, const float* cos, const float* sin, int rotary, Y* to) {
+DT_CALLED static void rotate_head(const X* from, const float* cos, const float* sin, int rotary, Y* to) {
   const int half = rotary / 2;
   int i = 0;
   for (; i + W <= half; i += W) {
@@ -119,7 +119,7 @@ static inline void rotate_head(const X* from, const float* cos, const float* sin
 }
 
 template <class X, class Y>
-static inline void convert_row(const X* from, int size, Y* to) {
+DT_CALLED static void convert_row(const X* from, int size, Y* to) {
   if constexpr (std::is_same_v<X, Y>) {
     memcpy(to, from, size * sizeof(X));
   } else {

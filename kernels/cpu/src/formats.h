@@ -24,8 +24,6 @@ struct v32u {
 #else
 typedef uint8_t v32u __attribute__((vector_size(32)));
 #endif
-typedef uint8_t vb_any __attribute__((vector_size(W), aligned(1), may_alias));
-typedef int8_t vs_any __attribute__((vector_size(W), aligned(1), may_alias));
 
 // --- numbers of 16 and 8 bits --------------------------------------------------------------------------------------------
 
@@ -78,7 +76,10 @@ static inline vi load_bytes(const uint8_t* p) {
 #elif defined(__aarch64__)
   return (vi)vmovl_u16(widened(p));
 #else
-  return __builtin_convertvector(*reinterpret_cast<const vb_any*>(p), vi);
+  int32_t bits;
+  memcpy(&bits, p, 4);
+  const __m128i none = _mm_setzero_si128();
+  return (vi)_mm_unpacklo_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128(bits), none), none);
 #endif
 }
 static inline vi load_ints(const int8_t* p) {
@@ -89,7 +90,10 @@ static inline vi load_ints(const int8_t* p) {
 #elif defined(__aarch64__)
   return (vi)widened_signed(p);
 #else
-  return __builtin_convertvector(*reinterpret_cast<const vs_any*>(p), vi);
+  int32_t bits;
+  memcpy(&bits, p, 4);
+  const __m128i twice = _mm_unpacklo_epi8(_mm_cvtsi32_si128(bits), _mm_cvtsi32_si128(bits));
+  return (vi)_mm_srai_epi32(_mm_unpacklo_epi16(twice, twice), 24);
 #endif
 }
 
@@ -100,7 +104,7 @@ static inline float scale_at(const void* scales, int format, size_t index) {
   return format == 1 ? to_float(bf16(bits)) : half_to_float(bits);
 }
 
-static inline void scales_at(const void* scales, int format, size_t first, int count, float* out) {
+DT_CALLED static inline void scales_at(const void* scales, int format, size_t first, int count, float* out) {
   int i = 0;
   if (format == 0) {
     memcpy(out, static_cast<const float*>(scales) + first, count * 4);
@@ -115,12 +119,14 @@ static inline void scales_at(const void* scales, int format, size_t first, int c
     }
 #endif
   auto widen = [&](const auto* from) {
+    DT_ROLLED
     for (; i + W <= count; i += W) store(out + i, load(from + i));
   };
   if (format == 2)
     widen(static_cast<const f16*>(scales) + first);
   else
     widen(static_cast<const bf16*>(scales) + first);
+  DT_ROLLED
   for (; i < count; i++) out[i] = scale_at(scales, format, first + i);
 }
 
@@ -269,8 +275,9 @@ static inline void k_scales(const uint8_t* block, float* scales, float* mins) {
 
 // Scale and minimum of each atom, first .. first + count - 1: weight = value * scale + min. Of Q6_K for each half of an atom.
 template <int T>
-static inline void atom_scales(const uint8_t* row, int first, int count, float* scales, float* mins) {
+DT_CALLED static inline void atom_scales(const uint8_t* row, int first, int count, float* scales, float* mins) {
   if constexpr (T >= kQ4_K) {  // spans begin and end with a block
+    DT_ROLLED
     for (int a = 0; a < count; a += 8) {
       const uint8_t* block = row + size_t((first + a) / 8) * block_bytes(T);
       if constexpr (T == kQ6_K) {
@@ -302,6 +309,7 @@ static inline void atom_scales(const uint8_t* row, int first, int count, float* 
     }
 #endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
+    DT_ROLLED
     for (; a + 8 <= count; a += 8, block += 8 * block_bytes(T)) {  // the same of 8 blocks
       auto four = [](const uint8_t* at) {
         int32_t pairs[4];
@@ -318,6 +326,7 @@ static inline void atom_scales(const uint8_t* row, int first, int count, float* 
       if constexpr (T == kQ8_0) store(mins + a, vf{});
     }
 #endif
+    DT_ROLLED
     for (; a < count; a++, block += block_bytes(T)) {
 #if defined(__F16C__)
       int32_t both;

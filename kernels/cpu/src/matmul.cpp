@@ -164,6 +164,7 @@ static inline void dot(const T* __restrict w, const float* __restrict x, int siz
 #pragma GCC unroll 8
     for (int i = 1; i < kSums; i++) sums[m] += parts[m][i];
     rest[m] = 0.0f;
+    DT_ROLLED
     for (int i = k; i < size; i++) rest[m] += get(w + i) * x[size_t(m) * size + i];
   }
 }
@@ -206,30 +207,36 @@ static inline void dots_side_by_side(const T* __restrict w, size_t apart, const 
     for (int m = 0; m < M; m++) {
       sums[r][m] = kSums == 1 ? parts[r][m][0] : parts[r][m][0] + parts[r][m][kSums - 1];
       rest[r][m] = 0.0f;
+      DT_ROLLED
       for (int i = k; i < size; i++) rest[r][m] += get(w + r * apart + i) * x[size_t(m) * size + i];
     }
+}
+
+// Their sums go to places at, at + at_apart, ... of a token.
+template <int R, int M, class T>
+DT_CALLED static void dots(const T* w, size_t apart, const float* x, int size, float (*out)[kChunk], int at, int at_apart) {
+  vf sums[R][M];
+  float rest[R][M];
+  if constexpr (kStreams == 1)
+    dots_after_another<R, M>(w, apart, x, size, sums, rest);
+  else
+    dots_side_by_side<R, M>(w, apart, x, size, sums, rest);
+#pragma GCC unroll 4
+  for (int m = 0; m < M; m++) {
+    float totals[R];
+    if constexpr (R == 4) {
+      sum4(sums[0][m], sums[1][m], sums[2][m], sums[3][m], totals);
+    } else {
+      for (int r = 0; r < R; r++) totals[r] = sum(sums[r][m]);
+    }
+    for (int r = 0; r < R; r++) out[m][at + r * at_apart] = totals[r] + rest[r][m];
+  }
 }
 
 template <int M, class T>
 static void dots_of(const T* w, size_t stride, const Turn& turn, const float* x, int size, float (*out)[kChunk]) {
   each_rows<kFewChunk, kStreams == 1 || M <= 2 ? 4 : 2>(turn, [&](auto number, int o, int apart, int at, int at_apart) {
-    constexpr int R = decltype(number)::value;
-    vf sums[R][M];
-    float rest[R][M];
-    if constexpr (kStreams == 1)
-      dots_after_another<R, M>(w + o * stride, apart * stride, x, size, sums, rest);
-    else
-      dots_side_by_side<R, M>(w + o * stride, apart * stride, x, size, sums, rest);
-#pragma GCC unroll 4
-    for (int m = 0; m < M; m++) {
-      float totals[R];
-      if constexpr (R == 4) {
-        sum4(sums[0][m], sums[1][m], sums[2][m], sums[3][m], totals);
-      } else {
-        for (int r = 0; r < R; r++) totals[r] = sum(sums[r][m]);
-      }
-      for (int r = 0; r < R; r++) out[m][at + r * at_apart] = totals[r] + rest[r][m];
-    }
+    dots<decltype(number)::value, M>(w + o * stride, apart * stride, x, size, out, at, at_apart);
   });
 }
 

@@ -18,8 +18,7 @@ static inline float largest_of(const float* row, int size) {
     vi more = bits > best;
     best = (more & bits) | (~more & best);
   }
-  int32_t found = 0;
-  for (int lane = 0; lane < W; lane++) found = best[lane] > found ? best[lane] : found;
+  int32_t found = largest(best);
   for (; i < size; i++) {
     int32_t bits;
     memcpy(&bits, row + i, 4);

@@ -235,7 +235,7 @@ static inline void add_codes(vf& sum, const vf (&codes)[kPieces], const float* x
 
 // Of outputs o, o + apart, ...; their sums go to places at, at + at_apart, ... of a token. input_sums: where codes are summed.
 template <class F, int R, int M>
-static inline void atom_dots(const Matrix& m, const Groups& groups, int o, int apart, const float* x, const float* input_sums,
+DT_CALLED static void atom_dots(const Matrix& m, const Groups& groups, int o, int apart, const float* x, const float* input_sums,
                              float (*out)[kChunk], int at, int at_apart) {
   constexpr bool kByCodes = kSumsCodes && F::kHasCodes;
   vf sums[R][M];
@@ -260,9 +260,11 @@ static inline void atom_dots(const Matrix& m, const Groups& groups, int o, int a
       rows[r].mins = mins[r];
       if constexpr (kByCodes && F::kHasMins) {
         const int number = count * F::kScales;
+        DT_ROLLED
         for (int i = number; i % W != 0; i++) mins[r][i] = 0;
 #pragma GCC unroll 4
         for (int t = 0; t < M; t++)
+          DT_ROLLED
           for (int i = 0; i < number; i += W) sums[r][t] += load(mins[r] + i) * load(input_sums + t * sum_stride + first * F::kScales + i);
       }
     }
@@ -335,7 +337,7 @@ constexpr float kFactor = sizeof(T) == 1 && __is_class(T) ? 256.0f : 1.0f;
 
 // Of R rows, `stride` bytes from each other.
 template <class T, int R, int M>
-static inline void byte_dots(const T* w, size_t stride, const float* x, int size, float (*out)[kChunk], int at, int at_apart) {
+DT_CALLED static void byte_dots(const T* w, size_t stride, const float* x, int size, float (*out)[kChunk], int at, int at_apart) {
   vf sums[R][M] = {};
   int k = 0;
   auto step = [&](int i) __attribute__((always_inline)) {
@@ -368,6 +370,7 @@ static inline void byte_dots(const T* w, size_t stride, const float* x, int size
       for (int r = 0; r < R; r++) totals[r] = sum(sums[r][t]);
     }
     for (int r = 0; r < R; r++) {
+      DT_ROLLED
       for (int rest = k; rest < size; rest++) totals[r] += weight_of(w[r * stride + rest]) * x[size_t(t) * size + rest];
       out[t][at + r * at_apart] = totals[r];
     }

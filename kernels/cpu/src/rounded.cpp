@@ -65,7 +65,7 @@ static inline int32x4_t add_dot(int32x4_t sums, int8x16_t w, int8x16_t x) {
 #endif
 }
 #else
-static inline v8i add_signed_dot(v8i sums, v32u w, v32s x) {
+DT_CALLED static v8i add_signed_dot(v8i sums, v32u w, v32s x) {
   const v32s weights = (v32s)w;
   for (int i = 0; i < 8; i++)
     for (int j = 0; j < 4; j++) sums[i] += int(weights[4 * i + j]) * int(x[4 * i + j]);
@@ -146,7 +146,7 @@ constexpr int kInts = 32;  // outputs of a turn
 
 // Integer sums of R outputs, `stride` bytes from each other, and M tokens, to places at, at + at_apart, ... of each token.
 template <int R, int M>
-static inline void row_dots(const int8_t* w, size_t stride, const Rounded& x, int first_token, int (*out)[kInts], int at, int at_apart) {
+DT_CALLED static void row_dots(const int8_t* w, size_t stride, const Rounded& x, int first_token, int (*out)[kInts], int at, int at_apart) {
   Sums sums[R][M] = {};
   const int8_t* ints = x.ints + size_t(first_token) * x.stride;
   const int k = x.size / kBytes * kBytes;
@@ -182,6 +182,7 @@ static inline void row_dots(const int8_t* w, size_t stride, const Rounded& x, in
     }
     for (int r = 0; r < R; r++) {
       totals[r] -= kMoved * x.totals[first_token + t];
+      DT_ROLLED
       for (int rest = k; rest < x.size; rest++) totals[r] += int(w[r * stride + rest]) * int(ints[size_t(t) * x.stride + rest]);
       out[t][at + r * at_apart] = totals[r];
     }
@@ -326,7 +327,7 @@ static inline void put_sums(const AtomSums (&sums)[R][M], const vf (&least)[R][M
 
 // Of outputs o, o + apart, ...; their sums go to places at, at + at_apart, ... of a token.
 template <int T, int R, int M>
-static inline void block_dots(const Matrix& m, int o, int apart, const Rounded& x, int token, float (*out)[kInts], int at, int at_apart) {
+DT_CALLED static void block_dots(const Matrix& m, int o, int apart, const Rounded& x, int token, float (*out)[kInts], int at, int at_apart) {
   constexpr int kScales = T == kQ6_K ? 2 : 1;
   constexpr int kFetch = 64 * block_size(T) / kAtom / block_bytes(T);  // atoms in a line
   const int atoms = m.cols / kAtom;
@@ -348,6 +349,7 @@ static inline void block_dots(const Matrix& m, int o, int apart, const Rounded& 
     for (int r = 0; r < R; r++) {
       atom_scales<T>(rows[r], first, count, scales[r], mins[r]);
       if constexpr (T == kQ8_0)
+        DT_ROLLED
         for (int a = 0; a < count; a++) mins[r][a] = -float(kMoved) * scales[r][a];
     }
     // What the minima add: of each atom the minimum times what its inputs stand for together.
@@ -358,7 +360,9 @@ static inline void block_dots(const Matrix& m, int o, int apart, const Rounded& 
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
           int i = 0;
+          DT_ROLLED
           for (; i + W <= number; i += W) least[r][t] += load(mins[r] + i) * load(inputs + i);
+          DT_ROLLED
           for (; i < number; i++) least[r][t][0] += mins[r][i] * inputs[i];
         }
       }
@@ -367,8 +371,10 @@ static inline void block_dots(const Matrix& m, int o, int apart, const Rounded& 
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
         if constexpr (kScales == 2) {  // whole blocks
+          DT_ROLLED
           for (int i = 0; i < number; i += W) store(scales[r] + i, load(scales[r] + i) * each_twice(steps + i / 2));
         } else {
+          DT_ROLLED
           for (int i = 0; i < number; i++) scales[r][i] *= steps[i];
         }
       }
@@ -431,7 +437,7 @@ static inline Floats spread(const float* p) { return twice_four(p); }
 #endif
 
 template <int R, int M>
-static inline void nibble_rows(const Matrix& m, const Groups& groups, int o, int apart, const Rounded& x, int token, float (*out)[kInts],
+DT_CALLED static void nibble_rows(const Matrix& m, const Groups& groups, int o, int apart, const Rounded& x, int token, float (*out)[kInts],
                                int at, int at_apart) {
   const size_t ahead = (kAheadBytes / m.stride + 1) * m.stride;
   const int atoms = m.cols / kAtom;
@@ -452,6 +458,7 @@ static inline void nibble_rows(const Matrix& m, const Groups& groups, int o, int
       group_mins(m, groups, o + r * apart, first, count, scales[r], mins[r]);
       if constexpr (M == 1) {  // of the inputs too: once for W atoms, not for each step
         const float* steps = x.scales + size_t(token) * x.scale_stride + first;
+        DT_ROLLED
         for (int i = 0; i < count; i += W) store(scales[r] + i, load(scales[r] + i) * load(steps + i));
       }
     }
@@ -481,6 +488,7 @@ static inline void nibble_rows(const Matrix& m, const Groups& groups, int o, int
       const float* inputs = x.sums + size_t(token + t) * x.scale_stride + first;
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++)
+        DT_ROLLED
         for (int i = 0; i < count; i += W) least[r][t] += load(mins[r] + i) * load(inputs + i);
     }
   }

@@ -122,14 +122,16 @@ class Row {
     candidates_.clear();
     double sum = 0.0;
     each_block(least, [&](int begin) {
-      vf above = {}, top = {};
+      vf above = {};
+      vi is_between = {};
       for (int i = begin; i < begin + kBlock; i += W) {
         const vf p = load(weights_.data() + i);
-        above += select(p >= splat(most), p, vf{});
-        top = vmax(select(p >= splat(most), vf{}, p), top);
+        const vi is_above = p >= splat(most);
+        above += select(is_above, p, vf{});
+        is_between |= ~is_above & (p >= splat(least));
       }
       sum += dt::sum(above);
-      if (largest(top) < least) return;
+      if (!any(is_between)) return;
       for (int i = begin; i < begin + kBlock; i++)
         if (weights_[i] >= least && weights_[i] < most) candidates_.push_back({weights_[i], i});
     });
@@ -151,21 +153,23 @@ class Row {
     weights_.resize(size_t(blocks) * kBlock);
     double total = 0.0;
     for (int b = 0; b < blocks; b++) {
-      int i = b * kBlock;
+      const int begin = b * kBlock, end = begin + kBlock;
+      if (end > size_) {
+        for (int i = begin; i < end; i++) {
+          const float score = i < size_ ? scaled(scores_[i]) : -INFINITY;
+          weights_[i] = score <= 0 ? std::exp(score) : 0.0f;
+          total += weights_[i];
+        }
+        break;
+      }
       vf sum_W = {};
-      for (; i < (b + 1) * kBlock && i + W <= size_; i += W) {
+      for (int i = begin; i < end; i += W) {
         const vf score = (load(scores_ + i) - best_score_) * factor_;
-        const vf p = select(score <= splat(0.0f), vexp(score), vf{});  // NaN weighs nothing
+        const vf p = select(score <= splat(0.0f), vexp_of_negative(score), vf{});  // NaN weighs nothing
         store(weights_.data() + i, p);
         sum_W += p;
       }
-      double sum = dt::sum(sum_W);
-      for (; i < (b + 1) * kBlock; i++) {
-        const float score = i < size_ ? scaled(scores_[i]) : -INFINITY;
-        weights_[i] = score <= 0 ? std::exp(score) : 0.0f;
-        sum += weights_[i];
-      }
-      total += sum;
+      total += dt::sum(sum_W);
     }
     return total;
   }
@@ -264,7 +268,7 @@ class Row {
       vf sum_W = {};
       for (; i + W <= end; i += W) {
         vf score = (load(scores_ + i) - best_score_) * factor_;
-        sum_W += select(score >= splat(floor), vexp(score), vf{});
+        sum_W += select(score >= splat(floor), vexp_of_negative(score), vf{});
       }
       double sum = dt::sum(sum_W);
       for (; i < end; i++)

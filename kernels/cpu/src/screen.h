@@ -36,7 +36,7 @@ struct Screen {
   void take(int token, int o, vf value) const {
     const Token& at = tokens[token];
     const vf most = value + at.norm * load(radii + o);
-    if (largest(most) >= at.least.load(std::memory_order_relaxed)) keep(token, o, W, value, most);
+    if (any(most >= splat(at.least.load(std::memory_order_relaxed)))) keep(token, o, W, value, most);
   }
   void take(int token, int o, float value) const {
     const vf most = splat(value + tokens[token].norm * radii[o]);
