@@ -306,6 +306,14 @@ def make_stack() -> nn.Sequential:
 def measure_state(case: Case, mesh: Any, rank: int, ranks: int) -> str:
     """Bytes of all tensors that have come to be, as a text, after the first of two micro-batches of the second step."""
     before = _storages()
+    gc.freeze()  # what is older is not looked at again and again
+    try:
+        return str(_held_in_second_step(case, mesh, before))
+    finally:
+        gc.unfreeze()
+
+
+def _held_in_second_step(case: Case, mesh: Any, before: Mapping[int, torch.UntypedStorage]) -> int:
     partitioner = partitioner_of(case)
     dtypes = DTYPES[case.precision]
     units = tuple(str(number) for number in range(6))
@@ -322,7 +330,7 @@ def measure_state(case: Case, mesh: Any, rank: int, ranks: int) -> str:
         partitioner.clip_grad_norm(net, MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
-    return str(counted)
+    return counted
 
 
 def _newly_held(before: Mapping[int, torch.UntypedStorage]) -> int:
@@ -335,8 +343,8 @@ def _newly_held(before: Mapping[int, torch.UntypedStorage]) -> int:
 
 
 def _storages() -> dict[int, torch.UntypedStorage]:
-    """Address -> every storage that a tensor of this process holds. As long as the table is there none of them goes,
-    so that no later one can come to lie at the address of one that was."""
+    """Address -> every storage that a tensor of this process holds, frozen ones left out. As long as the table is there
+    none of them goes, so that no later one can come to lie at the address of one that was."""
     gc.collect()
     found = {}
     for thing in gc.get_objects():
