@@ -175,7 +175,6 @@ static inline float sum(vf v) {
   return out[0];
 }
 
-// No lane is looked at by itself: which one is the largest is a guess that a processor gets wrong.
 static inline float largest(vf v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)v);
