@@ -29,7 +29,7 @@ static inline vf next_scales(const void* from, int format, size_t index, size_t 
 #endif
 
 // Scales and minima of atoms first .. first + count - 1, which is a whole span or the rest of a row. Behind them come zeros.
-DT_CALLED static inline void group_scales(const Matrix& m, const Groups& groups, const void* from, int o, int first, int count, float* out) {
+static inline void group_scales(const Matrix& m, const Groups& groups, const void* from, int o, int first, int count, float* out) {
   const int each = groups.each, begin = groups.of_atom(first);
   const size_t row = size_t(o) * groups.count;
 #if defined(__AVX512F__)
@@ -37,7 +37,6 @@ DT_CALLED static inline void group_scales(const Matrix& m, const Groups& groups,
     const uint16_t* halves = static_cast<const uint16_t*>(from) + row + begin;
     const int shift = groups.shift, most = W >> shift;
     const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    DT_ROLLED
     for (int a = 0; a < count; a += W, halves += most) {
       const int left = (count - a) >> shift;
       const __m512 found = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1 << (left < most ? left : most)) - 1, halves));
@@ -50,12 +49,10 @@ DT_CALLED static inline void group_scales(const Matrix& m, const Groups& groups,
     const int shift = groups.shift;
     const __m256i from_lane = (__m256i)(vi{0, 1, 2, 3, 4, 5, 6, 7} >> shift);
     const size_t total = size_t(m.rows) * groups.count;
-    DT_ROLLED
     for (int a = 0; a < count; a += W) {
       const vf found = next_scales(from, m.scale_format, row + begin + (a >> shift), total);
       store(out + a, (vf)_mm256_permutevar8x32_ps((__m256)found, from_lane));
     }
-    DT_ROLLED
     for (int a = count; a % W != 0; a++) out[a] = 0;
     return;
   }
@@ -66,18 +63,16 @@ DT_CALLED static inline void group_scales(const Matrix& m, const Groups& groups,
     float of_groups[kSpan + W];
     scales_at(from, m.scale_format, row + begin, groups.of_atom(first + count - 1) - begin + 1, of_groups);
     int left = each - first % each;
-    DT_ROLLED
     for (int a = 0, g = 0; a < count; a++) {
       out[a] = of_groups[g];
       if (--left == 0) left = each, g++;
     }
   }
-  DT_ROLLED
   for (int a = count; a % W != 0; a++) out[a] = 0;
 }
 
 // The same of minima; scales: of these atoms.
-DT_CALLED static inline void group_mins(const Matrix& m, const Groups& groups, int o, int first, int count, const float* scales, float* out) {
+static inline void group_mins(const Matrix& m, const Groups& groups, int o, int first, int count, const float* scales, float* out) {
   if (!m.has_zeros) return group_scales(m, groups, m.mins, o, first, count, out);
   const int each = groups.each;
   const uint8_t* zeros = static_cast<const uint8_t*>(m.mins) + size_t(o) * groups.count + groups.of_atom(first);
@@ -85,7 +80,6 @@ DT_CALLED static inline void group_mins(const Matrix& m, const Groups& groups, i
   if (groups.shift >= 0) {
     const int shift = groups.shift, most = W >> shift;
     const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    DT_ROLLED
     for (int a = 0; a < count; a += W, zeros += most) {
       const int left = (count - a) >> shift;
       const __m512i found = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8((1 << (left < most ? left : most)) - 1, zeros));
@@ -98,7 +92,6 @@ DT_CALLED static inline void group_mins(const Matrix& m, const Groups& groups, i
     const int shift = groups.shift;
     const __m256i from_lane = (__m256i)(vi{0, 1, 2, 3, 4, 5, 6, 7} >> shift);
     const uint8_t* end = static_cast<const uint8_t*>(m.mins) + size_t(m.rows) * groups.count;
-    DT_ROLLED
     for (int a = 0; a < count; a += W, zeros += W >> shift) {
       uint8_t last[W] = {};
       if (end - zeros < W) memcpy(last, zeros, end - zeros);
@@ -109,12 +102,10 @@ DT_CALLED static inline void group_mins(const Matrix& m, const Groups& groups, i
   }
 #endif
   int left = each - first % each;
-  DT_ROLLED
   for (int a = 0; a < count; a++) {
     out[a] = -float(*zeros) * scales[a];
     if (--left == 0) left = each, zeros++;
   }
-  DT_ROLLED
   for (int a = count; a % W != 0; a++) out[a] = 0;
 }
 

@@ -183,7 +183,7 @@ struct Blocks {
 
 // Scales and minima of atoms first .. first + count - 1 of an output.
 template <class F>
-static inline void span_scales(F, const Matrix& m, const Groups& groups, int o, const uint8_t*, int first, int count, float* scales,
+DT_CALLED static void span_scales(F, const Matrix& m, const Groups& groups, int o, const uint8_t*, int first, int count, float* scales,
                                float* mins) {
   group_scales(m, groups, m.scales, o, first, count, scales);
   group_mins(m, groups, o, first, count, scales, mins);
