@@ -75,6 +75,7 @@ def _wanted(case: Case, dtype: str, wide: Arguments) -> Results:
 
 
 def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    """In dtype and numbers; unlike :func:`_same`, of tensors with gaps too."""
     return one is other if one is None or other is None else one.dtype == other.dtype and torch.equal(one, other)
 
 
