@@ -6,12 +6,12 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from drivetrain.bench.measure import percentiles
-from drivetrain.bench.workloads import WorkItem, check_fits
+from drivetrain.bench.workloads import GREEDY, Sampling, WorkItem, check_fits
 from drivetrain.contracts.source import Progress, silent
 from drivetrain.errors import ConfigError, DrivetrainError
 
@@ -104,6 +104,7 @@ async def run_load(
     goal: Goal,
     seed: int,
     progress: Progress = silent,
+    sampling: Sampling = GREEDY,
 ) -> dict[str, Any]:
     """Send ``items`` to ``model`` with Poisson arrivals of ``rate`` a second; rates, percentiles and goodput.
 
@@ -122,9 +123,9 @@ async def run_load(
         started = time.perf_counter()
         tasks: list[asyncio.Task[Sample]] = []
         moment = 0.0
-        for item in items:
+        for number, item in enumerate(items):
             await asyncio.sleep(max(0.0, started + moment - time.perf_counter()))
-            tasks.append(asyncio.create_task(_send(client, model.name, item)))
+            tasks.append(asyncio.create_task(_send(client, model.name, item, sampling.options(number))))
             tasks[-1].add_done_callback(
                 lambda _: progress("serving", sum(task.done() for task in tasks), len(items), "requests")
             )
@@ -136,7 +137,7 @@ async def run_load(
     return _summary(samples, seconds, rate, goal)
 
 
-async def _send(client: Any, model: str, item: WorkItem) -> Sample:
+async def _send(client: Any, model: str, item: WorkItem, options: Mapping[str, Any]) -> Sample:
     import httpx
 
     sample = Sample()
@@ -144,10 +145,10 @@ async def _send(client: Any, model: str, item: WorkItem) -> Sample:
         "model": model,
         "prompt": list(item.prompt),
         "max_tokens": item.max_tokens,
-        "temperature": 0,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **options,
     }
     begin = time.perf_counter()
     try:

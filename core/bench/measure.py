@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from drivetrain import __version__
-from drivetrain.bench.workloads import WorkItem, check_fits, mixed
+from drivetrain.bench.workloads import GREEDY, Sampling, WorkItem, check_fits, mixed
 from drivetrain.contracts.source import Progress, silent
 from drivetrain.serving.metrics import percentile
 from drivetrain.serving.timing import OUTSIDE_THE_MODEL, Phase
@@ -42,13 +42,18 @@ def describe_run(llm: LLM) -> dict[str, Any]:
     }
 
 
-def run_throughput(llm: LLM, items: Sequence[WorkItem], progress: Progress = silent) -> dict[str, Any]:
-    """All requests at once, greedy, to their full length; rates over the whole run.
+def run_throughput(
+    llm: LLM, items: Sequence[WorkItem], progress: Progress = silent, sampling: Sampling = GREEDY
+) -> dict[str, Any]:
+    """All requests at once, to their full length; rates over the whole run.
 
     Times are in seconds, rates in tokens per second over all requests, memory in bytes.
     """
     check_fits(items, llm.max_model_len)
-    params = [SamplingParams(max_tokens=item.max_tokens, temperature=0, ignore_eos=True) for item in items]
+    params = [
+        SamplingParams(max_tokens=item.max_tokens, ignore_eos=True, **sampling.options(number))
+        for number, item in enumerate(items)
+    ]
     before = llm.stats()
     started = time.perf_counter()
     results = llm.generate([item.prompt for item in items], params, progress=progress)
@@ -104,6 +109,7 @@ def run_latency(
     iterations: int,
     seed: int,
     progress: Progress = silent,
+    sampling: Sampling = GREEDY,
 ) -> dict[str, Any]:
     """``batch`` equal requests at a time, ``iterations`` times after one to warm up: prompt and decode rates apart.
 
@@ -120,7 +126,7 @@ def run_latency(
             WorkItem(tuple(tokens[begin + i * prompt_length : begin + (i + 1) * prompt_length]), output_length)
             for i in range(batch)
         ]
-        runs.append(run_throughput(llm, items))
+        runs.append(run_throughput(llm, items, sampling=sampling))
         if iteration == 0:
             before = llm.stats()
         progress("measuring", iteration, iterations, "iterations")

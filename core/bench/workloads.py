@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from drivetrain.errors import ConfigError, nearest
 
@@ -22,6 +23,33 @@ class WorkItem:
 
     prompt: tuple[int, ...]
     max_tokens: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a workload's tokens are chosen: greedily, or drawn alike in every run with the same seed.
+
+    temperature: 0 is greedy; the others then mean nothing.
+    top_p:       keep the smallest set whose probabilities sum to at least p; 1 keeps all.
+    top_k:       keep the k most likely tokens; 0 keeps all.
+    seed:        that the seed of each request is made from.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def options(self, number: int) -> dict[str, Any]:
+        """The sampling parameters of request ``number`` of a workload; those that change nothing are left out."""
+        if self.temperature == 0:
+            return {"temperature": 0}
+        options = {"temperature": self.temperature, "seed": (self.seed + number) % 2**63}
+        if self.top_p != 1:
+            options["top_p"] = self.top_p
+        if self.top_k != 0:
+            options["top_k"] = self.top_k
+        return options
 
 
 def _random_tokens(rng: random.Random, count: int, vocab_size: int) -> tuple[int, ...]:
@@ -51,6 +79,9 @@ WORKLOADS: dict[str, tuple[Callable[[int, int, int], list[WorkItem]], int]] = {
     "shared-prefix": (shared_prefix, 32),
 }
 """name -> (maker, number of requests by default)."""
+
+
+GREEDY = Sampling()
 
 
 def check_fits(items: Sequence[WorkItem], max_model_len: int) -> None:

@@ -19,6 +19,7 @@ from drivetrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from drivetrain.bench.trace import StepTrace
+    from drivetrain.bench.workloads import Sampling
 
 app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -29,6 +30,9 @@ _USUAL_VOCABULARY = 32_000
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the workload.")]
+DrawTemperature = Annotated[float, typer.Option("--temperature", help="Of drawn tokens; 0 is greedy.")]
+DrawTopP = Annotated[float, typer.Option("--top-p", help="Drawn: keep the smallest set with this probability.")]
+DrawTopK = Annotated[int, typer.Option("--top-k", help="Drawn: keep the k most likely tokens; 0 keeps all.")]
 Requests = Annotated[int | None, typer.Option(help="Number of requests. Default: the workload's.", show_default=False)]
 
 
@@ -47,6 +51,9 @@ def throughput(
     workload: Annotated[str, typer.Option(help="mixed or shared-prefix.")] = "mixed",
     requests: Requests = None,
     seed: SeedOption = 0,
+    temperature: DrawTemperature = 0.0,
+    top_p: DrawTopP = 1.0,
+    top_k: DrawTopK = 0,
     profile: Profile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -57,11 +64,13 @@ def throughput(
     from drivetrain.bench.measure import describe_run, run_throughput
     from drivetrain.bench.workloads import make_workload
 
+    sampling = _sampling(temperature, top_p, top_k, seed)
     make_workload(workload, requests, vocab_size=1000, seed=seed)  # a wrong name is told before the model is loaded
     with _traced(profile) as trace, open_llm(settings, trace) as llm, show_progress() as progress:
         items = make_workload(workload, requests, llm.vocab_size, seed)
-        result = run_throughput(llm, items, progress)
-        _print({"workload": workload, "seed": seed, **describe_run(llm), **result}, as_json)
+        result = run_throughput(llm, items, progress, sampling)
+        asked = {"workload": workload, "seed": seed, "sampling": sampling.options(0)}
+        _print({**asked, **describe_run(llm), **result}, as_json)
 
 
 @app.command("latency")
@@ -73,6 +82,9 @@ def latency(
     batch: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 1,
     iterations: Annotated[int, typer.Option(min=1, help="Repetitions after one to warm up.")] = 5,
     seed: SeedOption = 0,
+    temperature: DrawTemperature = 0.0,
+    top_p: DrawTopP = 1.0,
+    top_k: DrawTopK = 0,
     profile: Profile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -82,6 +94,7 @@ def latency(
     """
     from drivetrain.bench.measure import describe_run, run_latency
 
+    sampling = _sampling(temperature, top_p, top_k, seed)
     with _traced(profile) as trace, open_llm(settings, trace) as llm, show_progress() as progress:
         result = run_latency(
             llm,
@@ -91,8 +104,9 @@ def latency(
             iterations=iterations,
             seed=seed,
             progress=progress,
+            sampling=sampling,
         )
-        _print({"seed": seed, **describe_run(llm), **result}, as_json)
+        _print({"seed": seed, "sampling": sampling.options(0), **describe_run(llm), **result}, as_json)
 
 
 @app.command("swap")
@@ -153,6 +167,9 @@ def serve(
     ] = None,
     api_key: Annotated[str | None, typer.Option(help="Key to send.", show_default=False)] = None,
     seed: SeedOption = 0,
+    temperature: DrawTemperature = 0.0,
+    top_p: DrawTopP = 1.0,
+    top_k: DrawTopK = 0,
     as_json: AsJson = False,
 ) -> None:
     """Open-loop load over HTTP: requests leave at Poisson times whatever the server does; rates, tails, goodput.
@@ -163,6 +180,7 @@ def serve(
     from drivetrain.bench.server import running_server
     from drivetrain.bench.workloads import make_workload
 
+    sampling = _sampling(temperature, top_p, top_k, seed)
     make_workload(workload, requests, vocab_size=1000, seed=seed)  # a wrong name is told before a server is started
     goal = Goal(goal_first_token, goal_token)
     if url is not None and settings.parts:
@@ -175,8 +193,27 @@ def serve(
     with running_server(settings, url) as address, show_progress() as progress:
         model = find_model(address, api_key, None if url is None else settings.model)
         items = make_workload(workload, requests, vocab_size or model.vocab_size or _USUAL_VOCABULARY, seed)
-        result = asyncio.run(run_load(model, items, rate=rate, goal=goal, seed=seed, progress=progress))
-    _print({"workload": workload, "seed": seed, "model": model.name, "url": address, **result}, as_json)
+        result = asyncio.run(
+            run_load(model, items, rate=rate, goal=goal, seed=seed, progress=progress, sampling=sampling)
+        )
+    asked = {"workload": workload, "seed": seed, "sampling": sampling.options(0)}
+    _print({**asked, "model": model.name, "url": address, **result}, as_json)
+
+
+def _sampling(temperature: float, top_p: float, top_k: int, seed: int) -> Sampling:
+    """How a workload's tokens are chosen. What can't be, or would change nothing, is told before a model is loaded."""
+    from drivetrain.bench.workloads import Sampling
+    from drivetrain.serving.types import SamplingParams
+
+    if temperature == 0 and (top_p, top_k) != (1, 0):
+        raise ConfigError(
+            "greedy tokens are not drawn, so nothing is kept to draw from",
+            where="--top-p" if top_p != 1 else "--top-k",
+            found=top_p if top_p != 1 else top_k,
+            hint="Give --temperature too, for example --temperature 1.",
+        )
+    SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k)
+    return Sampling(temperature, top_p, top_k, seed)
 
 
 @contextmanager

@@ -1,17 +1,39 @@
-"""Processes that are joined by Gloo, for suites of what works over ranks."""
+"""New processes for suites: alone, or joined by Gloo for what works over ranks."""
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
+
+_PRELOADED = ("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "pytest")
+"""What most ranks import, or what torch imports for them with the first step of an optimizer: all of it torch's."""
+
+
+@functools.cache
+def process_context() -> ForkServerContext | SpawnContext:
+    """What starts processes that know nothing of this one: where the operating system has them, forks of a server that
+    has imported torch and nothing of ours, since torch takes seconds.
+
+    They begin with the environment of the first call.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*_PRELOADED])
+    return context
 
 
 def spawn_ranks(
@@ -25,8 +47,12 @@ def spawn_ranks(
 
     Raises what the first rank that failed raised (``torch.multiprocessing.ProcessRaisedException``).
     """
-    context = torch.multiprocessing.spawn(
-        _rank_main, args=(work, arguments, str(meet), count, seconds), nprocs=count, join=False
+    context = torch.multiprocessing.start_processes(
+        _rank_main,
+        args=(work, arguments, str(meet), count, seconds, dict(os.environ)),
+        nprocs=count,
+        join=False,
+        start_method=process_context().get_start_method(),
     )
     assert context is not None
     try:
@@ -41,8 +67,16 @@ def spawn_ranks(
 
 
 def _rank_main(
-    rank: int, work: Callable[..., None], arguments: tuple[Any, ...], meet: str, count: int, seconds: float
+    rank: int,
+    work: Callable[..., None],
+    arguments: tuple[Any, ...],
+    meet: str,
+    count: int,
+    seconds: float,
+    environment: Mapping[str, str],
 ) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{meet}", rank=rank, world_size=count, timeout=timedelta(seconds=seconds)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from drivetrain import AsyncEngine
+from drivetrain import LLM, AsyncEngine
 from drivetrain.bench.http_load import Goal, find_model, run_load
 from drivetrain.bench.workloads import make_workload
 from drivetrain.config import load_settings
@@ -135,6 +135,36 @@ def test_for_people_there_is_a_table(cli: Cli, on: tuple[object, ...]) -> None:
     assert "generating: 2 of 2 requests" in outcome.err
 
 
+def test_drawn_tokens_are_told_and_are_the_same_in_each_run(
+    cli: Cli, on: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[tuple[int, ...]]] = []
+    generate = LLM.generate
+
+    def noted(self: LLM, prompts: Any, params: Any, **others: Any) -> Any:
+        results = generate(self, prompts, params, **others)
+        drawn.append([tuple(result.token_ids) for result in results])
+        return results
+
+    monkeypatch.setattr(LLM, "generate", noted)
+    words, draw = ("bench", "throughput", *on, "--requests", 3), ("--temperature", 1, "--top-p", 0.9)
+    greedy, first, second = (json.loads(cli(*words, *more).out) for more in ((), draw, draw))
+    assert greedy["sampling"] == {"temperature": 0}
+    assert first["sampling"] == second["sampling"] == {"temperature": 1, "seed": 0, "top_p": 0.9}
+    assert drawn[1] == drawn[2] != drawn[0]
+    assert greedy["output_tokens"] == first["output_tokens"]
+
+
+@pytest.mark.parametrize("command", ["throughput", "latency", "serve"])
+def test_a_choice_of_tokens_that_cannot_be_is_told_before_anything_is_loaded(cli: Cli, command: str) -> None:
+    words = ("bench", command, "--model", "no-such-model")
+    outcome = cli(*words, "--top-k", 5)
+    assert outcome.status == 1
+    assert outcome.error.startswith("error: --top-k: greedy tokens are not drawn")
+    assert "found 5. Give --temperature too" in outcome.error
+    assert "top_p" in cli(*words, "--temperature", 1, "--top-p", 1.5).error
+
+
 @pytest.mark.parametrize("words", [("throughput",), ("latency", "--prompt-length", "100")])
 def test_work_that_does_not_fit_the_model_is_refused(cli: Cli, on: tuple[object, ...], words: tuple[str, ...]) -> None:
     outcome = cli("bench", *words, *on, "--set", "engine.max_model_len=200")
@@ -194,6 +224,13 @@ def test_a_running_server_is_measured(cli: Cli, server: LiveServer) -> None:
     assert other.status == 1
     assert "does not serve this model; found 'another'" in other.error
     assert json.loads(cli("bench", "serve", *words, "--model", server.model).out)["model"] == server.model
+
+
+def test_a_server_is_asked_to_draw(cli: Cli, server: LiveServer) -> None:
+    words = ("--url", server.url, "--requests", 2, "--rate", 100, "--json")
+    result = json.loads(cli("bench", "serve", *words, "--temperature", 0.7, "--top-k", 5, "--seed", 2).out)
+    assert result["failed"] == 0
+    assert result["sampling"] == {"temperature": 0.7, "seed": 2, "top_k": 5}
 
 
 def test_arrivals_are_as_frequent_as_asked(cli: Cli, server: LiveServer) -> None:

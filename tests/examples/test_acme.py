@@ -31,7 +31,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 Change = Callable[[str], str]
 
 
-def install(folder: Path, changes: dict[str, Change] | None = None) -> CleanEnvironment:
+@contextmanager
+def installed(folder: Path, changes: dict[str, Change] | None = None) -> Iterator[CleanEnvironment]:
     """The example's wheel in an environment of its own; ``changes`` are made to the sources before it is built."""
     source = folder / "source"
     shutil.copytree(EXAMPLE, source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "build"))
@@ -40,9 +41,9 @@ def install(folder: Path, changes: dict[str, Change] | None = None) -> CleanEnvi
         before = path.read_text(encoding="utf-8")
         path.write_text(change(before), encoding="utf-8")
         assert path.read_text(encoding="utf-8") != before, file
-    environment = CleanEnvironment(folder / "environment")
-    environment.install(build_wheels([source], folder / "wheels"))
-    return environment
+    with CleanEnvironment(folder / "environment") as environment:
+        environment.install(build_wheels([source], folder / "wheels"))
+        yield environment
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +52,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> CleanEnvironment:
-    return install(tmp_path_factory.mktemp("acme"))
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CleanEnvironment]:
+    with installed(tmp_path_factory.mktemp("acme")) as environment:
+        yield environment
 
 
 def told(environment: CleanEnvironment, *arguments: object) -> Any:
@@ -137,7 +139,7 @@ def test_its_own_tests_pass(environment: CleanEnvironment, tmp_path: Path) -> No
     """They run Drivetrain's conformance kit."""
     shutil.copytree(EXAMPLE / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(EXAMPLE / "pyproject.toml", tmp_path)
-    done = environment.run("-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=tmp_path, timeout_seconds=500)
+    done = environment.run_tests(tmp_path, timeout_seconds=500)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
@@ -204,27 +206,26 @@ def test_it_is_swapped_in_and_out_of_a_live_server(
 
 
 def test_a_newer_major_version_is_never_imported_and_told_by_doctor(tmp_path: Path, tiny: Path) -> None:
-    environment = install(tmp_path, {"pyproject.toml": lambda text: text.replace("attention.v1", "attention.v2")})
-    rows = told(environment, "plugins", "list", "--json")
-    assert [row["kind"] for row in rows if row["name"] == "acme"] == ["platform", "quantizer"]
-    line = refusal(environment, "generate", "--model", tiny, "x", "--attention", "acme")
-    assert "'acme'" in line
-    findings = json.loads(environment.drivetrain("doctor", "--json").stdout)["findings"]
+    changes = {"pyproject.toml": lambda text: text.replace("attention.v1", "attention.v2")}
+    with installed(tmp_path, changes) as environment:
+        rows = told(environment, "plugins", "list", "--json")
+        assert [row["kind"] for row in rows if row["name"] == "acme"] == ["platform", "quantizer"]
+        line = refusal(environment, "generate", "--model", tiny, "x", "--attention", "acme")
+        assert "'acme'" in line
+        findings = json.loads(environment.drivetrain("doctor", "--json").stdout)["findings"]
     (finding,) = [found for found in findings if "drivetrain.attention.v2" in json.dumps(found)]
     assert "this core speaks 1" in json.dumps(finding)
 
 
 def test_a_newer_minor_version_is_refused_with_both_versions(tmp_path: Path, tiny: Path) -> None:
-    environment = install(
-        tmp_path,
-        {"src/acme_accelerator/attention.py": lambda text: text.replace('version = "1.0"', 'version = "1.99"')},
-    )
-    line = refusal(environment, "generate", "--model", tiny, "x", "--attention", "acme")
-    assert "1.99" in line
-    assert "1.0" in line
-    assert "pip install --upgrade drivetrain" in line
-    # The others are as well as before.
-    assert told(environment, "plugins", "info", "quantizer/acme", "--json")["here"].startswith("yes")
-    report = told(environment, "explain", "--platform", "acme", "--json")
+    file = "src/acme_accelerator/attention.py"
+    with installed(tmp_path, {file: lambda text: text.replace('version = "1.0"', 'version = "1.99"')}) as environment:
+        line = refusal(environment, "generate", "--model", tiny, "x", "--attention", "acme")
+        assert "1.99" in line
+        assert "1.0" in line
+        assert "pip install --upgrade drivetrain" in line
+        # The others are as well as before.
+        assert told(environment, "plugins", "info", "quantizer/acme", "--json")["here"].startswith("yes")
+        report = told(environment, "explain", "--platform", "acme", "--json")
     attention = next(selection for selection in report["selections"] if selection["kind"] == "attention")
     assert attention["chosen"]["name"] == "sdpa"

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
+import threading
 import venv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
-_IN_FORKS = """
-import json, os, sys
-import numpy, pytest, torch
-for name, folder in json.load(sys.stdin).items():
-    child = os.fork()
-    if child == 0:
-        os.chdir(folder)
-        log = os.open("log", os.O_WRONLY | os.O_CREAT)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        status = pytest.main(["-q", "-p", "no:cacheprovider"])
-        sys.stdout.flush()
-        os._exit(status)
-    print(json.dumps([name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])]), flush=True)
-"""
+_FORKS = Path(__file__).with_name("fork_commands.py")
 
 _PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
 
@@ -44,12 +34,20 @@ def build_wheels(packages: Sequence[Path], folder: Path, timeout_seconds: float 
     return sorted(folder.glob("*.whl"))
 
 
+def _environment() -> dict[str, str]:
+    """Without what is said to this pytest and its interpreter."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "PYTHON"))}
+    # Two threads beside another busy process take many times longer than one.
+    return kept | {"OMP_NUM_THREADS": "1"}
+
+
 class CleanEnvironment:
     """A new virtual environment. What this one has (torch, Drivetrain, pytest) can be imported in it, so that nothing
-    large is installed twice; everything else is what was installed in it."""
+    large is installed twice; everything else is what was installed in it. To be closed: it has a process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._server: subprocess.Popen[str] | None = None
         venv.create(folder, with_pip=False)
         self.python = folder / "bin" / "python"
         # addsitedir rather than a plain path: an editable installation of Drivetrain is a .pth file there.
@@ -69,29 +67,57 @@ class CleanEnvironment:
         self, *arguments: object, cwd: Path | None = None, timeout_seconds: float = 120, stdin: str = ""
     ) -> subprocess.CompletedProcess[str]:
         """Python of this environment with ``arguments``, to its end."""
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "PYTHON"))}
-        # Two threads beside another busy process take many times longer than one.
-        environment["OMP_NUM_THREADS"] = "1"
         return subprocess.run(
             [str(self.python), *map(str, arguments)],
             input=stdin,
             cwd=cwd or self.folder,
-            env=environment,
+            env=_environment(),
             capture_output=True,
             text=True,
             timeout=timeout_seconds,
             check=False,
         )
 
-    def run_tests(self, folders: Mapping[str, Path], timeout_seconds: float) -> dict[str, tuple[int, str]]:
-        """What pytest comes to in each of these folders, by name: exit status and output. Each runs in a process of its
-        own, a fork of one that has torch already."""
-        asked = json.dumps({name: str(folder) for name, folder in folders.items()})
-        done = self.run("-c", _IN_FORKS, timeout_seconds=timeout_seconds, stdin=asked)
-        assert done.returncode == 0, done.stderr
-        statuses = dict(map(json.loads, done.stdout.splitlines()))
-        return {name: (statuses[name], (folder / "log").read_text()) for name, folder in folders.items()}
+    def run_tests(
+        self, folder: Path, *arguments: str, timeout_seconds: float = 240
+    ) -> subprocess.CompletedProcess[str]:
+        """``pytest`` in a folder, in a fork of a process that has torch already; so is ``drivetrain`` below."""
+        return self._in_fork("pytest", ["-q", "-p", "no:cacheprovider", *arguments], folder, timeout_seconds)
 
     def drivetrain(self, *arguments: object, timeout_seconds: float = 120) -> subprocess.CompletedProcess[str]:
         """The ``drivetrain`` command there; warnings are errors."""
-        return self.run("-W", "error", "-m", "drivetrain", *arguments, timeout_seconds=timeout_seconds)
+        return self._in_fork("drivetrain", [str(word) for word in arguments], self.folder, timeout_seconds)
+
+    def _in_fork(
+        self, command: str, words: Sequence[str], folder: Path, timeout_seconds: float
+    ) -> subprocess.CompletedProcess[str]:
+        server = self._started()
+        assert server.stdin is not None
+        assert server.stdout is not None
+        with tempfile.TemporaryDirectory() as name:
+            output, errors = Path(name, "output"), Path(name, "errors")
+            request = {"command": command, "words": words, "folder": str(folder)}
+            server.stdin.write(json.dumps(request | {"output": str(output), "errors": str(errors)}) + "\n")
+            server.stdin.flush()
+            child = int(server.stdout.readline())
+            late = threading.Timer(timeout_seconds, os.killpg, (child, signal.SIGKILL))
+            late.start()
+            status = int(server.stdout.readline())
+            late.cancel()
+            out, err = (path.read_text(errors="replace") if path.exists() else "" for path in (output, errors))
+        return subprocess.CompletedProcess([command, *words], status, out, err)
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._server is None:
+            command = [str(self.python), "-P", str(_FORKS)]
+            self._server = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment(), text=True
+            )
+        return self._server
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._server is not None:
+            self._server.communicate(timeout=60)

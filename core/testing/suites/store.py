@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import time
 import zipfile
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ import torch
 from drivetrain.contracts.store import Saving, Store, StoredTensor
 from drivetrain.errors import DamagedStateError, StateNotFoundError, StoreError
 from drivetrain.registry import PluginRef, load
-from drivetrain.testing.ranks import spawn_ranks
+from drivetrain.testing.ranks import process_context, spawn_ranks
 from drivetrain.testing.suite import Suite, about, not_run
 
 State = dict[str, torch.Tensor]
@@ -359,9 +358,7 @@ class StoreSuite(Suite):
     def _kill_while_saving(self, folder: Path, store: Store, delay: float) -> None:
         last = list(store.steps())[-1]
         options = {**self.options, "folder": str(folder)}
-        child = multiprocessing.get_context("spawn").Process(
-            target=_save_for_ever, args=(self.ref(), options, last + 1), daemon=True
-        )
+        child = process_context().Process(target=_save_for_ever, args=(self.ref(), options, last + 1), daemon=True)
         child.start()
         try:
             deadline = time.monotonic() + self.time_limit_seconds
