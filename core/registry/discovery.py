@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import importlib_metadata
 
@@ -282,6 +283,10 @@ def defined_classes(path: Path) -> list[str]:
 
 # --- loading -------------------------------------------------------------------------------------------------------
 
+_CHECKED: WeakKeyDictionary[type[Plugin], type[Plugin]] = WeakKeyDictionary()
+"""Plugin -> the contract whose signatures it was found to keep: a selection loads all candidates of a kind, and does so
+again for each model and each swap."""
+
 
 def contract_class(kind: str) -> type[Plugin]:
     """The contract class of a kind."""
@@ -361,7 +366,9 @@ def conformed(ref: PluginRef, target: Any) -> type[Plugin]:
         raise ContractError(
             f"{plugin.__name__} lacks {', '.join(missing)}", where=where, hint="Implement what is missing."
         )
-    _check_signatures(where, contract, plugin)
+    if _CHECKED.get(plugin) is not contract:
+        _check_signatures(where, contract, plugin)
+        _CHECKED[plugin] = contract
     return plugin
 
 
