@@ -275,7 +275,7 @@ static inline void k_scales(const uint8_t* block, float* scales, float* mins) {
 
 // Scale and minimum of each atom, first .. first + count - 1: weight = value * scale + min. Of Q6_K for each half of an atom.
 template <int T>
-DT_CALLED static inline void atom_scales(const uint8_t* row, int first, int count, float* scales, float* mins) {
+static inline void atom_scales(const uint8_t* row, int first, int count, float* scales, float* mins) {
   if constexpr (T >= kQ4_K) {  // spans begin and end with a block
     DT_ROLLED
     for (int a = 0; a < count; a += 8) {

@@ -325,6 +325,13 @@ static inline void put_sums(const AtomSums (&sums)[R][M], const vf (&least)[R][M
   }
 }
 
+// Scales and minima of atoms first .. first + count - 1 of so many rows, in one call.
+template <int T, int kEach>
+DT_CALLED static void rows_scales(const uint8_t* const* rows, int number, int first, int count, float (*scales)[kEach], float (*mins)[kEach]) {
+  DT_ROLLED
+  for (int r = 0; r < number; r++) atom_scales<T>(rows[r], first, count, scales[r], mins[r]);
+}
+
 // Of outputs o, o + apart, ...; their sums go to places at, at + at_apart, ... of a token.
 template <int T, int R, int M>
 DT_CALLED static void block_dots(const Matrix& m, int o, int apart, const Rounded& x, int token, float (*out)[kInts], int at, int at_apart) {
@@ -345,10 +352,10 @@ DT_CALLED static void block_dots(const Matrix& m, int o, int apart, const Rounde
     const int count = atoms - first < kSpan ? atoms - first : kSpan, number = count * kScales;
     alignas(64) float scales[R][kSpan * kScales], mins[R][kSpan * kScales];
     const float* steps = x.scales + size_t(token) * atoms + first;
+    rows_scales<T>(rows, R, first, count, scales, mins);
+    if constexpr (T == kQ8_0) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-      atom_scales<T>(rows[r], first, count, scales[r], mins[r]);
-      if constexpr (T == kQ8_0)
+      for (int r = 0; r < R; r++)
         DT_ROLLED
         for (int a = 0; a < count; a++) mins[r][a] = -float(kMoved) * scales[r][a];
     }
