@@ -52,6 +52,9 @@ class Sampling:
         return options
 
 
+GREEDY = Sampling()
+
+
 def _random_tokens(rng: random.Random, count: int, vocab_size: int) -> tuple[int, ...]:
     low = min(_FIRST_PLAIN_TOKEN, vocab_size // 2)
     return tuple(rng.randrange(low, vocab_size) for _ in range(count))
@@ -79,9 +82,6 @@ WORKLOADS: dict[str, tuple[Callable[[int, int, int], list[WorkItem]], int]] = {
     "shared-prefix": (shared_prefix, 32),
 }
 """name -> (maker, number of requests by default)."""
-
-
-GREEDY = Sampling()
 
 
 def check_fits(items: Sequence[WorkItem], max_model_len: int) -> None:

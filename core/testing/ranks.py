@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
 
 _PRELOADED = ("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "pytest")
-"""What most ranks import, or what torch imports for them with the first step of an optimizer: all of it torch's."""
+"""What most ranks import, or what torch imports for them when they make an optimizer; nothing of ours."""
 
 
 @functools.cache

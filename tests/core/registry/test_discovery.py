@@ -11,7 +11,7 @@ import pytest
 
 from drivetrain.contracts.kinds import KINDS
 from drivetrain.errors import AmbiguousPluginError, ContractError, PluginLoadError, UnknownPluginError
-from drivetrain.registry import PluginRef, Registry, discover, foreign_groups, load, summary_of
+from drivetrain.registry import PluginRef, Registry, discover, discovery, foreign_groups, load, summary_of
 from drivetrain.registry.discovery import contract_class, entry_points, find_source
 from support import fake_plugins as fakes
 from support.distributions import run_python, write_distribution
@@ -410,6 +410,28 @@ def test_what_breaks_the_contract_is_refused_with_both_sides(target: type, messa
 @pytest.mark.parametrize("target", [StaticProbe, ClassLimits, Generous, RenamedWithMore])
 def test_whatever_can_be_called_as_the_contract_says_is_accepted(target: type) -> None:
     assert load(fakes.ref("scheduler", "x", target)) is target
+
+
+def test_signatures_are_compared_once_and_again_where_they_did_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fresh(fakes.PlainScheduler):
+        pass
+
+    class Wrong(TooFew):
+        pass
+
+    compared: list[type] = []
+    check = discovery._check_signatures
+
+    def noted(where: str, contract: type, target: type) -> None:
+        compared.append(target)
+        check(where, contract, target)
+
+    monkeypatch.setattr(discovery, "_check_signatures", noted)
+    for _ in range(2):
+        discovery.check_contract(fakes.ref("scheduler", "x", Fresh), Fresh)
+        with pytest.raises(ContractError, match="can't be called"):
+            discovery.check_contract(fakes.ref("scheduler", "x", Wrong), Wrong)
+    assert compared == [Fresh, Wrong, Wrong]
 
 
 @pytest.mark.parametrize("kind", KINDS)
