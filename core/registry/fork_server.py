@@ -62,6 +62,8 @@ class Ended:
 class ForkServer:
     """One server and its forks, one at a time. It is started by the first call, and ends with this process.
 
+    Forks of a process that has called before share the server; they must not call at the same time.
+
     program:     name of the module that is run.
     is_warm:     torch is imported beforehand: worth it for more than a few examinations.
     environment: of the server, in place of this process's; ``folder`` likewise its current folder.
@@ -80,6 +82,7 @@ class ForkServer:
         self._environment = environment
         self._folder = folder
         self._server: subprocess.Popen[bytes] | None = None
+        self._starter = 0
 
     def __enter__(self) -> ForkServer:
         return self
@@ -91,7 +94,8 @@ class ForkServer:
 
     def call(self, request: Mapping[str, Any], time_limit_seconds: float) -> Ended:
         """Examine in a new fork, which is killed at the time limit with all that it started."""
-        if self._server is not None and self._server.poll() is not None:
+        # A fork of the process that has started the server can't tell whether it has ended: it is not its child.
+        if self._server is not None and self._starter == os.getpid() and self._server.poll() is not None:
             self.close()
         if self._server is None:
             self._server = self._start()
@@ -135,6 +139,7 @@ class ForkServer:
         plugin that wants torch will then show what is wrong with it."""
         for is_warm in (True, False) if self._is_warm else (False,):
             # -P keeps the current folder, where a checkout may lie, from shadowing packages.
+            self._starter = os.getpid()
             self._server = subprocess.Popen(
                 [sys.executable, "-P", __file__],
                 stdin=subprocess.PIPE,

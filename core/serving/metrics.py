@@ -175,6 +175,11 @@ class EngineMetrics:
         numbers = self._step_numbers
         numbers.running, numbers.waiting, numbers.kv_usage = num_running, num_waiting, kv_usage
 
+    @property
+    def num_steps(self) -> int:
+        """Steps made since the start."""
+        return self._step_numbers.steps
+
     def _total(self, name: str) -> int:
         return int(self.registry.get_sample_value(name) or 0)
 

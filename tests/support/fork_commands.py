@@ -21,12 +21,14 @@ def main() -> None:
     import pytest  # noqa: F401
     import torch  # noqa: F401
 
-    import drivetrain.cli.app  # noqa: F401
+    import drivetrain.cli.app
+    import drivetrain.cli.options
+    import drivetrain.serving.llm  # noqa: F401
 
     while line := sys.stdin.buffer.readline():
         request = json.loads(line)
         if request["command"] == "pytest":
-            _share_examiner()
+            _prepare_for_tests()
         child = os.fork()
         if child == 0:
             _run(**request)
@@ -35,9 +37,12 @@ def main() -> None:
 
 
 @cache
-def _share_examiner() -> None:
-    """Start the process that the conformance kit examines plugins in, which forks for each of them as well: the first
-    examination does, and every fork of this process then finds it."""
+def _prepare_for_tests() -> None:
+    """Import what tests of compiled code and of optimizers need, and start the process that the conformance kit
+    examines plugins in, which forks for each of them as well: the first examination does, and every fork of this
+    process then finds it."""
+    import torch._dynamo  # noqa: F401
+
     from drivetrain.registry import discover
     from drivetrain.testing.manners import examine_manners
 

@@ -14,11 +14,13 @@ import sys
 import tempfile
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-PRELOADED = ["torch", "numpy", "drivetrain.cli.app"]
+PRELOADED = ["numpy", "torch", "torch._dynamo", "drivetrain.cli.options", "drivetrain.serving.llm"]
+"""What nearly every command imports, and what torch imports for an optimizer."""
 
 
 @functools.cache
@@ -53,6 +55,8 @@ def run_warm(entry: Callable[[], int | None], cwd: Path, seconds: float, *, stri
 
 def _run(entry: Callable[[], int | None], cwd: str, output: str, strict: bool) -> None:
     """In the new process: as if the interpreter had been started for ``entry`` alone."""
+    for finalizer in list(weakref.finalize._registry):  # thousands of torch's, which the server has left
+        finalizer.atexit = False
     os.chdir(cwd)
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     for descriptor in (1, 2):

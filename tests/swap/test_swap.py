@@ -75,8 +75,7 @@ class Traffic:
         self._threads = [threading.Thread(target=self._record) for _ in range(1 + rounds)]
 
     def _num_steps(self) -> int:
-        steps: int = self._llm._loop.engine.metrics.snapshot()["steps"]
-        return steps
+        return self._llm._loop.engine.metrics.num_steps
 
     def _run(self) -> list[Any]:
         results = self._llm.generate(PROMPTS, self._params)
@@ -95,7 +94,7 @@ class Traffic:
             before = self._num_steps()
             thread.start()
             while self._num_steps() < before + (self._half_a_round if self._rounds else 2):
-                time.sleep(0)
+                time.sleep(0.0002)
         return self
 
     def __exit__(self, *_: object) -> None:

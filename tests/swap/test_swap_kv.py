@@ -71,10 +71,10 @@ def traffic(llm: LLM) -> Iterator[list[tuple[int, ...]]]:
             assert [len(tokens) for tokens in found] == [40] * len(PROMPTS), "a request was dropped or cut"
 
     engine = llm._loop.engine
-    before = engine.metrics.snapshot()["steps"]
+    before = engine.metrics.num_steps
     with ThreadPoolExecutor(2) as pool:
         both = [pool.submit(generate) for _ in range(2)]
-        while engine.metrics.snapshot()["steps"] < before + 3:
+        while engine.metrics.num_steps < before + 3:
             time.sleep(0.001)
         try:
             yield found

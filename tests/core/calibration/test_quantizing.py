@@ -166,7 +166,8 @@ def watch():
         time.sleep(0.002)
 
 threading.Thread(target=watch, daemon=True).start()
-quantizer = {"name": "awq", "group": 64, "steps": 2, "sweeps": 1, "rules": {"layers.1?": "none"}}
+rules = {"layers.1?": "none", "layers.[4-9]": "none"}
+quantizer = {"name": "awq", "group": 64, "steps": 2, "sweeps": 1, "rules": rules}
 options = QuantizeOptions(Path(out), Path(text), 1024, 256, memory_bytes=bound)
 quantize_model(settings_of(Path(model), quantizer), options, planned=plans.append)
 print(peak - started, plans[0].memory_bytes)
@@ -175,7 +176,7 @@ print(peak - started, plans[0].memory_bytes)
 
 @pytest.mark.slow
 def test_memory_stays_within_the_bound_for_a_model_that_is_larger(tmp_path: Path) -> None:
-    """20 layers of 12 MiB, half of them quantized, and a bound below the size of the model: one at a time fits."""
+    """20 layers of 12 MiB, a fifth of them quantized, and a bound below the size of the model: one at a time fits."""
     import transformers
 
     from support.tiny_models import tiny_model, tiny_tokenizer

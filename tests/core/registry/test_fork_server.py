@@ -112,3 +112,15 @@ def test_a_server_that_is_gone_is_started_anew_and_sees_the_path_of_its_caller(
     monkeypatch.setattr(sys, "path", [*sys.path, str(added)])
     second = server.call({"do": "import lately_installed; print(lately_installed.NAME)"}, LIMIT_SECONDS)
     assert (second.status, second.output) == (0, "found\n")
+
+
+def test_forks_of_the_process_that_has_called_share_the_server(make) -> None:
+    server = make("sys.prepared = os.getpid()")
+    asked = {"do": "print(sys.prepared)"}
+    prepared = server.call(asked, LIMIT_SECONDS).output
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            os._exit(int(server.call(asked, LIMIT_SECONDS).output != prepared))
+        assert os.waitpid(child, 0)[1] == 0, "it has started another"
+    assert server.call(asked, LIMIT_SECONDS).output == prepared

@@ -11,7 +11,7 @@ import torch
 
 from drivetrain.contracts.attention import AttentionBatch, AttentionSpec
 from drivetrain.kernels.triton import decode
-from drivetrain.pages import read_blocks
+from drivetrain.pages import read_blocks, write_tokens
 from drivetrain.plugins.attention.paged_triton import PagedTritonAttention
 from drivetrain.testing.attention_oracle import plain_attention, whole_batch
 from drivetrain.testing.suites.attention import TOLERANCES, spec_of
@@ -101,11 +101,14 @@ def test_chunks_give_every_processor_work_and_are_not_too_short(
 
 # --- steps that are recorded ---------------------------------------------------------------------------------------
 
+WIDTH = 60
+"""Columns of a block table: a third more than the longest sequence needs. Programs for the rest have nothing to do."""
+
 
 class RecordedStep:
     """A decode step of as many sequences as there are lengths, over random pages, in tensors that stay where they are.
 
-    Tables are far wider than any sequence needs.
+    Tables are wider than any sequence needs.
     """
 
     def __init__(self, attention: PagedTritonAttention, spec: AttentionSpec, count: int) -> None:
@@ -116,7 +119,7 @@ class RecordedStep:
         self.q = torch.zeros(count, layer.num_heads, layer.head_size)
         self.k, self.v = torch.zeros(2, count, layer.num_kv_heads, layer.head_size)
         self.kv_lengths = torch.ones(count, dtype=torch.int32)
-        self.tables = [torch.zeros(count, 200, dtype=torch.int32) for _ in spec.groups]
+        self.tables = [torch.zeros(count, WIDTH, dtype=torch.int32) for _ in spec.groups]
         self.slots = [torch.zeros(count, dtype=torch.int64) for _ in spec.groups]
         self.outs: list[torch.Tensor] = []
 
@@ -136,11 +139,11 @@ class RecordedStep:
         used = torch.arange(64 * self.block_size)
         shape = (len(used), *self.k.shape[1:])
         for pages in (*self.cache.keys, *self.cache.values):
-            decode.write(pages, pages, torch.randn(shape), torch.randn(shape), used)
+            write_tokens(pages, used, torch.randn(shape))
 
     def run(self) -> None:
         starts = torch.arange(self.count + 1, dtype=torch.int32)
-        longest = [200 * self.block_size - 1] * self.count  # as captured steps have it: nobody's real length
+        longest = [WIDTH * self.block_size - 1] * self.count  # as captured steps have it: nobody's real length
         one_each = [1] * self.count
         batch = AttentionBatch(one_each, longest, starts, self.kv_lengths, tuple(self.tables), tuple(self.slots))
         step = self.attention.begin(self.spec, batch, self.cache)

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drivetrain.contracts.attention import AttentionBatch, AttentionSpec
-from drivetrain.kernels.triton import decode, flash
-from drivetrain.pages import read_blocks
+from drivetrain.kernels.triton import flash
+from drivetrain.pages import read_blocks, write_tokens
 from drivetrain.plugins.attention.paged_triton import PagedTritonAttention, StepPlan
 from drivetrain.testing.attention_oracle import plain_attention
 from drivetrain.testing.suites.attention import TOLERANCES, spec_of
@@ -116,7 +116,7 @@ class RecordedStep:
         used = torch.arange(64 * self.block_size)
         shape = (len(used), *self.k.shape[1:])
         for pages in (*self.cache.keys, *self.cache.values):
-            decode.write(pages, pages, torch.randn(shape), torch.randn(shape), used)
+            write_tokens(pages, used, torch.randn(shape))
 
     def run(self) -> None:
         step = self.attention.begin(self.spec, self.batch, self.cache)
