@@ -82,7 +82,6 @@ class ForkServer:
         self._environment = environment
         self._folder = folder
         self._server: subprocess.Popen[bytes] | None = None
-        self._starter = 0
 
     def __enter__(self) -> ForkServer:
         return self
@@ -94,8 +93,7 @@ class ForkServer:
 
     def call(self, request: Mapping[str, Any], time_limit_seconds: float) -> Ended:
         """Examine in a new fork, which is killed at the time limit with all that it started."""
-        # A fork of the process that has started the server can't tell whether it has ended: it is not its child.
-        if self._server is not None and self._starter == os.getpid() and self._server.poll() is not None:
+        if self._server is not None and self._has_hung_up():
             self.close()
         if self._server is None:
             self._server = self._start()
@@ -139,7 +137,6 @@ class ForkServer:
         plugin that wants torch will then show what is wrong with it."""
         for is_warm in (True, False) if self._is_warm else (False,):
             # -P keeps the current folder, where a checkout may lie, from shadowing packages.
-            self._starter = os.getpid()
             self._server = subprocess.Popen(
                 [sys.executable, "-P", __file__],
                 stdin=subprocess.PIPE,
@@ -156,6 +153,15 @@ class ForkServer:
         from drivetrain.errors import DrivetrainError  # not above: the server imports nothing before it has its path
 
         raise DrivetrainError("a process for examining plugins could not be started", found=sys.executable)
+
+    def _has_hung_up(self) -> bool:
+        """Whether the server is gone. Asked of the pipe: in a fork of the process that has started it, the server is no
+        child, and ``poll()`` takes it for dead."""
+        assert self._server is not None
+        assert self._server.stdout is not None
+        waiting = select.poll()
+        waiting.register(self._server.stdout, 0)
+        return bool(waiting.poll(0))
 
     def _send(self, line: Mapping[str, Any]) -> None:
         assert self._server is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -114,13 +115,24 @@ def test_a_server_that_is_gone_is_started_anew_and_sees_the_path_of_its_caller(
     assert (second.status, second.output) == (0, "found\n")
 
 
-def test_forks_of_the_process_that_has_called_share_the_server(make) -> None:
+def output_in_fork(server: ForkServer, request: dict[str, str], file: Path) -> str:
+    """What a call prints that a fork of this process makes."""
+    child = os.fork()
+    if child == 0:
+        try:
+            file.write_text(server.call(request, LIMIT_SECONDS).output)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    return file.read_text()
+
+
+def test_forks_of_the_process_that_has_called_share_the_server(make, tmp_path: Path) -> None:
     server = make("sys.prepared = os.getpid()")
     asked = {"do": "print(sys.prepared)"}
     prepared = server.call(asked, LIMIT_SECONDS).output
-    for _ in range(2):
-        child = os.fork()
-        if child == 0:
-            os._exit(int(server.call(asked, LIMIT_SECONDS).output != prepared))
-        assert os.waitpid(child, 0)[1] == 0, "it has started another"
+    assert output_in_fork(server, asked, tmp_path / "1") == output_in_fork(server, asked, tmp_path / "2") == prepared
     assert server.call(asked, LIMIT_SECONDS).output == prepared
+    os.kill(int(prepared), signal.SIGKILL)
+    time.sleep(0.1)
+    assert int(output_in_fork(server, asked, tmp_path / "3")) != int(prepared), "one that is gone is not asked"
